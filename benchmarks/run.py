@@ -1,0 +1,84 @@
+"""Speed and memory against RecBole 1.2.1 itself, side by side in one run, on the same work.
+
+    python benchmarks/run.py --list
+    python benchmarks/run.py sasrec-epoch --data_path=DIR --json out.json
+
+Each side runs in a process of its own, one after the other, so that its peak memory is its own. A peer that needs
+minutes is timed on a stated number of batches and scaled to the epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import cases
+
+
+def main() -> None:
+    """Run one benchmark, or list them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", choices=sorted(cases.CASES))
+    parser.add_argument("--list", action="store_true", help="name the benchmarks")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--data_path", default="dataset", help="directory that contains <dataset>/<dataset>.inter")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of both sides (0: the library's choice)")
+    parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.list or not args.name:
+        for name, case in sorted(cases.CASES.items()):
+            print(f"{name:<14} {case.work}")
+        return
+    case = cases.CASES[args.name]
+    if args.side:
+        _one_side(case.ours if args.side == "ours" else case.peer, args)
+        return
+    sides = {side: _spawn(side, args) for side in ("ours", "peer")}
+    record = {
+        "name": args.name,
+        "ratio": sides["peer"]["seconds"] / sides["ours"]["seconds"],
+        **{f"{side}_seconds": figures["seconds"] for side, figures in sides.items()},
+        **{f"{side}_peak_mb": figures["peak_mb"] for side, figures in sides.items()},
+        "work": case.work,
+        "notes": {side: figures["note"] for side, figures in sides.items()},
+        "versions": sides["ours"]["versions"],
+    }
+    print(f"\n{args.name}: {case.work}\n{'':<8}{'seconds':>10}{'peak MiB':>10}  note")
+    for side, figures in sides.items():
+        print(f"{side:<8}{figures['seconds']:>10.2f}{figures['peak_mb']:>10.0f}  {figures['note']}")
+    print(f"{'ratio':<8}{record['ratio']:>9.1f}x")
+    if args.json:
+        Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _spawn(side: str, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, args.name, "--side", side, "--data_path", args.data_path]
+    command += ["--threads", str(args.threads)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def _one_side(work: Callable[[str], tuple[float, str]], args: argparse.Namespace) -> None:
+    import torch
+
+    from recbole_raserec.evaluation.report import versions
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    started = time.perf_counter()
+    seconds, note = work(args.data_path)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures = {"seconds": seconds, "peak_mb": peak, "note": note, "whole": time.perf_counter() - started}
+    print(json.dumps({**figures, "versions": versions()}))
+
+
+if __name__ == "__main__":
+    main()

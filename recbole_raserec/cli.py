@@ -1,0 +1,231 @@
+"""The command ``recbole-raserec``: `run` (the default) and `prepare`.
+
+Nothing heavy is imported before it is needed: ``--help`` and a wrong option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.metadata
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from recbole_raserec import __version__
+from recbole_raserec.errors import ConfigError, RaSeRecError
+
+USAGE = """\
+usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
+       recbole-raserec prepare --input=FILE --format=FORMAT --output=DIR --name=NAME
+       recbole-raserec --version
+
+  run      train and evaluate a model (the default)
+  prepare  turn raw data into the atomic files that `run` reads
+
+`recbole-raserec run --help` and `recbole-raserec prepare --help` list the options."""
+
+RUN_HELP = """\
+usage: recbole-raserec run --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
+
+Trains a model and prints its test figures, under both protocols (items of the history kept in the ranking, and
+removed). RaSeRec trains its backbone first, or reuses it, and is compared with it. The same command continues an
+interrupted run from the last finished epoch.
+
+  -m, --model=NAME           RaSeRec, DuoRec, SASRec, or any model of RecBole
+  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
+  --config_files="A B"       YAML files, later ones win over earlier ones
+
+Every option of RecBole can be given as --OPTION=VALUE and wins over the files. Those that matter most:
+
+  --data_path=DIR            directory that contains NAME/NAME.inter
+  --backbone=NAME            RaSeRec: SASRec, DuoRec or a sequential model of RecBole
+  --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
+  --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
+  --epochs=N                 largest number of training epochs
+  --MAX_ITEM_LIST_LENGTH=N   the model sees the last N items of a history
+  --seed=N
+  --checkpoint_dir=DIR       where results of finished and unfinished stages are kept
+  --result_file=FILE         write the figures as JSON"""
+
+PREPARE_HELP = """\
+formats:
+  sequences  one user a line, `user item item ...` in the order of time
+  ratings    a table, one interaction a line: user, item, rating, time. Separator and header are recognised;
+             columns are found by the usual names, or are 1 to 4, or what the --..._col options say
+  amazon     Amazon reviews of 2014, 2018 or 2023, one JSON object a line
+
+examples:
+  recbole-raserec prepare --input=reviews_Beauty_5.json.gz --format=amazon --output=dataset --name=amazon-beauty
+  recbole-raserec prepare --input=ratings.dat --format=ratings --output=dataset --name=ml-1m --k_core=5
+  recbole-raserec prepare --input=log.csv --format=ratings --user_col=uid --item_col=sku --time_col=when \\
+      --rating_col=none --output=dataset --name=shop"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are this package's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([f"{message} (`recbole-raserec {self.prog.split()[-1]} --help` lists the options)"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+
+    Returns:
+        Exit code: 0, 2 for an error of this package (one message on stderr), 130 when interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    commands = {"run": _run, "prepare": _prepare}
+    if words[:1] in (["-h"], ["--help"], ["help"]):
+        print(USAGE)
+        return 0
+    if words[:1] == ["--version"]:
+        print(_versions())
+        return 0
+    if not words:
+        print(USAGE, file=sys.stderr)
+        return 2
+    command = "run" if words[0].startswith("-") else words.pop(0)
+    try:
+        if command not in commands:
+            near = difflib.get_close_matches(command, commands, n=1, cutoff=0.5)
+            guess = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}."
+            raise ConfigError([f"unknown sub-command {command!r}: {guess}"])
+        commands[command](words)
+    except RaSeRecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "the same command continues from the last finished epoch" if command == "run" else "nothing was written"
+        print(f"\nInterrupted: {hint}.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(RUN_HELP)
+        return
+    model, dataset, files, options = parse_run(words)
+    from recbole_raserec.quick_start import run_recbole_raserec
+
+    run_recbole_raserec(model=model, dataset=dataset, config_file_list=files, config_dict=None, argv=options)
+
+
+def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:
+    """Split the words of `run` into model, data set, configuration files, and the other options as ``--key=value``.
+
+    Raises:
+        ConfigError: a word is no option, an option has no value, or one of the three is given twice and differs.
+    """
+    pairs: list[tuple[str, str]] = []
+    problems: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-") or word in ("-", "--"):
+            problems.append(f"{word!r} is no option: options have the form --key=value.")
+            continue
+        key, equals, value = word.partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                problems.append(f"{word} has no value: write {word}=VALUE (for a switch {word}=True).")
+                continue
+            value = rest.pop(0)
+        key = {"-m": "--model", "-d": "--dataset"}.get(key, key)
+        if not key.startswith("--"):
+            problems.append(f"{word}: the only short options are -m and -d; write --key=value.")
+            continue
+        pairs.append((key[2:], value))
+    own: dict[str, str] = {}
+    for key, value in pairs:
+        if key in ("model", "dataset", "config_files"):
+            if own.get(key, value) != value:
+                problems.append(f"--{key} is given twice, as {own[key]!r} and {value!r}: leave one out.")
+            elif not value.strip():
+                problems.append(f"--{key} is empty: give a value or leave it out.")
+            own[key] = value
+    if problems:
+        raise ConfigError(problems)
+    files = own["config_files"].split() if "config_files" in own else None
+    return own.get("model"), own.get("dataset"), files, [f"--{key}={value}" for key, value in pairs if key not in own]
+
+
+def _prepare(words: list[str]) -> None:
+    parser = _prepare_parser()
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        return
+    known = re.findall(r"--\w+", parser.format_usage())
+    unknown = [name for name in (word.partition("=")[0] for word in words) if name[:2] == "--" and name not in known]
+    if unknown:
+        near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
+        raise ConfigError(
+            [
+                f"unknown option {name}" + (f": did you mean {guess[0]}?" if guess else ".")
+                for name, guess in near.items()
+            ]
+        )
+    options: dict[str, Any] = vars(parser.parse_args(words))
+    from recbole_raserec.data.convert import Options, prepare
+
+    options["sep"] = {"tab": "\t", "\\t": "\t", "space": " "}.get(options["sep"], options["sep"])
+    print(prepare(Options(**options)).text())
+
+
+def _prepare_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="recbole-raserec prepare",
+        description="Turn raw data into RecBole's atomic files: OUTPUT/NAME/NAME.inter.",
+        epilog=PREPARE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--input", required=True, metavar="FILE", help="the raw file, plain or .gz")
+    parser.add_argument("--format", required=True, metavar="FORMAT", help="sequences, ratings or amazon (see below)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory of the data sets, data_path of a run")
+    parser.add_argument("--name", required=True, metavar="NAME", help="name of the data set")
+    parser.add_argument(
+        "--k_core",
+        type=int,
+        default=0,
+        metavar="K",
+        help="keep users and items with at least K interactions, repeatedly",
+    )
+    parser.add_argument(
+        "--drop_duplicates", action="store_true", help="keep only the first interaction of a user with an item"
+    )
+    for role in ("user", "item", "rating", "time"):
+        absent = ", or none" if role in ("rating", "time") else ""
+        parser.add_argument(f"--{role}_col", metavar="COL", help=f"name or position (from 1) of the {role}{absent}")
+    parser.add_argument("--sep", metavar="SEP", help="separator of the columns, such as , or :: or tab")
+    header = parser.add_mutually_exclusive_group()
+    header.add_argument("--header", action="store_true", default=None, help="the first line names the columns")
+    header.add_argument("--no_header", action="store_false", dest="header", help="the first line is an interaction")
+    parser.add_argument("--encoding", default="utf-8", help="of the raw file (default: utf-8)")
+    parser.add_argument(
+        "--max_bad", type=float, default=0.01, metavar="SHARE", help="tolerated share of bad lines (default: 0.01)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    return parser
+
+
+def _versions() -> str:
+    """This package's version and those of what it stands on, without importing any of it."""
+    found = [f"recbole-raserec {__version__}"]
+    for name in ("recbole", "torch", "numpy"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} (not installed)")
+    return ", ".join(found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

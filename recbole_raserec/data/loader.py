@@ -1,0 +1,106 @@
+"""Training batches whose rows are of like length, so that little is spent on padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataloader import TrainDataLoader
+from recbole.data.interaction import Interaction
+
+#: Batches that are sorted by length together. Each such block is a uniform random sample of the epoch.
+BLOCK = 64
+
+SAME_TARGET = "same_target_"
+
+
+class BucketLoader(TrainDataLoader):
+    """RecBole's TrainDataLoader with length-bucketed batches.
+
+    An epoch is a uniform permutation of the rows, cut into blocks of :data:`BLOCK` batches; within a block rows are
+    sorted by window length, cut into batches, and the batches are put into random order. Every row is seen once an
+    epoch. Needs a :class:`~recbole_raserec.data.dataset.SequenceDataset`, whose `trim` it switches on.
+
+    Args:
+        same_target: add to each batch, under the prefix :data:`SAME_TARGET`, the window of another row with the same
+            target item, drawn uniformly (the row itself where it is the only one). DuoRec's supervised view.
+    """
+
+    def __init__(
+        self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
+        same_target: bool = False,
+    ):  # fmt: skip
+        super().__init__(config, dataset, sampler, shuffle=shuffle)
+        self.bucket = bucket
+        self._lengths = dataset.inter_feat[dataset.item_list_length_field].numpy()
+        self._partners = SameTarget(dataset.inter_feat[dataset.iid_field].numpy()) if same_target else None
+        dataset.trim = True
+
+    def __len__(self) -> int:
+        return -(-self.sample_size // self.step)
+
+    def __iter__(self) -> Iterator[Interaction]:
+        for rows in self.batches():
+            yield self.collate_fn(rows)
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """Row numbers of one epoch's batches."""
+        order = np.arange(self.sample_size)
+        if self.shuffle:
+            order = torch.randperm(self.sample_size, generator=self.generator).numpy()
+        if not (self.bucket and self.shuffle):
+            yield from (order[start : start + self.step] for start in range(0, len(order), self.step))
+            return
+        for start in range(0, len(order), BLOCK * self.step):
+            block = order[start : start + BLOCK * self.step]
+            block = block[np.argsort(self._lengths[block], kind="stable")]
+            starts = np.arange(0, len(block), self.step)
+            for batch in torch.randperm(len(starts), generator=self.generator).numpy():
+                yield block[starts[batch] : starts[batch] + self.step]
+
+    def collate_fn(self, index: Any) -> Interaction:
+        index = np.asarray(index)
+        batch = super().collate_fn(index)
+        if self._partners is not None:
+            other = self._dataset[self._partners.sample(index, self.generator)]
+            fields = (self._dataset.item_id_list_field, self._dataset.item_list_length_field)
+            batch.update(Interaction({SAME_TARGET + field: other[field] for field in fields}))
+        return batch
+
+
+class SameTarget:
+    """Rows grouped by target item: a CSR index, so that a partner is one random offset.
+
+    Args:
+        targets: int array [N], target item of each row.
+    """
+
+    def __init__(self, targets: np.ndarray):
+        self._order = np.argsort(targets, kind="stable")
+        sorted_targets = targets[self._order]
+        starts = np.searchsorted(sorted_targets, targets, side="left")
+        ends = np.searchsorted(sorted_targets, targets, side="right")
+        self._start, self._count = starts, ends - starts
+        self._rank = np.empty(len(targets), dtype=np.int64)
+        self._rank[self._order] = np.arange(len(targets))
+
+    def sample(self, rows: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        """For each of `rows` [B] another row with its target, uniformly; the row itself where there is no other."""
+        others = self._count[rows] - 1
+        draw = torch.rand(len(rows), generator=generator, dtype=torch.float64).numpy()
+        offset = np.minimum((draw * others).astype(np.int64), np.maximum(others - 1, 0))
+        own = self._rank[rows] - self._start[rows]
+        offset = offset + (offset >= own) * (others > 0)
+        return self._order[self._start[rows] + offset]
+
+
+class RowLoader(BucketLoader):
+    """Batches of the split's rows without their windows: user, target, position. For models that look vectors up."""
+
+    def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False):
+        super().__init__(config, dataset, sampler, shuffle, bucket=False)
+
+    def collate_fn(self, index: Any) -> Interaction:
+        return self._dataset.inter_feat[np.asarray(index)]

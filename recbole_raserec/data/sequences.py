@@ -1,0 +1,95 @@
+"""User sequences as one CSR store: the ground on which windows, memories and histories stand.
+
+Memory is O(interactions): a prefix window is an index (user, position), materialised only for the batch that needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import numpy as np
+import scipy.sparse as sp
+
+
+class SequenceStore:
+    """Every user's items in time order.
+
+    Items of user `u` are ``items[offsets[u]:offsets[u + 1]]``. Ids are RecBole's internal ones: 0 is padding, users
+    run over ``1 .. n_users - 1``, items over ``1 .. n_items - 1``.
+
+    Args:
+        users: int array [N], non-decreasing (rows sorted by user, then time).
+        items: int array [N].
+        n_users: number of user ids, padding included.
+        n_items: number of item ids, padding included.
+        times: float array [N] or None.
+
+    Raises:
+        ValueError: `users` is not sorted.
+    """
+
+    def __init__(
+        self, users: np.ndarray, items: np.ndarray, n_users: int, n_items: int, times: Optional[np.ndarray] = None
+    ):
+        users = np.asarray(users, dtype=np.int64)
+        if len(users) > 1 and (np.diff(users) < 0).any():
+            raise ValueError("users must be sorted: sort the interactions by user, then by time.")
+        self.n_users, self.n_items = int(n_users), int(n_items)
+        self.offsets = np.zeros(self.n_users + 1, dtype=np.int64)
+        np.cumsum(np.bincount(users, minlength=self.n_users), out=self.offsets[1:])
+        self.items = np.asarray(items, dtype=np.int64)
+        self.times = None if times is None else np.asarray(times, dtype=np.float64)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def lengths(self) -> np.ndarray:
+        """Interactions of each user, [n_users]."""
+        return np.diff(self.offsets)
+
+    def users(self) -> np.ndarray:
+        """User of each interaction, [N]."""
+        return np.repeat(np.arange(self.n_users), self.lengths())
+
+    def windows(self, users: np.ndarray, positions: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the model sees before ``items[offsets[users] + positions]``: the last `max_length` earlier items.
+
+        Args:
+            users: [B]; positions: [B], index of the target in its user's own history (so the prefix has that length).
+            max_length: longest prefix kept.
+
+        Returns:
+            item_seq int64 [B, L], left-aligned and padded with 0 to the longest row; item_seq_len int64 [B].
+        """
+        rows, lengths = self.window_rows(users, positions, max_length)
+        item_seq = self.items[np.maximum(rows, 0)]
+        item_seq[rows < 0] = 0
+        return item_seq, lengths
+
+    def window_rows(
+        self, users: np.ndarray, positions: np.ndarray, max_length: int, width: Optional[int] = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers of the windows, [B, L] with -1 as padding, and their lengths [B]; L is `width` or the longest."""
+        positions = np.asarray(positions, dtype=np.int64)
+        ends = self.offsets[np.asarray(users, dtype=np.int64)] + positions
+        lengths = np.minimum(positions, max_length)
+        columns = np.arange(width if width is not None else (int(lengths.max()) if len(lengths) else 0))
+        rows = (ends - lengths)[:, None] + columns
+        rows[columns >= lengths[:, None]] = -1
+        return rows, lengths
+
+    def seen(self, users: np.ndarray, positions: np.ndarray) -> sp.csr_matrix:
+        """Items each user interacted with before `positions` as a boolean matrix [n_users, n_items].
+
+        One row a user: `users` must not repeat (leave-one-out has one query a user and phase); of a repeated user the
+        earliest position counts, so nothing at or after a target is ever marked.
+        """
+        cut = np.zeros(self.n_users, dtype=np.int64)
+        order = np.argsort(-np.asarray(positions), kind="stable")
+        cut[np.asarray(users)[order]] = np.asarray(positions)[order]
+        owner = self.users()
+        keep = np.arange(len(self.items)) - self.offsets[owner] < cut[owner]
+        data = np.ones(int(keep.sum()), dtype=bool)
+        matrix = sp.csr_matrix((data, (owner[keep], self.items[keep])), shape=(self.n_users, self.n_items))
+        matrix.sum_duplicates()
+        return matrix

@@ -1,0 +1,107 @@
+"""From a configuration to loaders: data set, split, samplers, and what each user has seen before each phase."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+from recbole.data.dataloader import TrainDataLoader
+from recbole.data.utils import create_samplers, get_dataloader
+from recbole.utils import ModelType
+
+from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.data.loader import BucketLoader
+from recbole_raserec.data.packed import PackedLoader
+from recbole_raserec.fingerprint import data_fingerprint
+
+
+@dataclasses.dataclass
+class Splits:
+    """One prepared data set.
+
+    Attributes:
+        dataset: the whole data set (ids, vocabulary).
+        train, valid, test: RecBole data loaders.
+        fingerprint: hash of the filtered log and its external ids.
+        seen: per phase ("valid", "test") a boolean matrix [n_users, n_items], the history before that phase's target.
+    """
+
+    dataset: Any
+    train: Any
+    valid: Any
+    test: Any
+    seen: dict[str, sp.csr_matrix]
+    fingerprint: str
+
+    def vocabulary(self) -> dict[str, list[str]]:
+        """External ids in the order of the internal ones (index 0: padding)."""
+        fields = {"users": self.dataset.uid_field, "items": self.dataset.iid_field}
+        return {name: [str(token) for token in self.dataset.field2id_token[field]] for name, field in fields.items()}
+
+
+def prepare(config: Any, dataset_class: Any, trim: bool, same_target: bool = False, packed: bool = False) -> Splits:
+    """Read, filter and split the data set as RecBole does, and put this package's loaders on it.
+
+    Args:
+        config: the run's configuration.
+        dataset_class: see :func:`recbole_raserec.registry.get_dataset_class`.
+        trim: the model gives the same result on batches cut to their longest row.
+        same_target: the model's loss reads same-target windows (DuoRec).
+        packed: train on all positions of a sequence in one pass.
+    """
+    dataset = dataset_class(config)
+    log = dataset.inter_feat
+    digest = data_fingerprint(dataset)
+    log_users, log_items = np.asarray(log[dataset.uid_field]), np.asarray(log[dataset.iid_field])
+    built = dataset.build()
+    samplers = create_samplers(config, dataset, built)
+    lazy = isinstance(built[0], SequenceDataset) and built[0].is_lazy
+    train_class = get_dataloader(config, "train")
+    if lazy and trim and train_class is TrainDataLoader:
+        bucket = config["bucket_batches"] is not False
+        loader_class = PackedLoader if packed else BucketLoader
+        train = loader_class(config, built[0], samplers[0], config["shuffle"], bucket, same_target)
+        built[1].trim = built[2].trim = True
+    else:
+        train = train_class(config, built[0], samplers[0], shuffle=config["shuffle"])
+    seen = {}
+    for phase, later in (("valid", built[1:]), ("test", built[2:])):
+        if lazy:
+            users, positions, _ = later[0].windows()
+            seen[phase] = dataset.store.seen(users, positions)
+        else:
+            seen[phase] = _seen_without(log_users, log_items, later, dataset)
+    evaluation = []
+    for phase, part, sampler in zip(("valid", "test"), built[1:], samplers[1:]):
+        with _users_per_batch(config, dataset):
+            evaluation.append(get_dataloader(config, phase)(config, part, sampler, shuffle=False))
+    return Splits(dataset, train, evaluation[0], evaluation[1], seen, digest)
+
+
+def _seen_without(users: np.ndarray, items: np.ndarray, later: Any, dataset: Any) -> sp.csr_matrix:
+    """The log without the targets of the `later` phases, as a boolean matrix [n_users, n_items]."""
+    shape = (dataset.user_num, dataset.item_num)
+    counts = sp.csr_matrix((np.ones(len(users)), (users, items)), shape=shape)
+    for part in later:
+        u, i = part.inter_feat[dataset.uid_field].numpy(), part.inter_feat[dataset.iid_field].numpy()
+        counts = counts - sp.csr_matrix((np.ones(len(u)), (u, i)), shape=shape)
+    counts.data = counts.data > 0.5
+    counts.eliminate_zeros()
+    return counts.astype(bool)
+
+
+class _users_per_batch:
+    """`eval_batch_size` counts users for every kind of model (RecBole: users x items for the non-sequential ones)."""
+
+    def __init__(self, config: Any, dataset: Any):
+        self._config = config
+        self._factor = 1 if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else dataset.item_num
+
+    def __enter__(self) -> None:
+        self._size = self._config["eval_batch_size"]
+        self._config["eval_batch_size"] = self._size * self._factor
+
+    def __exit__(self, *_: Any) -> None:
+        self._config["eval_batch_size"] = self._size

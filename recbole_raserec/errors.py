@@ -1,0 +1,30 @@
+"""The errors this package raises on purpose. Each message names what was asked, what was found and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RaSeRecError(Exception):
+    """Base class: the command line prints such an error as one message, without a traceback."""
+
+
+class ConfigError(RaSeRecError, ValueError):
+    """One or more options are wrong. All problems found are reported together.
+
+    Args:
+        problems: one sentence per problem, each naming the option, its value and the remedy.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        head = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__(f"{head} in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+class DatasetError(RaSeRecError):
+    """The data set is missing, unreadable or unfit for the run."""
+
+
+class CheckpointError(RaSeRecError):
+    """A checkpoint or memory is missing, damaged, foreign, or belongs to another configuration."""

@@ -1,0 +1,278 @@
+"""Full-ranking evaluation of any RecBole model under both protocols from one score matrix.
+
+The same model differs by a fifth or more in NDCG between the two protocols, so every figure carries its name:
+
+- ``seen_kept``: the items of the user's earlier history stay in the ranking. RecBole's way for sequential models.
+- ``seen_removed``: they are taken out, except the target itself. RecBole's way for general models.
+
+Ranks are counted here (:mod:`recbole_raserec.evaluation.ranking`); the metrics come from RecBole's own Evaluator, which
+is handed the hit structure that its Collector would have built, and so are equal to RecBole's to the last digit. (Where
+scores tie, RecBole leaves the order open; here the lower item id ranks first.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataloader import NegSampleEvalDataLoader
+from recbole.data.interaction import Interaction
+from recbole.evaluator import Evaluator
+from recbole.evaluator.collector import DataStruct
+from recbole.evaluator.register import metric_information
+from scipy.sparse import csr_matrix
+
+from recbole_raserec.errors import ConfigError, DatasetError
+from recbole_raserec.evaluation.ranking import csr_pairs
+from recbole_raserec.evaluation.scoring import Scorer, batches_of, even_blocks, option
+
+SEEN_KEPT = "seen_kept"
+SEEN_REMOVED = "seen_removed"
+PROTOCOLS = (SEEN_KEPT, SEEN_REMOVED)
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of every target of an evaluation set, in the order of its data loader.
+
+    Attributes:
+        kept: int64 [P], 1-based, seen items in the ranking.
+        removed: int64 [P], seen items out of the ranking; None if the seen items were not given.
+        queries: int64 [P], the query each rank belongs to (a general model may have several targets per query).
+        users: int64 [n_queries], internal user id of each query.
+    """
+
+    kept: torch.Tensor
+    removed: torch.Tensor | None
+    queries: torch.Tensor
+    users: torch.Tensor
+
+    def by_protocol(self) -> dict[str, torch.Tensor]:
+        """The ranks under the name of their protocol."""
+        return {SEEN_KEPT: self.kept} if self.removed is None else {SEEN_KEPT: self.kept, SEEN_REMOVED: self.removed}
+
+
+def evaluate(
+    model: torch.nn.Module,
+    eval_data: Any,
+    config: Any,
+    seen: csr_matrix | None = None,
+    progress: bool = False,
+    *,
+    seen_by: str = "user",
+    decimals: int | None = None,
+) -> dict[str, Metrics]:
+    """Metrics of `model` on `eval_data` under both protocols: {protocol: {"recall@10": value, ...}}.
+
+    Args: as :func:`collect_ranks`, and
+        decimals: digits the values are rounded to; without it `metric_decimal_place`, as RecBole does.
+
+    Raises:
+        ConfigError, DatasetError, ValueError: as :func:`collect_ranks`.
+    """
+    ranks = collect_ranks(model, eval_data, config, seen, progress, seen_by=seen_by)
+    return {
+        protocol: metrics_from_ranks(values, config, queries=ranks.queries, decimals=decimals)
+        for protocol, values in ranks.by_protocol().items()
+    }
+
+
+def collect_ranks(
+    model: torch.nn.Module,
+    eval_data: Any,
+    config: Any,
+    seen: csr_matrix | None = None,
+    progress: bool = False,
+    *,
+    seen_by: str = "user",
+) -> Ranks:
+    """Rank every target of `eval_data` with `model`, in chunks of at most `eval_memory_mb` MiB of scores.
+
+    A model that offers `full_sort_vectors(interaction) -> (h [B, H], item_vectors [V, H], item_bias [V] or None)`, with
+    scores `h @ item_vectors.T + item_bias`, is ranked without a [B, V] matrix. Any other is asked through RecBole's
+    `full_sort_predict`, or `predict` over all items where that is all it has.
+
+    Args:
+        model: a RecBole model; its training mode is restored afterwards.
+        eval_data: RecBole's FullSortEvalDataLoader, or one whose batches have the same four parts.
+        config: the run's configuration (`metrics`, `topk`, `eval_args`, `USER_ID_FIELD`, `device`, `eval_memory_mb`).
+        seen: what has been seen before the targets of this phase (training data for validation; training and
+            validation data for test), the whole log and not just the part the model reads: bool [n_users, n_items].
+            Without it only `seen_kept` is reported. RecBole's own history index is not used: it holds the same items.
+        progress: show a progress bar.
+        seen_by: "user", or "query" if `seen` has a row for each query, in the order of `eval_data` (for splits in
+            which a user has several queries with different histories).
+
+    Raises:
+        ConfigError: a metric needs more than the ranks, the items are sampled, or `eval_memory_mb` is too low.
+        DatasetError: there is nothing to evaluate.
+        ValueError: the model gives NaN scores, or `seen` does not fit the data.
+    """
+    problems = evaluation_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    if isinstance(eval_data, NegSampleEvalDataLoader):
+        raise ConfigError(["eval_args: the data loader samples the items to rank; set eval_args: {mode: full}."])
+    if seen_by not in ("user", "query"):
+        raise ValueError(f"seen_by is {seen_by!r}; it must be 'user' or 'query'.")
+
+    scorer = Scorer(model, eval_data._dataset, config)
+    ranks = _RankLists()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for interaction, positive_u, positive_i in batches_of(eval_data, scorer.rows, progress):
+                users = interaction[config["USER_ID_FIELD"]].cpu()
+                seen_rows = users.numpy()
+                if seen_by == "query":
+                    seen_rows = ranks.n_queries + np.arange(len(users))
+                kept, removed = _rank_batch(scorer, interaction, positive_u, positive_i, seen, seen_rows)
+                ranks.add(kept, removed, positive_u, users)
+    finally:
+        model.train(was_training)
+    if not ranks.n_queries:
+        raise DatasetError("the evaluation set is empty: no user has an interaction left for it after the split.")
+    return ranks.joined(with_removed=seen is not None)
+
+
+def metrics_from_ranks(
+    ranks: torch.Tensor, config: Any, *, queries: torch.Tensor | None = None, decimals: int | None = None
+) -> Metrics:
+    """RecBole's metrics from the ranks of the targets.
+
+    Args:
+        ranks: int64 [P], 1-based.
+        config: gives `metrics`, `topk` and `metric_decimal_place`.
+        queries: int64 [P], the query (0..n-1, each present) of each rank; without it each rank is a query of its own.
+        decimals: digits to round to instead of `metric_decimal_place`.
+
+    Raises:
+        ConfigError: a metric needs more than the ranks.
+    """
+    problems = evaluation_problems(config)
+    if problems:
+        raise ConfigError(problems)
+    topk = [config["topk"]] if isinstance(config["topk"], int) else list(config["topk"])
+    digits = config["metric_decimal_place"] if decimals is None else decimals
+    queries = torch.arange(len(ranks)) if queries is None else queries
+    positives = torch.bincount(queries)  # [n]
+
+    hits = torch.zeros((len(positives), max(topk) + 1), dtype=torch.int32)  # [n, max k | number of positives]
+    inside = ranks <= max(topk)
+    hits[queries[inside], ranks[inside] - 1] = 1
+    hits[:, -1] = positives
+    collected = DataStruct()
+    collected.set("rec.topk", hits)
+    evaluator = Evaluator({"metrics": _names(config), "topk": topk, "metric_decimal_place": digits})
+    return {name: float(value) for name, value in evaluator.evaluate(collected).items()}
+
+
+def evaluation_problems(config: Any) -> list[str]:
+    """What in the evaluation options cannot be honoured here, one sentence each; empty if all is well."""
+    problems = []
+    usable = sorted(name for name, needs in metric_information.items() if needs == ["rec.topk"])
+    for name in _names(config):
+        if name.lower() not in usable:
+            known = "needs more than the ranks of the targets" if name.lower() in metric_information else "is unknown"
+            problems.append(f"metrics: {name} {known}; choose among {', '.join(usable)}.")
+    mode = (option(config, "eval_args") or {}).get("mode", "full")
+    for phase, value in (mode if isinstance(mode, Mapping) else {"valid": mode, "test": mode}).items():
+        if value != "full":
+            problems.append(
+                f"eval_args: mode of {phase} is {value!r}, but results are reported over all items only; "
+                "set eval_args: {mode: full}."
+            )
+    return problems
+
+
+def seen_from_interactions(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> csr_matrix:
+    """Seen items of each user from parallel arrays of internal ids: bool [n_users, n_items]."""
+    users, items = np.asarray(users), np.asarray(items)
+    return _without_repeats(csr_matrix((np.ones(len(users), dtype=bool), (users, items)), shape=(n_users, n_items)))
+
+
+def seen_matrix(store: Any, positions: np.ndarray, n_items: int, users: np.ndarray | None = None) -> csr_matrix:
+    """Seen items from the beginnings of stored sequences: bool [len(positions), n_items].
+
+    Args:
+        store: has `offsets` [n_users + 1] and `items`; user u's are items[offsets[u]:offsets[u + 1]] in time order.
+        positions: row r has seen the first positions[r] items of its user (the position of its target).
+        n_items: number of items, padding included.
+        users: user of each row; without it row r is user r.
+    """
+    positions = np.asarray(positions, dtype=np.int64)
+    users = np.arange(len(positions)) if users is None else np.asarray(users)
+    starts = np.asarray(store.offsets)[users]
+    if (positions < 0).any() or (starts + positions > np.asarray(store.offsets)[users + 1]).any():
+        raise ValueError("positions reach beyond the user's sequence.")
+    indptr = np.concatenate([[0], np.cumsum(positions)])
+    index = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], positions)
+    ones = np.ones(len(index), dtype=bool)
+    return _without_repeats(csr_matrix((ones, np.asarray(store.items)[index], indptr), shape=(len(users), n_items)))
+
+
+def _without_repeats(matrix: csr_matrix) -> csr_matrix:
+    matrix.sum_duplicates()
+    return matrix
+
+
+def _rank_batch(
+    scorer: Scorer,
+    interaction: Interaction,
+    positive_u: torch.Tensor,
+    positive_i: torch.Tensor,
+    seen: csr_matrix | None,
+    seen_rows: np.ndarray,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks (kept, removed), int64 [P] each, of the positives of one batch; `seen_rows` [B] are rows of `seen`."""
+    kept = torch.empty(len(positive_i), dtype=torch.int64)
+    removed = torch.empty(len(positive_i), dtype=torch.int64)
+    if seen is not None and len(seen_rows) and seen_rows.max() >= seen.shape[0]:
+        raise ValueError(f"the seen items have {seen.shape[0]} rows, but row {seen_rows.max()} was asked for.")
+    single = torch.equal(positive_u, torch.arange(len(interaction)))
+    for start, stop in even_blocks(len(interaction), scorer.rows):
+        here = ((positive_u >= start) & (positive_u < stop)).nonzero().squeeze(1)
+        rows, targets = positive_u[here] - start, positive_i[here]
+        pairs = None
+        if seen is not None:
+            owner, item = csr_pairs(seen.indptr, seen.indices, seen_rows[start:stop][rows.numpy()])
+            if not single:  # the other positives of the query stay in its ranking too
+                width = scorer.n_items
+                others = np.isin(rows.numpy()[owner] * width + item, rows.numpy() * width + targets.numpy())
+                owner, item = owner[~others], item[~others]
+            pairs = (owner, item)
+        kept[here], removed[here] = scorer.rank(interaction, start, stop, rows, targets, pairs)
+    return kept, removed
+
+
+class _RankLists:
+    """Collects the ranks of the batches."""
+
+    def __init__(self) -> None:
+        self.n_queries = 0
+        self.kept: list[torch.Tensor] = []
+        self.removed: list[torch.Tensor] = []
+        self.queries: list[torch.Tensor] = []
+        self.users: list[torch.Tensor] = []
+
+    def add(self, kept: torch.Tensor, removed: torch.Tensor, rows: torch.Tensor, users: torch.Tensor) -> None:
+        self.kept.append(kept)
+        self.removed.append(removed)
+        self.queries.append(rows + self.n_queries)
+        self.users.append(users)
+        self.n_queries += len(users)
+
+    def joined(self, with_removed: bool) -> Ranks:
+        removed = torch.cat(self.removed) if with_removed else None
+        return Ranks(torch.cat(self.kept), removed, torch.cat(self.queries), torch.cat(self.users))
+
+
+def _names(config: Any) -> list[str]:
+    metrics = config["metrics"]
+    return [metrics] if isinstance(metrics, str) else list(metrics)

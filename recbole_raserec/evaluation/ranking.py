@@ -1,0 +1,214 @@
+"""Ranks of target items, counted instead of sorted, for both protocols at once.
+
+The rank of a target among the items 1..V-1 (item 0 is the padding and is never ranked) is one plus the number of
+items in front of it: those with a higher score, and those with an equal score and a lower item id. Counting needs two
+comparisons a score; sorting or a top-k needs far more, and would have to be repeated for the second protocol, which
+here costs one look-up per seen item.
+
+Shapes: B or N queries, V items with the padding, H dimensions, S pairs of a query and an item it has seen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from recbole_raserec.errors import ConfigError
+
+MIB = 2**20
+# Scores and their comparison mask are reused while they still lie in the processor's last-level cache; a larger chunk
+# is slower on a CPU. A GPU wants few, large kernels.
+_CPU_CHUNK_BYTES = 12 * MIB
+_GPU_CHUNK_BYTES = 512 * MIB
+_MASK_BYTES = 4
+# The counts are summed in float32 (the comparison and the sum are several times faster than through bool); whole
+# numbers are exact in it up to here.
+_EXACT_ITEMS = 2**24
+
+SeenPairs = tuple[np.ndarray, np.ndarray]
+
+
+def target_ranks(
+    scores: torch.Tensor,
+    targets: torch.Tensor,
+    seen: SeenPairs | None = None,
+    rows: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank each target in its row of a score matrix, with the seen items kept in the ranking and without them.
+
+    Args:
+        scores: [R, V], any real dtype; left unchanged. Minus infinity is allowed, NaN is not (except for item 0).
+        targets: [B] item ids in 1..V-1.
+        seen: (index of the target in `targets` [S], item id [S]); the items to take out of the ranking of that target.
+            The target itself stays even if it is listed, an item listed twice counts once, item 0 is ignored.
+        rows: [B] row of `scores` each target is ranked in; without it, target b belongs to row b.
+
+    Returns:
+        (kept, removed): 1-based ranks, int64 [B] on the CPU. Without `seen` both are the same.
+
+    Raises:
+        ValueError: a score is NaN, a target is no item, or the shapes do not fit.
+    """
+    n_targets, n_items = len(targets), scores.shape[1]
+    rows = torch.arange(n_targets) if rows is None else rows.cpu()
+    if len(rows) != n_targets or (n_targets and int(rows.max()) >= len(scores)):
+        raise ValueError(f"{n_targets} targets do not fit a score matrix of shape {tuple(scores.shape)}.")
+    _check_items(targets, n_items, "target")
+    rows, targets = rows.to(scores.device), targets.to(scores.device)
+    aligned = torch.equal(rows, torch.arange(n_targets, device=rows.device))
+
+    kept = torch.empty(n_targets, dtype=torch.int64)
+    step = max(1, min(n_targets, _chunk_bytes(scores.device) // (n_items * _MASK_BYTES)))
+    mask = scores.new_empty((step, n_items - 1), dtype=torch.float32)
+    for start in range(0, n_targets, step):
+        stop = min(start + step, n_targets)
+        block = scores[start:stop] if aligned else scores[rows[start:stop]]  # [b, V]
+        kept[start:stop] = _count(_comparable(block), targets[start:stop], mask).cpu()
+    return kept, kept - _seen_in_front(scores, rows, targets, seen)
+
+
+def rank_in_chunks(
+    h: torch.Tensor,
+    item_vectors: torch.Tensor,
+    targets: torch.Tensor,
+    seen: SeenPairs | None = None,
+    *,
+    item_bias: torch.Tensor | None = None,
+    memory_mb: float = 512,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank each target by the scores `h @ item_vectors.T (+ item_bias)` without ever holding the whole [N, V] matrix.
+
+    Rows are scored in chunks into one buffer that is allocated once; scores and mask stay under `memory_mb`.
+
+    Args:
+        h: [N, H] one vector per query.
+        item_vectors: [V, H], row 0 the padding item.
+        targets: [N] item ids in 1..V-1.
+        seen: (offsets int [N + 1], items int [S]); query n has seen items[offsets[n]:offsets[n + 1]].
+        item_bias: [V], added to the scores of each query.
+        memory_mb: upper bound in MiB for the buffers (option `eval_memory_mb`).
+
+    Returns:
+        (kept, removed): 1-based ranks, int64 [N] on the CPU, as :func:`target_ranks` counts them.
+
+    Raises:
+        ConfigError: `memory_mb` does not hold the scores of a single query.
+        ValueError: a score is NaN, a target is no item, or the shapes do not fit.
+    """
+    n_queries, n_items = len(h), len(item_vectors)
+    if len(targets) != n_queries:
+        raise ValueError(f"{len(targets)} targets do not fit {n_queries} query vectors.")
+    _check_items(targets, n_items, "target")
+    if h.dtype not in (torch.float32, torch.float64):  # half precision would put many items on one score
+        h, item_vectors = h.float(), item_vectors.float()
+    targets = targets.to(h.device)
+
+    step = chunk_rows(n_items, h.element_size() + _MASK_BYTES, memory_mb, h.device)
+    step = max(1, min(step, n_queries))
+    scores = h.new_empty((step, n_items))
+    mask = h.new_empty((step, n_items - 1), dtype=torch.float32)
+    kept = torch.empty(n_queries, dtype=torch.int64)
+    removed = torch.empty(n_queries, dtype=torch.int64)
+    with torch.no_grad():
+        for start in range(0, n_queries, step):
+            stop = min(start + step, n_queries)
+            block = torch.mm(h[start:stop], item_vectors.t(), out=scores[: stop - start])  # [b, V]
+            if item_bias is not None:
+                block += item_bias
+            kept[start:stop] = _count(block, targets[start:stop], mask).cpu()
+            pairs = None if seen is None else csr_pairs(*seen, np.arange(start, stop))
+            own_rows = torch.arange(stop - start, device=h.device)
+            removed[start:stop] = kept[start:stop] - _seen_in_front(block, own_rows, targets[start:stop], pairs)
+    return kept, removed
+
+
+def chunk_rows(n_items: int, bytes_per_score: int, memory_mb: float, device: torch.device) -> int:
+    """How many rows of scores to hold at once: as many as are fast on `device`, never more than `memory_mb` MiB.
+
+    Raises:
+        ConfigError: not even one row fits.
+    """
+    row_bytes = n_items * bytes_per_score
+    limit = int(memory_mb * MIB) // row_bytes
+    if limit < 1:
+        need = math.ceil(row_bytes / MIB)
+        raise ConfigError(
+            [
+                f"eval_memory_mb: {memory_mb} MiB do not hold the scores of one user over {n_items} items; "
+                f"set it to {need} or more."
+            ]
+        )
+    return max(1, min(limit, _chunk_bytes(device) // row_bytes))
+
+
+def csr_pairs(offsets: np.ndarray, items: np.ndarray, rows: np.ndarray) -> SeenPairs:
+    """Spread the CSR lists of the given rows into pairs: (index into `rows` [S], item [S])."""
+    starts = np.asarray(offsets[rows], dtype=np.int64)
+    lengths = np.asarray(offsets[rows + 1], dtype=np.int64) - starts
+    owner = np.repeat(np.arange(len(rows)), lengths)
+    first = np.cumsum(lengths) - lengths  # where each row's pairs begin in the result
+    return owner, items[np.arange(len(owner)) + np.repeat(starts - first, lengths)]
+
+
+def _count(block: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Ranks [b] of `targets` [b] in the score rows `block` [b, V]; `mask` [>= b, V - 1] is scratch."""
+    items, mask = block[:, 1:], mask[: len(block)]
+    own = block.gather(1, targets.unsqueeze(1))  # [b, 1]
+    ahead = _row_sums(torch.gt(items, own, out=mask))
+    behind = _row_sums(torch.lt(items, own, out=mask))
+    # Every item but the target is strictly ahead or behind, unless it ties with the target or a score is NaN.
+    odd = (ahead + behind != items.shape[1] - 1).nonzero().squeeze(1)
+    if len(odd):
+        unclear = items[odd]
+        if bool(unclear.isnan().any()):
+            raise ValueError(
+                "the model gives NaN scores, which have no rank; its training has diverged (lower the learning rate) "
+                "or its weights are damaged."
+            )
+        ids = torch.arange(1, block.shape[1], device=block.device)
+        ahead[odd] += ((unclear == own[odd]) & (ids < targets[odd].unsqueeze(1))).sum(1)
+    return ahead + 1
+
+
+def _row_sums(mask: torch.Tensor) -> torch.Tensor:
+    exact = torch.float32 if mask.shape[1] < _EXACT_ITEMS else torch.float64
+    return mask.sum(1, dtype=exact).to(torch.int64)
+
+
+def _seen_in_front(
+    scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, seen: SeenPairs | None
+) -> torch.Tensor:
+    """How many distinct seen items stand in front of each target: int64 [B] on the CPU."""
+    n_targets, n_items = len(targets), scores.shape[1]
+    if seen is None or not len(seen[0]):
+        return torch.zeros(n_targets, dtype=torch.int64)
+    owner, item = (torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)) for part in seen)
+    if int(owner.min()) < 0 or int(owner.max()) >= n_targets:
+        raise ValueError(f"seen items are given for row {int(owner.max())}, but there are only {n_targets} targets.")
+    real = item != 0
+    owner, item = owner[real].to(scores.device), item[real].to(scores.device)
+    _check_items(item, n_items, "seen item")
+    row, target = rows[owner], targets[owner]
+    score, own = scores[row, item], scores[row, target]
+    in_front = ((score > own) | ((score == own) & (item < target))) & (item != target)
+    once = torch.unique(owner[in_front] * n_items + item[in_front])
+    return torch.bincount(torch.div(once, n_items, rounding_mode="floor"), minlength=n_targets).cpu()
+
+
+def _comparable(block: torch.Tensor) -> torch.Tensor:
+    """Scores in a dtype that holds them exactly and compares fast."""
+    if block.dtype in (torch.float32, torch.float64):
+        return block
+    return block.float() if block.is_floating_point() else block.double()
+
+
+def _check_items(items: torch.Tensor, n_items: int, what: str) -> None:
+    if len(items) and (int(items.min()) < 1 or int(items.max()) >= n_items):
+        wrong = int(items.min()) if int(items.min()) < 1 else int(items.max())
+        raise ValueError(f"{what} {wrong} is not an item: ids run from 1 to {n_items - 1} (0 is the padding).")
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    return _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES

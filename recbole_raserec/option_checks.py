@@ -1,0 +1,185 @@
+"""Checks of option values, alone and together. Each problem is one sentence: option, value, remedy."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Callable
+
+from recbole.evaluator import metric_types
+from recbole.utils import EvaluatorType
+
+from recbole_raserec.option_sources import all_keys, model_keys
+from recbole_raserec.options import COMPUTED_KEYS, NESTED, REMEDIES, Rule, nearest, number, shown
+
+
+def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
+    """Problems of the options given that the run does not read.
+
+    Args:
+        given: the options given.
+        known: the options that the run reads; None when that cannot be told, then those of every model.
+        origins: where each was given, as the message shows it.
+    """
+    if known is not None and known.issuperset(given):
+        return []
+    every = all_keys()
+    known = every - COMPUTED_KEYS if known is None else known
+    problems = []
+    for name in given:
+        if name in known:
+            continue
+        start = f"{name}: {shown(given[name])}{origins.get(name, '')} is"
+        if name in REMEDIES or name in COMPUTED_KEYS:
+            problems.append(f"{start} not an option; {REMEDIES.get(name, 'remove it, RecBole computes it')}")
+        elif name in every:
+            readers = [model for model, keys in sorted(model_keys().items()) if name in keys]
+            some = ", ".join(readers[:4]) + (", ..." if len(readers) > 4 else "")
+            problems.append(f"{start} an option of other models ({some}); this run does not read it, remove it")
+        else:
+            guess = nearest(name, known) or nearest(name, every)
+            problems.append(f"{start} not an option; " + (f"did you mean {guess}?" if guess else "remove it"))
+    return problems
+
+
+def check_values(
+    options: dict[str, Any], rules: Mapping[str, Rule], origins: Mapping[str, str], defaults: Mapping[str, Any]
+) -> list[str]:
+    """Problems of the values that `rules` refuse; those accepted take their rule's type, in place."""
+    problems = []
+    for name, rule in rules.items():
+        if name not in options:
+            continue
+        value = options[name]
+        if rule.accepts(value):
+            options[name] = value if rule.kind is None else rule.kind(value)
+            continue
+        guess = nearest(value, rule.choices) if isinstance(value, str) else None
+        if guess is not None:
+            remedy = f"did you mean {guess}?"
+        elif rule.accepts(defaults.get(name)):
+            remedy = f"write for example {name}: {defaults[name]}"
+        else:
+            remedy = "change or remove it"
+        problems.append(f"{name}: {shown(value)}{origins.get(name, '')} is not {rule.requirement}; {remedy}")
+    return problems
+
+
+def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], retrieval: bool) -> list[str]:
+    """Problems between values that are each right on their own.
+
+    Args:
+        options: the final options.
+        reads: whether the model or its backbone reads an option of that name.
+        retrieval: whether the retrieval stage runs.
+    """
+    heads: dict[str, list[str]] = {}  # length of a vector -> the numbers of heads that must divide it
+    if reads("n_heads"):
+        heads["hidden_size" if reads("hidden_size") else "embedding_size"] = ["n_heads"]
+    if retrieval:
+        # A model that has both (GRU4Rec) returns vectors of its items' length.
+        heads.setdefault("embedding_size" if reads("embedding_size") else "hidden_size", []).append("ram_heads")
+    problems = []
+    for size, names in heads.items():
+        total: Any = options.get(size)
+        counts: list[Any] = [options.get(name) for name in names]
+        if not all(type(value) is int and value > 0 for value in [total, *counts]):
+            continue  # reported on its own
+        wrong = [f"{name}: {count}" for name, count in zip(names, counts) if total % count]
+        if wrong:
+            step = math.lcm(*counts)
+            problems.append(
+                f"{size}: {total} is not divisible by {' and '.join(wrong)}; "
+                f"set {size} to a multiple, for example {size}: {total + step - total % step}, or change the heads"
+            )
+    if retrieval:
+        lists, probes = options.get("ivf_lists"), options.get("ivf_probes")
+        if type(lists) is int and type(probes) is int and probes > lists:
+            problems.append(f"ivf_probes: {probes} is more than ivf_lists: {lists}; set ivf_probes to {lists} or less")
+    targets = ["valid_metric", "ram_valid_metric"] if retrieval else ["valid_metric"]
+    return problems + _check_metrics(options, targets) + _check_eval_args(options) + _check_negatives(options)
+
+
+def _check_metrics(options: Mapping[str, Any], targets: list[str]) -> list[str]:
+    metrics: Any = options.get("metrics")
+    topk: Any = options.get("topk")
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    topk = [topk] if type(topk) is int else topk
+    problems = []
+    if not isinstance(metrics, (list, tuple)) or not metrics:
+        problems.append(f"metrics: {shown(metrics)} is not a list of names; write metrics: ['Recall', 'NDCG']")
+        metrics = []
+    for metric in metrics:
+        if str(metric).lower() not in metric_types:
+            guess = nearest(metric, metric_types)
+            remedy = f"did you mean {guess}?" if guess else f"RecBole has {', '.join(sorted(metric_types))}"
+            problems.append(f"metrics: {shown(metric)} is not a metric; {remedy}")
+    if not isinstance(topk, (list, tuple)) or not topk or not all(type(k) is int and k > 0 for k in topk):
+        problems.append(f"topk: {shown(options.get('topk'))} is not a list of integers > 0; write topk: [5, 10, 20]")
+    if problems:
+        return problems
+    kinds = {metric_types[metric.lower()] for metric in metrics}
+    if len(kinds) > 1:
+        return [f"metrics: {shown(metrics)} mixes ranking and value metrics; keep those of one kind"]
+    ranking = kinds == {EvaluatorType.RANKING}
+    allowed = [f"{metric}@{k}" for metric in metrics for k in topk] if ranking else list(metrics)
+    for name in targets:
+        if str(options.get(name)).lower() not in {candidate.lower() for candidate in allowed}:
+            problems.append(
+                f"{name}: {shown(options.get(name))} is not computed with metrics: {shown(list(metrics))} and topk: "
+                f"{shown(list(topk))}; choose one of {', '.join(allowed)}, or extend metrics or topk"
+            )
+    return problems
+
+
+def _check_eval_args(options: Mapping[str, Any]) -> list[str]:
+    given = options.get("eval_args")
+    if not isinstance(given, dict):
+        return [f"eval_args: {shown(given)} is not a mapping; write eval_args: {{split: {{LS: valid_and_test}}}}"]
+    problems = _check_nested("eval_args", given)
+    split = given.get("split")
+    parts = list(split.items()) if isinstance(split, dict) else []
+    kind: Any = parts[0][0] if len(parts) == 1 else None
+    share: Any = parts[0][1] if len(parts) == 1 else None
+    held_out = kind == "LS" and share in ("valid_and_test", "valid_only", "test_only")
+    ratio = kind == "RS" and isinstance(share, (list, tuple)) and len(share) > 0
+    if not held_out and not (ratio and all(number(0).accepts(part) for part in share) and sum(share) > 0):
+        problems.append(
+            f"eval_args: split {shown(split)} is neither {{LS: valid_and_test | valid_only | test_only}} nor "
+            "{RS: [0.8, 0.1, 0.1]}; write split: {LS: valid_and_test}"
+        )
+    for key, allowed in (("order", ("TO", "RO")), ("group_by", ("user", "none", None))):
+        if given.get(key) not in allowed:
+            problems.append(f"eval_args: {key} {shown(given.get(key))} is unknown; write {key}: {allowed[0]}")
+    mode = given.get("mode")
+    modes = mode if isinstance(mode, dict) and mode and set(mode) <= {"valid", "test"} else {"valid": mode}
+    for value in modes.values():
+        if not isinstance(value, str) or not re.fullmatch(r"full|labeled|(uni|pop)[1-9]\d*", value):
+            problems.append(f"eval_args: mode {shown(value)} is none of full, labeled, uniN, popN; write mode: full")
+    return problems
+
+
+def _check_negatives(options: Mapping[str, Any]) -> list[str]:
+    given = options.get("train_neg_sample_args")
+    if given is None or given == "None":
+        return []
+    if not isinstance(given, dict):
+        return [f"train_neg_sample_args: {shown(given)} is not a mapping; write null, or {{distribution: uniform}}"]
+    problems = _check_nested("train_neg_sample_args", given)
+    if given.get("distribution", "uniform") not in ("uniform", "popularity", "none", "None", None):
+        problems.append(
+            f"train_neg_sample_args: distribution {shown(given['distribution'])} is unknown; "
+            "write distribution: uniform, popularity or none"
+        )
+    return problems
+
+
+def _check_nested(name: str, given: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for key in given:
+        if key not in NESTED[name]:
+            guess = nearest(key, NESTED[name])
+            remedy = f"did you mean {guess}?" if guess else f"it has {', '.join(NESTED[name])}"
+            problems.append(f"{name}: the key {shown(key)} is unknown; {remedy}")
+    return problems

@@ -1,0 +1,116 @@
+"""SASRec (arXiv 1808.09781) with RecBole's parameters and results, computed without the work nobody reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
+
+from recbole_raserec.data.packed import PACKED_TARGETS
+from recbole_raserec.kernels.dropout import use_fast_dropout
+from recbole_raserec.kernels.losses import linear_cross_entropy
+
+
+class SASRec(RecBoleSASRec):
+    """RecBole's SASRec: same parameters, same names, same initialisation, same scores and loss within 1e-5.
+
+    What differs is the cost. Batches may be trimmed to their longest row; the last layer is evaluated at the last
+    position alone, the only one that reaches the loss; the softmax over items runs in reused buffers.
+
+    Options: those of RecBole's SASRec.
+    """
+
+    def __init__(self, config: Any, dataset: Any):
+        super().__init__(config, dataset)
+        use_fast_dropout(self)
+
+    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+        """Encode histories.
+
+        Args:
+            item_seq: int64 [B, L], left-aligned, padded with 0.
+            item_seq_len: int64 [B], at least 1.
+
+        Returns:
+            user vectors h, [B, H].
+        """
+        hidden = self._embed(item_seq)  # [B, L, H]
+        layers = self.trm_encoder.layer
+        for layer in layers[:-1]:
+            hidden = _layer(layer, hidden, hidden, causal=True)
+        last = self.gather_indexes(hidden, item_seq_len - 1).unsqueeze(1)  # [B, 1, H]
+        return _layer(layers[-1], last, hidden, key_length=item_seq_len).squeeze(1)
+
+    def encode_positions(self, item_seq: torch.Tensor) -> torch.Tensor:
+        """User vector after every prefix of each row in one causal pass: [B, L] -> [B, L, H]."""
+        hidden = self._embed(item_seq)
+        for layer in self.trm_encoder.layer:
+            hidden = _layer(layer, hidden, hidden, causal=True)
+        return hidden
+
+    def _embed(self, item_seq: torch.Tensor) -> torch.Tensor:
+        positions = self.position_embedding.weight[: item_seq.size(1)]  # [L, H]
+        return self.dropout(self.LayerNorm(self.item_embedding(item_seq) + positions))
+
+    def item_vectors(self) -> torch.Tensor:
+        """Item table as it enters the dot product, [V, H]."""
+        return self.item_embedding.weight
+
+    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """What ``full_sort_predict`` multiplies: user vectors [B, H], item vectors [V, H], no bias."""
+        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]), self.item_vectors(), None
+
+    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        if self.loss_type != "CE":
+            return super().calculate_loss(interaction)
+        h, targets = self.encode_batch(interaction)
+        return linear_cross_entropy(h, self.item_vectors(), targets)
+
+    def encode_batch(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """User vectors [N, H] and target items [N] of a training batch: N rows of windows, or, packed, all targets."""
+        item_seq = interaction[self.ITEM_SEQ]
+        if PACKED_TARGETS not in interaction.columns:
+            return self.forward(item_seq, interaction[self.ITEM_SEQ_LEN]), interaction[self.POS_ITEM_ID]
+        targets = interaction[PACKED_TARGETS]  # [U, L]
+        predicted = targets > 0
+        return self.encode_positions(item_seq)[predicted], targets[predicted]
+
+
+def _layer(layer: Any, query: torch.Tensor, hidden: torch.Tensor, *, causal: bool = False, key_length: Any = None):
+    """One post-norm transformer layer for the positions in `query` [B, Q, H] over `hidden` [B, L, H].
+
+    `causal`: query position i sees positions <= i (Q = L). Otherwise each row sees its first `key_length` positions.
+    Right padding needs no mask under `causal`: no real position looks to its right.
+    """
+    attention, feed_forward = layer.multi_head_attention, layer.feed_forward
+    context = _attend(attention, query, hidden, causal, key_length)
+    mixed = attention.out_dropout(attention.dense(context))
+    mixed = attention.LayerNorm(mixed + query)
+    inner = feed_forward.dense_1(mixed)
+    # RecBole spells GELU with five elementwise operations; the fused one is the same function
+    exact_gelu = feed_forward.intermediate_act_fn == feed_forward.gelu
+    inner = F.gelu(inner) if exact_gelu else feed_forward.intermediate_act_fn(inner)
+    return feed_forward.LayerNorm(feed_forward.dropout(feed_forward.dense_2(inner)) + mixed)
+
+
+def _attend(attention: Any, query: torch.Tensor, hidden: torch.Tensor, causal: bool, key_length: Any) -> torch.Tensor:
+    batch, length, size = hidden.shape
+    heads, head_size = attention.num_attention_heads, attention.attention_head_size
+
+    def split(x: torch.Tensor) -> torch.Tensor:  # [B, T, H] -> [B, heads, T, H / heads]
+        return x.view(batch, -1, heads, head_size).transpose(1, 2)
+
+    weight = torch.cat([attention.key.weight, attention.value.weight])
+    bias = torch.cat([attention.key.bias, attention.value.bias])
+    keys, values = F.linear(hidden, weight, bias).split(size, dim=-1)
+    q = split(attention.query(query) / attention.sqrt_attention_head_size)
+    scores = q @ split(keys).transpose(2, 3)  # [B, heads, Q, L]
+    if causal:
+        scores = scores + torch.full((length, length), float("-inf"), device=scores.device).triu(1)
+    elif key_length is not None:
+        beyond = torch.arange(length, device=scores.device) >= key_length[:, None]  # [B, L]
+        scores = scores.masked_fill(beyond[:, None, None, :], float("-inf"))
+    weights = attention.attn_dropout(torch.softmax(scores, dim=-1))
+    return (weights @ split(values)).transpose(1, 2).reshape(batch, -1, size)

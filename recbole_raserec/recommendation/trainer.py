@@ -1,0 +1,237 @@
+"""RecBole's trainers, made safe to kill: the state after each epoch is on disk, whole, and free of pickle."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+import torch
+from recbole.trainer import Trainer
+from recbole.trainer.trainer import PretrainTrainer
+from recbole.utils import ModelType
+
+from recbole_raserec.errors import CheckpointError
+from recbole_raserec.fileio import read_tensors, write_tensors
+
+STATE, BEST = "state.safetensors", "model.safetensors"
+
+#: Evaluates a model on validation data: (model, data) -> {protocol: {metric: value}}.
+Evaluate = Callable[[Any, Any], dict[str, dict[str, float]]]
+
+
+class ResumableTrainer(Trainer):
+    """RecBole's Trainer whose run lives in a directory and goes on where it stopped.
+
+    After each evaluated epoch ``state.safetensors`` holds weights, optimizer, random states, epoch and the early
+    stopping's counters; ``model.safetensors`` the best weights so far. Both are replaced atomically, the best first, so
+    that a kill at any moment repeats at most one epoch, with the same random numbers and thus the same result.
+
+    Args:
+        directory: where the run lives.
+        evaluate: validation of both protocols in one pass; the values are RecBole's.
+        protocol: the protocol whose ``valid_metric`` decides on early stopping.
+        resume: continue a run found in `directory`; otherwise start anew over it.
+        before_epoch: called with the epoch's number before it starts.
+
+    Raises:
+        CheckpointError: `directory` holds a damaged or foreign state.
+    """
+
+    def __init__(
+        self, config: Any, model: Any, directory: Path, evaluate: Evaluate, protocol: str, resume: bool = True,
+        before_epoch: Optional[Callable[[int], None]] = None,
+    ):  # fmt: skip
+        super().__init__(config, model)
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.saved_model_file = str(self.directory / BEST)
+        self._evaluate, self._protocol = evaluate, protocol
+        self._before_epoch = before_epoch
+        self.seconds = 0.0
+        self._epoch_start = time.perf_counter()
+        self._loader: Any = None
+        self._resumed: Optional[dict[str, torch.Tensor]] = None
+        # Graph models cache embeddings there. Until this process has seen the best epoch, they are as constructed.
+        self.best_other_parameter: Any = model.other_parameter()
+        if resume and (self.directory / STATE).exists() and (self.directory / BEST).exists():
+            self.resume_checkpoint(self.directory / STATE)
+
+    def _build_optimizer(self, **kwargs: Any) -> Any:
+        params = list(kwargs.get("params", self.model.parameters()))
+        kwargs["params"] = [p for p in params if p.requires_grad] or params
+        optimizer = super()._build_optimizer(**kwargs)
+        if type(optimizer) is torch.optim.Adam and all(p.is_floating_point() for p in kwargs["params"]):
+            for group in optimizer.param_groups:  # one kernel instead of a dozen per parameter; same update
+                group["fused"], group["foreach"] = True, False
+        return optimizer
+
+    def fit(
+        self, train_data: Any, valid_data: Any = None, verbose: bool = True, saved: bool = True,
+        show_progress: bool = False, callback_fn: Any = None,
+    ) -> Any:  # fmt: skip
+        self._loader = train_data
+        if self._resumed is not None:
+            self._restore_random(self._resumed)
+            self._resumed = None
+        last = self.pretrain_epochs if self._pretrains else self.epochs
+        if self.start_epoch > 0 and (self.start_epoch >= last or self.cur_step > self.stopping_step):
+            return self.best_valid_score, self.best_valid_result
+
+        def after_epoch(epoch: int, score: float) -> None:
+            self.save_state(epoch)
+            if callback_fn:
+                callback_fn(epoch, score)
+
+        self._epoch_start = time.perf_counter()
+        result = super().fit(train_data, valid_data, verbose, saved, show_progress, after_epoch)
+        if self._pretrains and last % self.save_step:
+            self.save_pretrained_model(last - 1)  # RecBole keeps each `save_step`-th epoch only, perhaps none
+        return result
+
+    @property
+    def _pretrains(self) -> bool:
+        """A pre-training run (S3Rec, RaCT): nothing is validated, and the last weights are those of the next stage."""
+        return isinstance(self, PretrainTrainer) and self.model.train_stage != "finetune"
+
+    def save_pretrained_model(self, epoch: int, saved_model_file: Any = None) -> None:
+        """Keep a pre-training epoch; the run's directory is what the next stage's `pre_model_path` names.
+
+        Args:
+            epoch: the epoch's number.
+            saved_model_file: where RecBole would write its pickle; not used.
+        """
+        self._save_checkpoint(epoch)
+        self.save_state(epoch)
+
+    def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> Any:
+        if self._before_epoch is not None:
+            self._before_epoch(epoch_idx)
+        return super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
+
+    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
+        result = self._evaluate(self.model, valid_data)[self._protocol]
+        return result[self.valid_metric], result
+
+    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        target = kwargs.get("saved_model_file", self.saved_model_file)
+        write_tensors(target, _tensors(self.model.state_dict()), {"epoch": epoch, "model": self.config["model"]})
+        self.best_other_parameter = self.model.other_parameter()
+        if self.eval_step <= 0:
+            self.save_state(epoch)
+
+    def load_best(self) -> None:
+        """Put the best weights of the run into the model."""
+        tensors, _ = read_tensors(self.saved_model_file)
+        load_weights(self.model, tensors, self.saved_model_file)
+        if self.best_other_parameter:
+            self.model.load_other_parameter(self.best_other_parameter)
+
+    def save_state(self, epoch: int) -> None:
+        """Write what the next epoch needs."""
+        parts = (self.model.other_parameter() or {}).values()
+        if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL or any(
+            not isinstance(part, (torch.Tensor, torch.nn.Module)) for part in parts
+        ):
+            return  # models with such parts (item similarity matrices) train in one go and start anew
+        now = time.perf_counter()
+        self.seconds += now - self._epoch_start
+        self._epoch_start = now
+        tensors = {f"model.{name}": value for name, value in _tensors(self.model.state_dict()).items()}
+        optimizer = self.optimizer.state_dict()
+        scalars: dict[str, Any] = {}
+        for index, slots in optimizer["state"].items():
+            for name, value in slots.items():
+                key = f"optimizer.{index}.{name}"
+                if isinstance(value, torch.Tensor):
+                    tensors[key] = value
+                else:
+                    scalars[key] = value
+        name, keys, pos, has_gauss, cached = np.random.get_state()
+        tensors["random.torch"] = torch.get_rng_state()
+        tensors["random.numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+        generator = getattr(self._loader, "generator", None)
+        if generator is not None:
+            tensors["random.loader"] = generator.get_state()
+        if torch.cuda.is_available():
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        meta = {
+            "model": self.config["model"],
+            "epoch": epoch,
+            "cur_step": self.cur_step,
+            "best_valid_score": float(self.best_valid_score),
+            "best_valid_result": self.best_valid_result and dict(self.best_valid_result),
+            "train_loss": {str(k): float(v) for k, v in self.train_loss_dict.items()},
+            "seconds": self.seconds,
+            "param_groups": json.loads(json.dumps(optimizer["param_groups"], default=str)),
+            "scalars": scalars,
+            "numpy": [str(name), int(pos), int(has_gauss), float(cached)],
+            "python": random.getstate(),
+        }
+        write_tensors(self.directory / STATE, tensors, meta)
+
+    def resume_checkpoint(self, resume_file: Any) -> None:
+        try:
+            tensors, meta = read_tensors(resume_file)
+            if meta["model"] != self.config["model"]:
+                raise CheckpointError(f"{resume_file} belongs to model {meta['model']}, not to {self.config['model']}.")
+            prefix = "model."
+            weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            load_weights(self.model, weights, resume_file)
+            state: dict[int, dict[str, Any]] = {}
+            slots = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
+            for key, value in {**slots, **meta["scalars"]}.items():
+                _, index, name = key.split(".", 2)
+                state.setdefault(int(index), {})[name] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.start_epoch = int(meta["epoch"]) + 1
+            self.cur_step = int(meta["cur_step"])
+            self.best_valid_score = meta["best_valid_score"]
+            self.best_valid_result = meta["best_valid_result"]
+            self.train_loss_dict = {int(k): v for k, v in meta["train_loss"].items()}
+            self.seconds = float(meta["seconds"])
+            self._resumed, self._resumed_meta = tensors, meta
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Delete {self.directory} or pass --resume=false.") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{resume_file} does not fit this run ({error!r}); delete {self.directory} or pass --resume=false."
+            ) from None
+        self.logger.info(f"Resuming {self.config['model']} after epoch {meta['epoch']} from {self.directory}")
+
+    def _restore_random(self, tensors: dict[str, torch.Tensor]) -> None:
+        meta = self._resumed_meta
+        torch.set_rng_state(tensors["random.torch"])
+        name, pos, has_gauss, cached = meta["numpy"]
+        np.random.set_state((name, tensors["random.numpy"].numpy().astype(np.uint32), pos, has_gauss, cached))
+        version, internal, gauss = meta["python"]
+        random.setstate((version, tuple(internal), gauss))
+        if "random.loader" in tensors and getattr(self._loader, "generator", None) is not None:
+            self._loader.generator.set_state(tensors["random.loader"])
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+
+
+def resumable(trainer_class: type) -> type:
+    """`trainer_class` of RecBole with :class:`ResumableTrainer`'s keeping of state in front of it."""
+    if trainer_class is Trainer:
+        return ResumableTrainer
+    return type(f"Resumable{trainer_class.__name__}", (ResumableTrainer, trainer_class), {})
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The dense tensors of a state dict (sparse buffers are rebuilt by the model's constructor)."""
+    return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided}
+
+
+def load_weights(model: Any, tensors: dict[str, torch.Tensor], source: Any) -> None:
+    own = _tensors(model.state_dict())
+    wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
+    wrong += [k for k in tensors if k not in own]
+    if wrong:
+        raise CheckpointError(f"{source} does not fit the model: {', '.join(sorted(wrong)[:5])} missing or misshapen.")
+    model.load_state_dict(tensors, strict=False)

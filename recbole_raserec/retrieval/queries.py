@@ -1,0 +1,109 @@
+"""Windows of a split, encoded and searched once, then looked up."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from recbole_raserec.data.dataset import SequenceDataset
+
+#: Position tokens per encoding batch.
+TOKENS = 1 << 16
+
+
+@dataclasses.dataclass
+class Queries:
+    """The windows of one split with their vectors and, once searched, their neighbours.
+
+    Attributes:
+        users, positions, targets: int64 [N]; which item of whose history is to be predicted. times: float64 [N] or
+        None.
+        h: float32 [N, H], the backbone's encoding of what precedes.
+        ids, mask: int64 and bool [N, K], set by :meth:`search`; missing neighbours have id 0 and mask False.
+    """
+
+    users: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    times: Optional[np.ndarray]
+    h: torch.Tensor
+    ids: Optional[torch.Tensor] = None
+    mask: Optional[torch.Tensor] = None
+
+    def __post_init__(self) -> None:
+        self._width = int(self.positions.max()) + 1 if len(self.positions) else 1
+        codes = self.users * self._width + self.positions
+        self._order = np.argsort(codes, kind="stable")
+        self._codes = codes[self._order]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, rows: np.ndarray) -> Queries:
+        """Some of the windows, without neighbours."""
+        times = None if self.times is None else self.times[rows]
+        h = self.h[torch.from_numpy(rows).to(self.h.device)]
+        return Queries(self.users[rows], self.positions[rows], self.targets[rows], times, h)
+
+    def search(self, memory: Any, top_k: int, desc: Optional[str] = None) -> None:
+        """Find the admissible neighbours of every window."""
+        found = memory.search(self.h.cpu().numpy(), top_k, self.users, self.positions, desc=desc)
+        self.ids = torch.from_numpy(np.maximum(found.ids, 0)).to(self.h.device)
+        self.mask = torch.from_numpy(found.mask).to(self.h.device)
+
+    def find(self, users: torch.Tensor, positions: torch.Tensor) -> Optional[torch.Tensor]:
+        """Rows that hold the given windows, int64 [B], or None when one of them is not here."""
+        if self.ids is None or not len(self):
+            return None
+        users_, positions_ = users.cpu().numpy(), positions.cpu().numpy()
+        codes = users_ * self._width + positions_
+        slots = np.minimum(np.searchsorted(self._codes, codes), len(self) - 1)
+        if (self._codes[slots] != codes).any() or (positions_ >= self._width).any():
+            return None
+        return torch.from_numpy(self._order[slots])
+
+    def rows(self, rows: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """h [B, H], ids [B, K] and mask [B, K] of the given rows."""
+        assert self.ids is not None
+        assert self.mask is not None
+        rows = rows.to(self.h.device)
+        return self.h[rows], self.ids[rows, :top_k], self.mask[rows, :top_k]
+
+
+@torch.no_grad()
+def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Optional[str] = None) -> Queries:
+    """Encode every window of a split, in batches of like length; the backbone is put into evaluation mode for it.
+
+    Returns:
+        queries without neighbours, in the split's row order.
+    """
+    users, positions, targets = dataset.windows()
+    store, longest = dataset.store, dataset.max_item_list_len
+    h = torch.empty(len(users), backbone.hidden_size, device=device)
+    was_training = backbone.training
+    backbone.eval()
+    lengths = np.minimum(positions, longest)
+    order = np.argsort(lengths, kind="stable")
+    with tqdm(total=len(order), desc=desc, disable=desc is None, unit="windows", dynamic_ncols=True) as bar:
+        start = 0
+        while start < len(order):
+            size = max(1, TOKENS // max(int(lengths[order[min(start + 4096, len(order)) - 1]]), 1))
+            part = order[start : start + min(size, 4096)]
+            width = None if backbone.trims else longest
+            rows, window_lengths = store.window_rows(users[part], positions[part], longest, width)
+            item_seq = store.items[np.maximum(rows, 0)]
+            item_seq[rows < 0] = 0
+            h[torch.from_numpy(part).to(device)] = backbone.encode(
+                torch.from_numpy(item_seq).to(device),
+                torch.from_numpy(window_lengths).to(device),
+                torch.from_numpy(users[part]).to(device),
+            )
+            start += len(part)
+            bar.update(len(part))
+    backbone.train(was_training)
+    times = None if store.times is None else store.times[store.offsets[users] + positions]
+    return Queries(users, positions, targets, times, h)

@@ -1,0 +1,173 @@
+"""RaSeRec (arXiv 2412.18378): a trained backbone, a memory of <prefix, next item> pairs, and the module mixing both."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from recbole.model.abstract_recommender import SequentialRecommender
+
+from recbole_raserec.data.dataset import POSITION
+from recbole_raserec.kernels.losses import linear_cross_entropy
+from recbole_raserec.retrieval.memory import MemoryBank
+from recbole_raserec.retrieval.queries import Queries
+from recbole_raserec.retrieval.ram import build_ram
+
+
+class RaSeRec(SequentialRecommender):
+    """Retrieval-augmented sequential recommender over any backbone.
+
+    The user vector h of the backbone retrieves the K most similar memories; their keys h_k and the vectors v_k of their
+    next items are attended to, and the outcome h' is mixed in: ``h~ = alpha h + (1 - alpha) h'``. A user without any
+    admissible memory keeps ``h~ = h``. Items are scored by ``h~ . v_i`` (plus the backbone's item bias if it has one).
+
+    Args:
+        config: options of ``properties/model/RaSeRec.yaml``.
+        dataset: RecBole data set, or anything with ``num(field)``.
+        backbone: a :class:`~recbole_raserec.recommendation.backbone.Backbone`.
+
+    With ``freeze_backbone: true`` the backbone stays in evaluation mode and keeps its weights; what it computes for the
+    training windows is computed once and looked up afterwards.
+    """
+
+    def __init__(self, config: Any, dataset: Any, backbone: Any):
+        super().__init__(config, dataset)
+        self.backbone = backbone
+        self.top_k = config["top_k"]
+        self.frozen = config["freeze_backbone"]
+        self.ram = build_ram(config, backbone.hidden_size)
+        self.memory = MemoryBank(
+            backbone.hidden_size, config["similarity"], config["index"], config["ivf_lists"], config["ivf_probes"],
+            seed=config["seed"],
+        )  # fmt: skip
+        self._keys: Optional[torch.Tensor] = None
+        self._known: dict[str, Queries] = {}
+        if self.frozen:
+            self.backbone.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> RaSeRec:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    # -- encoding and retrieval -------------------------------------------------------------------------------------
+
+    def encode(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None) -> torch.Tensor:
+        """The backbone's user vectors h: [B, L], [B] -> [B, H]."""
+        return self.backbone.encode(item_seq, item_seq_len, user)
+
+    def item_vectors(self) -> torch.Tensor:
+        """Item vectors as they enter the dot product, [V, H]."""
+        return self.backbone.item_vectors()
+
+    def neighbours(self, h: torch.Tensor, user: Any = None, position: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Admissible memories of each row: ids int64 [B, K] (0 where there is none) and mask bool [B, K].
+
+        Args:
+            h: [B, H]. user, position: int [B], whose history and the index of the item to predict; None for a user
+                the memory does not know.
+        """
+        found = self.memory.search(h.detach().cpu().numpy(), self.top_k, _numpy(user), _numpy(position))
+        ids, mask = torch.from_numpy(found.ids), torch.from_numpy(found.mask)
+        return ids.clamp(min=0).to(h.device), mask.to(h.device)
+
+    def augment(self, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """h~ from h [B, H] and its memories (ids, mask [B, K]): [B, H]."""
+        if not len(self.memory):
+            return h
+        keys = self._memory_keys(h.device)[ids]  # [B, K, H]
+        values = self.item_vectors()[self._memory_targets(h.device)[ids]]  # [B, K, H]
+        return self.ram(h, keys, values, mask)
+
+    def forward(
+        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None, position: Any = None
+    ) -> torch.Tensor:
+        """Augmented user vectors h~, [B, H]; see :meth:`neighbours` for the arguments."""
+        h = self.encode(item_seq, item_seq_len, user)
+        return self.augment(h, *self.neighbours(h, user, position))
+
+    def _memory_keys(self, device: Any) -> torch.Tensor:
+        if self._keys is None or len(self._keys) != len(self.memory) or self._keys.device != device:
+            self._keys = torch.from_numpy(np.array(self.memory.keys)).to(device)
+            self._targets = torch.from_numpy(self.memory.targets.astype(np.int64)).to(device)
+        return self._keys
+
+    def _memory_targets(self, device: Any) -> torch.Tensor:
+        self._memory_keys(device)
+        return self._targets
+
+    # -- the memory -------------------------------------------------------------------------------------------------
+
+    def remember(self, queries: Queries) -> None:
+        """Add <prefix, next item> pairs to the memory; looked-up neighbours of other queries are forgotten."""
+        self.memory.add(queries.h.cpu().numpy(), queries.targets, queries.users, queries.positions, queries.times)
+        self.forget_known()
+
+    def refresh_memory(self, keys: torch.Tensor) -> None:
+        """Replace the memory's keys [N, H] after the backbone changed."""
+        self.memory.set_keys(keys.cpu().numpy())
+        self._keys = None
+        self.forget_known()
+
+    def know(self, name: str, queries: Queries) -> None:
+        """Keep vectors and neighbours of `queries`: rows asked for again (same user and position) are looked up."""
+        self._known[name] = queries
+
+    def knows(self, name: str) -> bool:
+        """Whether :meth:`know` was called for `name` since the memory last changed."""
+        return name in self._known
+
+    def forget_known(self) -> None:
+        """Drop what :meth:`know` keeps."""
+        self._known.clear()
+
+    # -- RecBole's interface ----------------------------------------------------------------------------------------
+
+    def _augmented(self, interaction: Any) -> torch.Tensor:
+        user, position = interaction[self.USER_ID], interaction[POSITION]
+        for known in self._known.values():
+            rows = known.find(user, position)
+            if rows is not None:
+                return self.augment(*known.rows(rows, self.top_k))
+        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user, position)
+
+    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        """Cross-entropy of h~ over all items (report, loss L)."""
+        targets = interaction[self.POS_ITEM_ID]
+        if self.frozen:
+            h = self._augmented(interaction)
+        else:
+            user, position = interaction[self.USER_ID], interaction[POSITION]
+            h = self.encode(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user)
+            known = self._known["train"]
+            rows = known.find(user, position)
+            assert rows is not None
+            _, ids, mask = known.rows(rows, self.top_k)
+            h = self.augment(h, ids, mask)
+        items, bias = self.item_vectors(), self.backbone.item_bias()
+        if bias is not None:  # the bias as one more dimension
+            items = torch.cat([items, bias[:, None]], dim=1)
+            h = F.pad(h, (0, 1), value=1.0)
+        return linear_cross_entropy(h, items, targets)
+
+    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+        """What ``full_sort_predict`` multiplies: h~ [B, H], item vectors [V, H], item bias [V] or None."""
+        return self._augmented(interaction), self.item_vectors(), self.backbone.item_bias()
+
+    def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+        h, items, bias = self.full_sort_vectors(interaction)
+        scores = h @ items.t()  # [B, V]
+        return scores if bias is None else scores + bias
+
+    def predict(self, interaction: Any) -> torch.Tensor:
+        items = interaction[self.ITEM_ID]
+        scores = (self._augmented(interaction) * self.item_vectors()[items]).sum(dim=1)  # [B]
+        bias = self.backbone.item_bias()
+        return scores if bias is None else scores + bias[items]
+
+
+def _numpy(values: Any) -> Any:
+    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values

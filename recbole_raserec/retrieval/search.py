@@ -1,0 +1,162 @@
+"""The exact K best entries a query may see, on top of an index that knows nothing of what is barred."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from recbole_raserec.retrieval.guard import LeakageGuard
+from recbole_raserec.retrieval.index import Index
+
+_SLACK = 12  # entries fetched beyond K: most rows lose fewer than that to the guard and to ties
+_WIDEN = 4  # how much wider a row is searched that was not settled
+_WIDEST = 64  # times the first fetch; beyond it, scoring every entry is cheaper than a wider search
+_BLOCK_SCORES = 1 << 30  # queries x entries in one call of the index: between two steps of the progress bar
+_BLOCK_CELLS = 1 << 21  # queries x fetched entries held at a time
+_BLOCK_PAIRS = 1 << 12  # pairs scored at a time: what stays in the cache
+_BLOCK_ENTRIES = 1 << 16  # entries scored at a time when every one is
+
+_LOW = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+class GuardedSearch:
+    """Search an index for more than K, take out what is barred, and search wider only where that was not enough.
+
+    The index ranks by float32 products, whose last bits depend on the batch. So its scores only choose candidates:
+    everything within the rounding error of the K-th allowed score. Those are scored again in float64, and a row is
+    settled when nothing the index did not return can be among them.
+
+    Args:
+        index: over `vectors`.
+        vectors: [N, H] float32.
+        longest: Euclidean length of the longest vector, for the bound on the rounding error.
+        guard: over the same entries.
+    """
+
+    def __init__(self, index: Index, vectors: np.ndarray, longest: float, guard: LeakageGuard):
+        self._index = index
+        self._vectors = vectors
+        self._longest = longest
+        self._guard = guard
+
+    def run(self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, top_k: int, bar: Any) -> np.ndarray:
+        """Search for all queries.
+
+        Args:
+            queries: [Q, H] float32.
+            users, positions: [Q].
+            top_k: K.
+            bar: its `update(n)` is called with the number of queries settled.
+
+        Returns:
+            codes of :func:`pack`, best first [Q, K] uint64; 0 where there is no entry.
+        """
+        best = np.zeros((len(queries), top_k), np.uint64)  # [Q, K]
+        size = len(self._vectors)
+        fetch = min(size, top_k + _SLACK)
+        widest = fetch * _WIDEST
+        pending = np.arange(len(queries))
+        while len(pending):
+            every = self._index.exact and fetch > widest
+            left = []
+            rows_at_once = max(1, min(_BLOCK_CELLS // fetch, max(1024, _BLOCK_SCORES // size)))
+            for start in range(0, len(pending), 64 if every else rows_at_once):
+                rows = pending[start : start + (64 if every else rows_at_once)]
+                asked = queries[rows], users[rows], positions[rows], top_k
+                if every:
+                    codes, settled = self._score_all(*asked), np.ones(len(rows), bool)
+                else:
+                    codes, settled = self._score_fetched(*asked, fetch)
+                best[rows[settled]] = codes[settled]
+                left.append(rows[~settled])
+                bar.update(int(settled.sum()))
+            pending = np.concatenate(left)
+            fetch = min(size, fetch * _WIDEN)
+        return best
+
+    def _score_fetched(
+        self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, top_k: int, fetch: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [Q, K], and which rows they are final for: bool [Q]."""
+        size, width = self._vectors.shape
+        scores, found = self._index.search(queries, fetch)  # [Q, fetch] each
+        allowed = (found >= 0) & ~self._guard.barred(found, users, positions)  # [Q, fetch]
+        rank = np.cumsum(allowed, axis=1, dtype=np.int32)
+        enough = rank[:, -1] >= top_k
+        # An inner product of H float32 terms is off by at most H * 2^-24 * |q| * |v|; two of them are compared here.
+        lengths = np.sqrt(np.einsum("qh,qh->q", queries, queries, dtype=np.float64))
+        error = 2 * (width + 4) * (2.0**-24 * lengths * self._longest + 1e-37)
+        kth = scores[np.arange(len(queries)), (rank >= top_k).argmax(axis=1)]
+        cut = np.where(enough, kth - error, -np.inf)  # [Q]
+        if fetch >= size:
+            settled = np.ones(len(queries), bool)
+        elif self._index.exact:
+            settled = enough & (scores[:, -1] < cut)
+        else:
+            settled = enough | (found[:, -1] < 0)
+        short = np.flatnonzero(~settled & ~enough)
+        if len(short):
+            # Everything the row may see was among what was fetched.
+            settled[short] = rank[short, -1] == size - self._guard.count(users[short], positions[short])
+        row, column = np.nonzero(allowed & settled[:, None] & (scores >= cut[:, None]))
+        entries = found[row, column]
+        codes = np.zeros((len(queries), max(fetch, top_k)), np.uint64)
+        codes[row, column] = pack(self._score_pairs(queries, row, entries), entries)
+        return _largest(codes, top_k), settled
+
+    def _score_pairs(self, queries: np.ndarray, rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        """Inner products of queries[rows] and vectors[entries]: [P] float32, rounded once from float64."""
+        result = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), _BLOCK_PAIRS):
+            part = slice(start, start + _BLOCK_PAIRS)
+            left = queries[rows[part]].astype(np.float64)
+            right = self._vectors[entries[part]].astype(np.float64)
+            result[part] = np.einsum("ph,ph->p", left, right)
+        return result
+
+    def _score_all(self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, top_k: int) -> np.ndarray:
+        """Codes [Q, K] from every entry, for the few rows where a great many entries are barred or tie."""
+        exact = queries.astype(np.float64)
+        best = np.zeros((len(queries), top_k), np.uint64)
+        for start in range(0, len(self._vectors), _BLOCK_ENTRIES):
+            vectors = self._vectors[start : start + _BLOCK_ENTRIES]
+            entries = np.arange(start, start + len(vectors))
+            scores = (exact @ vectors.astype(np.float64).T).astype(np.float32)  # [Q, block]
+            codes = pack(scores, entries[None, :])
+            codes[self._guard.barred(entries, users, positions)] = 0
+            best = _largest(np.concatenate([best, codes], axis=1), top_k)
+        return best
+
+
+def pack(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """One uint64 for each (score, id), greater for a greater score and, at the same score, for a lower id.
+
+    Args:
+        scores: float32.
+        ids: integers in 0..2^32-1, of a shape that broadcasts to that of `scores`.
+
+    Returns:
+        codes, never 0.
+    """
+    # The bits of floats order like integers, apart from the sign; adding 0.0 makes -0.0 and 0.0 the same.
+    bits = (np.asarray(scores, np.float32) + np.float32(0)).view(np.uint32)
+    ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    return (ordered.astype(np.uint64) << _SHIFT) | (_LOW - ids.astype(np.uint64))
+
+
+def unpack(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ids (int64, -1 for code 0), scores (float32, 0 for code 0) and mask (False for code 0) behind codes."""
+    mask = codes != 0
+    ordered = (codes >> _SHIFT).astype(np.uint32)
+    scores = np.where(ordered >> 31, ordered & np.uint32((1 << 31) - 1), ~ordered).view(np.float32)
+    ids = (_LOW - (codes & _LOW)).astype(np.int64)
+    return np.where(mask, ids, -1), np.where(mask, scores, np.float32(0)), mask
+
+
+def _largest(codes: np.ndarray, top_k: int) -> np.ndarray:
+    """The `top_k` largest codes of each row, in falling order: [Q, F] -> [Q, K]."""
+    if codes.shape[1] > 4 * top_k:
+        codes = np.partition(codes, codes.shape[1] - top_k, axis=1)[:, -top_k:]
+    return np.sort(codes, axis=1)[:, ::-1][:, :top_k]

@@ -1,0 +1,158 @@
+"""The checkpoint directory: configuration, weights, memory and external ids; it reloads without the data set.
+
+Layout: ``checkpoint.json`` (format, model, options, figures), ``model.safetensors`` (weights), ``ids.json``
+(external user and item ids in the order of the internal ones), ``memory/`` (RaSeRec). Nothing in it is pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from recbole_raserec.errors import CheckpointError
+from recbole_raserec.fileio import read_json, read_tensors, sha256, write_json
+from recbole_raserec.recommendation.backbone import wrap_backbone
+from recbole_raserec.recommendation.trainer import BEST, load_weights
+from recbole_raserec.registry import get_model
+from recbole_raserec.retrieval.keeper import TRAINING_BUFFERS
+from recbole_raserec.retrieval.memory import MemoryBank
+from recbole_raserec.retrieval.raserec import RaSeRec
+
+FORMAT, VERSION = "recbole-raserec checkpoint", 1
+MANIFEST, IDS, MEMORY = "checkpoint.json", "ids.json", "memory"
+
+
+class Options(dict):
+    """Options as RecBole's models read them: ``options["key"]`` is None where the key is missing."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+class Vocabulary:
+    """Stands in for a data set where a model only asks how many users and items there are.
+
+    Args:
+        options: names of the id fields. users, items: external ids; index 0 is padding.
+    """
+
+    def __init__(self, options: Any, users: list[str], items: list[str]):
+        self.uid_field, self.iid_field = options["USER_ID_FIELD"], options["ITEM_ID_FIELD"]
+        self.tokens = {self.uid_field: users, self.iid_field: items}
+        self.inter_feat = {self.iid_field: torch.empty(0, dtype=torch.int64)}  # no training rows here
+
+    def num(self, field: str) -> int:
+        """Number of ids of a field, padding included."""
+        return len(self.tokens[field])
+
+    @property
+    def user_num(self) -> int:
+        return self.num(self.uid_field)
+
+    @property
+    def item_num(self) -> int:
+        return self.num(self.iid_field)
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A reloaded checkpoint: the model in evaluation mode with its weights and memory, its options, its ids."""
+
+    model: Any
+    options: Options
+    vocabulary: Vocabulary
+    manifest: dict[str, Any]
+
+
+def write_checkpoint(directory: Path, manifest: dict[str, Any], ids: dict[str, list[str]], memory: Any = None) -> None:
+    """Complete a directory that holds the weights. The manifest comes last: without it there is no checkpoint."""
+    directory = Path(directory)
+    write_json(directory / IDS, ids)
+    if memory is not None:
+        memory.save(directory / MEMORY, manifest["fingerprint"])
+    weights = sha256(directory / BEST)
+    write_json(directory / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest, "weights_sha256": weights})
+
+
+def read_manifest(directory: Any) -> dict[str, Any]:
+    """Manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or of another format.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{Path(directory).absolute()} is not a checkpoint directory: it has no {MANIFEST}. A finished run "
+            f"leaves one below `checkpoint_dir`; its last line names it."
+        )
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+        raise CheckpointError(f"{path} is not a {FORMAT} of version {VERSION}.")
+    missing = [key for key in ("model", "options", "fingerprint") if key not in manifest]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; it is damaged.")
+    return manifest
+
+
+def read_ids(directory: Any) -> dict[str, list[str]]:
+    """External ids of a checkpoint: {"users": [...], "items": [...]}.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    ids = read_json(Path(directory) / IDS)
+    lists = [ids.get(name) for name in ("users", "items")] if isinstance(ids, dict) else [None]
+    if not all(isinstance(x, list) and all(isinstance(token, str) for token in x) for x in lists):
+        raise CheckpointError(f"{Path(directory) / IDS} does not hold two lists of ids; it is damaged.")
+    return ids
+
+
+def read_weights(directory: Any, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, or not the ones the manifest was written for.
+    """
+    path = Path(directory) / BEST
+    weights, _ = read_tensors(path)
+    if sha256(path) != manifest.get("weights_sha256"):
+        raise CheckpointError(f"{path} is not what {MANIFEST} was written for; it is damaged or from another run.")
+    return weights
+
+
+def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
+    """Reload a finished run without its data set.
+
+    Args:
+        directory: as named by the run's last line.
+        device: for the weights; the default is a GPU if there is one, else the CPU.
+
+    Raises:
+        CheckpointError: a part is missing, damaged, foreign, or of another run; or the model reads more of the data set
+            than the number of its users and items, so that it cannot be rebuilt without it.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = Options(manifest["options"], device=target)
+    ids = read_ids(directory)
+    vocabulary = Vocabulary(options, ids["users"], ids["items"])
+    name = manifest["model"]
+    try:
+        if name == "RaSeRec":
+            inner = Options(manifest["backbone_options"], device=target)
+            base = get_model(inner["model"])(inner, vocabulary)
+            model = RaSeRec(options, vocabulary, wrap_backbone(base, inner, vocabulary))
+            model.memory = MemoryBank.load(directory / MEMORY, manifest["fingerprint"])
+        else:
+            model = get_model(name)(options, vocabulary)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: {name} cannot be rebuilt from its checkpoint alone ({error!r}).") from None
+    weights = read_weights(directory, manifest)
+    weights = {name: value for name, value in weights.items() if name not in TRAINING_BUFFERS}
+    load_weights(model, weights, directory / BEST)
+    return Checkpoint(model.to(target).eval(), options, vocabulary, manifest)

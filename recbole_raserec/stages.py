@@ -1,0 +1,191 @@
+"""The stages of the pipeline as resumable steps that leave a checkpoint directory each."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from logging import getLogger
+from pathlib import Path
+from typing import Any, Optional
+
+from recbole.data.dataloader import TrainDataLoader
+from recbole.utils import ModelType, init_seed
+
+from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.data.loader import BucketLoader, RowLoader
+from recbole_raserec.data.splits import Splits, prepare
+from recbole_raserec.errors import CheckpointError, ConfigError
+from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED, evaluate
+from recbole_raserec.fingerprint import fingerprint
+from recbole_raserec.recommendation.backbone import trims, wrap_backbone
+from recbole_raserec.recommendation.trainer import BEST, load_weights, resumable
+from recbole_raserec.registry import get_dataset_class, get_model, get_trainer_class
+from recbole_raserec.retrieval.keeper import MemoryKeeper
+from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.serving.checkpoint import MANIFEST, read_ids, read_manifest, read_weights, write_checkpoint
+
+#: Digits of the figures in reports and results; early stopping compares RecBole's `metric_decimal_place`.
+DECIMALS = 6
+
+
+@dataclasses.dataclass
+class Outcome:
+    """A finished stage.
+
+    Attributes:
+        name: model name. model: with its best weights, in evaluation mode. splits: the data it was trained on.
+        metrics: phase -> protocol -> metric -> value. seconds: training time over all its runs.
+        directory: its checkpoint.
+    """
+
+    name: str
+    model: Any
+    splits: Splits
+    metrics: dict[str, dict[str, dict[str, float]]]
+    seconds: float
+    directory: Path
+    fingerprint: str
+
+
+def train_model(config: Any, checkpoint: Optional[str] = None) -> Outcome:
+    """Stage ii: train the configured model, continue its training, or reuse what a run with the same fingerprint left.
+
+    Args:
+        config: the model's configuration.
+        checkpoint: checkpoint directory whose weights are used instead of training.
+
+    Raises:
+        CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
+    """
+    splits = prepare_data(config)
+    init_seed(config["seed"], config["reproducibility"])
+    model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
+    options = config.training_options()
+    if checkpoint:
+        return _from_checkpoint(config, splits, model, Path(checkpoint))
+    mark = fingerprint(options, splits.fingerprint)
+    directory = _directory(config, mark)
+    protocol = SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
+    return _run(config, splits, model, splits.train, directory, mark, protocol, {"options": config.explain()})
+
+
+def fine_tune(config: Any, base: Outcome) -> Outcome:
+    """Stage iii: build the memory from the training split, train the retrieval-augmented module, let the validation
+    pairs join the memory, and evaluate on the test split.
+
+    Args:
+        config: configuration of the RaSeRec run.
+        base: the trained backbone.
+
+    Raises:
+        ConfigError: the backbone's score is not a dot product of user and item vectors.
+    """
+    splits, show = base.splits, config["show_progress"]
+    if not isinstance(splits.train._dataset, SequenceDataset) or not splits.train._dataset.is_lazy:
+        raise ConfigError([f"backbone: {base.name} reads its own kind of data set; retrieval needs plain sequences."])
+    init_seed(config["seed"], config["reproducibility"])
+    backbone = wrap_backbone(base.model, config, splits.dataset)
+    model = RaSeRec(config, splits.dataset, backbone).to(config["device"])
+    train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
+    keeper = MemoryKeeper(model, train, valid, config["memory_min_length"], config["memory_refresh"], show)
+    stage = _ram_config(config)
+    windows = BucketLoader if backbone.trims else TrainDataLoader
+    loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
+    mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint)
+    manifest = {
+        "options": config.explain(),
+        "backbone": base.name,
+        "backbone_options": config.for_backbone().explain(),
+        "validation_in_memory": True,
+    }
+    init_seed(config["seed"], config["reproducibility"])
+    return _run(stage, splits, model, loader, _directory(config, mark), mark, SEEN_KEPT, manifest, keeper, test)
+
+
+def prepare_data(config: Any) -> Splits:
+    """Data set, loaders and seen items as the configured model needs them."""
+    model_class = get_model(config["model"])
+    same_target = getattr(model_class, "needs_same_target", None)
+    packed = config["training"] == "packed" and hasattr(model_class, "encode_positions")
+    if packed and config["loss_type"] != "CE":
+        raise ConfigError(
+            [f"training: packed predicts by cross entropy; set loss_type: CE (it is {config['loss_type']})"]
+        )
+    partners = same_target is not None and same_target(config)
+    return prepare(config, get_dataset_class(config), trims(model_class), partners, packed)
+
+
+def _directory(config: Any, mark: str) -> Path:
+    return Path(config["checkpoint_dir"]) / f"{config['model']}-{config['dataset']}-{mark[:12]}"
+
+
+def _run(
+    config: Any, splits: Splits, model: Any, train_data: Any, directory: Path, mark: str, protocol: str,
+    manifest: dict[str, Any], keeper: Optional[MemoryKeeper] = None, test: Any = None,
+) -> Outcome:  # fmt: skip
+    """Train to the end (or take up a finished run), evaluate the best weights, complete the checkpoint."""
+    logger = getLogger()
+    name = config["model"]
+
+    def validate(model: Any, data: Any) -> Any:
+        if keeper is not None:
+            keeper.before_evaluation()
+        return evaluate(model, data, config, splits.seen["valid"])
+
+    resume = config["resume"] is not False
+    before_epoch = keeper.before_epoch if keeper is not None else None
+    trainer = resumable(get_trainer_class(config))(config, model, directory, validate, protocol, resume, before_epoch)
+    finished = resume and (directory / MANIFEST).exists()
+    if finished:
+        done = read_manifest(directory)
+        if done["fingerprint"] != mark:
+            raise CheckpointError(f"{directory} holds another run; move it away or set `checkpoint_dir`.")
+        logger.info(f"{name}: reusing the finished run in {directory}")
+    if not finished or trainer.start_epoch == 0:
+        trainer.fit(train_data, splits.valid, show_progress=config["show_progress"])
+    trainer.load_best()
+    model.eval()
+    if keeper is not None:
+        keeper.before_evaluation()
+    metrics = {"valid": evaluate(model, splits.valid, config, splits.seen["valid"], decimals=DECIMALS)}
+    if keeper is not None:
+        keeper.admit_validation(test)
+    metrics["test"] = evaluate(model, splits.test, config, splits.seen["test"], decimals=DECIMALS)
+    outcome = Outcome(name, model, splits, metrics, trainer.seconds, directory, mark)
+    if not finished:
+        full = {"model": name, "dataset": config["dataset"], "fingerprint": mark, "data": splits.fingerprint}
+        full.update(manifest, metrics=metrics, seconds=trainer.seconds)
+        write_checkpoint(directory, full, splits.vocabulary(), getattr(model, "memory", None))
+    return outcome
+
+
+def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path) -> Outcome:
+    """The weights of another run's checkpoint, evaluated on this run's data."""
+    manifest = read_manifest(directory)
+    if manifest["model"] != config["model"]:
+        raise CheckpointError(
+            f"backbone_checkpoint: {directory} holds a {manifest['model']}, but the backbone is {config['model']}; "
+            f"set --backbone={manifest['model']} or name another directory."
+        )
+    if read_ids(directory) != splits.vocabulary():
+        raise CheckpointError(
+            f"backbone_checkpoint: {directory} was trained on other users or items than data set {config['dataset']} "
+            f"has (data set, filters or order differ); train a backbone on this data."
+        )
+    weights = read_weights(directory, manifest)
+    load_weights(model, weights, directory / BEST)
+    model.eval()
+    metrics = {
+        phase: evaluate(model, data, config, splits.seen[phase], decimals=DECIMALS)
+        for phase, data in (("valid", splits.valid), ("test", splits.test))
+    }
+    seconds = float(manifest.get("seconds", 0.0))
+    return Outcome(config["model"], model, splits, metrics, seconds, directory, manifest["fingerprint"])
+
+
+def _ram_config(config: Any) -> Any:
+    """The configuration under which the retrieval-augmented module trains: `ram_*` in place of the backbone's."""
+    stage = copy.deepcopy(config)
+    for name in ("learning_rate", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
+        stage[name] = config[f"ram_{name}"]
+    return stage

@@ -1,0 +1,55 @@
+"""Metadata, dependencies and package data of recbole-raserec."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).with_name("README.md")
+
+INSTALL_REQUIRES = [
+    "recbole==1.2.1",  # compat.py mends this version and no other
+    "torch>=2.0",
+    "faiss-cpu>=1.7.4",
+    "numpy>=1.22,<2",  # RecBole names aliases that numpy 2 removed
+    "scipy>=1.7",
+    "pandas>=1.5,<3",  # RecBole fills missing values by chained assignment, which pandas 3 ignores
+    "safetensors>=0.4",
+    "tqdm>=4.60",
+    "pyyaml>=6.0",
+    "packaging>=21",
+    "setuptools<81",  # ray 2.6, which RecBole imports, imports pkg_resources, on its way out of setuptools
+]
+
+EXTRAS_REQUIRE = {
+    # RecBole's LDiffRec with n_cate > 1 and NNCF with neigh_info_method: louvain
+    "baselines": ["kmeans-pytorch>=0.3", "python-louvain>=0.16", "networkx"],
+    "test": ["pytest>=7.4", "hypothesis>=6.80"],
+    "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
+}
+
+setup(
+    name="recbole-raserec",
+    version="0.1.0",
+    description="Three-stage retrieval-augmented sequential recommendation as a RecBole plugin",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    author="recbole-raserec contributors",
+    license="MIT",
+    python_requires=">=3.9,<3.12",  # ray 2.6 has no wheel for Python 3.12
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    packages=[*find_packages(include=["recbole_raserec", "recbole_raserec.*"]), "recbole_raserec.properties"],
+    package_dir={"recbole_raserec.properties": "properties"},
+    package_data={
+        "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml"],
+    },
+    entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.9",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,80 @@
+"""Shared fixtures: small generated data sets and quick configurations."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    """Small tensors are slower on many threads."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """Run in an empty directory: RecBole writes logs below the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Directory of the real data sets; the test is skipped where they are absent."""
+    path = Path(os.environ.get("RASEREC_DATA", ROOT.parent / "shared" / "datasets"))
+    if not (path / "amazon-beauty" / "amazon-beauty.inter").is_file():
+        pytest.skip(f"amazon-beauty is not below {path}; set RASEREC_DATA to the directory that holds it")
+    return path
+
+
+def write_log(directory: Path, name: str, rows) -> Path:
+    """Write (user, item, time) rows as `<directory>/<name>/<name>.inter`."""
+    path = Path(directory) / name / f"{name}.inter"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    lines += [f"u{u}\ti{i}\t{t}" for u, i, t in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def random_log(seed: int, users: int = 30, items: int = 25, longest: int = 14, repeats: bool = True):
+    """Random histories of 3 to `longest` items; rows in random order."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(users):
+        length = int(rng.integers(3, longest + 1))
+        picks = rng.integers(0, items, length) if repeats else rng.permutation(items)[:length]
+        times = rng.permutation(1000)[:length]
+        rows += [(user, int(i), int(t)) for i, t in zip(picks, np.sort(times))]
+    order = rng.permutation(len(rows))
+    return [rows[k] for k in order]
+
+
+@pytest.fixture
+def small_config(workdir):
+    """Factory: a Config on a generated log. `small_config("SASRec", seed=1, hidden_size=16, ...)`."""
+    from recbole_raserec.config import Config
+
+    def build(model: str, log_seed: int = 0, log=None, **options):
+        write_log(workdir, "tiny", random_log(log_seed) if log is None else log)
+        base = {
+            "data_path": str(workdir),
+            "MAX_ITEM_LIST_LENGTH": 8,
+            "show_progress": False,
+            "epochs": 2,
+            "train_batch_size": 32,
+            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+            "checkpoint_dir": str(workdir / "saved"),
+            "state": "WARNING",
+        }
+        return Config(model, "tiny", config_dict={**base, **options}, argv=[])
+
+    return build

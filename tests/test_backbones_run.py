@@ -1,0 +1,28 @@
+"""Every model that is said to work as a backbone goes through the whole pipeline."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_pipeline import figures, tiny_run  # noqa: F401  a fixture
+
+from recbole_raserec.recommendation.backbone import SUPPORTED
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_supported_model_carries_retrieval(tiny_run, name):  # noqa: F811
+    made = tiny_run("RaSeRec", backbone=name)
+    assert made.trained == [(name, 0), ("RaSeRec", 0)]
+    assert made.record["backbone"] == name
+    for phases in figures(made.record).values():
+        for protocols in phases.values():
+            for values in protocols.values():
+                assert all(math.isfinite(value) for value in values.values())
+    batch = next(iter(made.ours.splits.test))[0]
+    with torch.no_grad():
+        base, ours = (outcome.model.full_sort_predict(batch).view(len(batch), -1) for outcome in (made.base, made.ours))
+    assert not torch.allclose(base, ours, rtol=1e-3)  # the neighbours have reached the scores
+    rows = len(made.base.splits.train._dataset) + len(made.base.splits.valid._dataset)
+    assert len(made.ours.model.memory) == rows

@@ -1,0 +1,383 @@
+"""Ranks against a sorted float64 reference; metrics and protocols against RecBole's own Trainer.evaluate."""
+
+from __future__ import annotations
+
+from itertools import chain
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recbole_raserec import compat
+from recbole_raserec.errors import ConfigError, DatasetError
+from recbole_raserec.evaluation import ranking
+from recbole_raserec.evaluation.protocols import (
+    SEEN_KEPT,
+    SEEN_REMOVED,
+    collect_ranks,
+    evaluate,
+    evaluation_problems,
+    metrics_from_ranks,
+    seen_from_interactions,
+    seen_matrix,
+)
+from recbole_raserec.evaluation.ranking import csr_pairs, rank_in_chunks, target_ranks
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------
+
+
+def sorted_rank(scores: np.ndarray, target: int, taken_out: set) -> int:
+    """The definition: sort the items that are left by descending score, then by id, and look the target up."""
+    left = [item for item in range(1, len(scores)) if item == target or item not in taken_out]
+    return sorted(left, key=lambda item: (-scores[item], item)).index(target) + 1
+
+
+@st.composite
+def ranking_cases(draw):
+    n_rows, n_items = draw(st.integers(1, 6)), draw(st.integers(2, 12))
+    # Few distinct values, so that ties are the rule; infinities are scores too.
+    value = st.sampled_from([-np.inf, -1.5, 0.0, 0.25, 2.0, np.inf])
+    scores = draw(st.lists(st.lists(value, min_size=n_items, max_size=n_items), min_size=n_rows, max_size=n_rows))
+    target = st.integers(1, n_items - 1)
+    targets = draw(st.lists(target, min_size=n_rows, max_size=n_rows))
+    seen = draw(st.lists(st.lists(st.integers(0, n_items - 1), max_size=8), min_size=n_rows, max_size=n_rows))
+    return np.array(scores), targets, seen
+
+
+@settings(max_examples=200, deadline=None)
+@given(case=ranking_cases(), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_counted_ranks_equal_sorted_ranks_ties_and_repeats_included(case, dtype):
+    scores, targets, seen = case
+    owners = np.repeat(np.arange(len(seen)), [len(items) for items in seen])
+    pairs = (owners, np.array(list(chain.from_iterable(seen)), dtype=np.int64))
+    kept, removed = target_ranks(torch.tensor(scores, dtype=dtype), torch.tensor(targets), pairs)
+    assert kept.tolist() == [sorted_rank(row, target, set()) for row, target in zip(scores, targets)]
+    assert removed.tolist() == [
+        sorted_rank(row, target, set(items)) for row, target, items in zip(scores, targets, seen)
+    ]
+
+
+def generic_case(seed: int = 0, n: int = 57, n_items: int = 301, width: int = 16):
+    """Random vectors whose scores lie far apart in float32, with seen items that repeat and include targets."""
+    rng = np.random.default_rng(seed)
+    h, items = rng.standard_normal((n, width)), rng.standard_normal((n_items, width))
+    targets = rng.integers(1, n_items, n)
+    lengths = rng.integers(0, 40, n)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    seen = rng.integers(1, n_items, offsets[-1])
+    seen[offsets[1] : offsets[2]] = targets[1]  # a user who has seen nothing but the target
+    return h, items, targets, (offsets, seen)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("memory_mb", [0.01, 512])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_chunked_ranks_equal_whole_matrix_and_float64(device, memory_mb, with_bias):
+    h, items, targets, seen = generic_case()
+    bias = np.linspace(-2, 2, len(items)) if with_bias else np.zeros(len(items))
+    exact = h @ items.T + bias
+    wanted_kept = [sorted_rank(row, target, set()) for row, target in zip(exact, targets)]
+    lists = [set(seen[1][a:b]) for a, b in zip(seen[0][:-1], seen[0][1:])]
+    wanted_removed = [sorted_rank(row, target, out) for row, target, out in zip(exact, targets, lists)]
+
+    single = {"dtype": torch.float32, "device": device}
+    chunked = rank_in_chunks(
+        torch.tensor(h, **single),
+        torch.tensor(items, **single),
+        torch.tensor(targets),
+        seen,
+        item_bias=torch.tensor(bias, **single) if with_bias else None,
+        memory_mb=memory_mb,
+    )
+    whole = target_ranks(
+        torch.tensor(exact, **single), torch.tensor(targets), csr_pairs(*seen, np.arange(len(targets)))
+    )
+    for kept, removed in (chunked, whole):
+        assert kept.tolist() == wanted_kept
+        assert removed.tolist() == wanted_removed
+
+
+def test_the_chunk_buffers_stay_under_the_bound(monkeypatch):
+    h, items, targets, seen = generic_case(n=200)
+    used = []
+
+    def spy(a, b, out):
+        used.append(out.untyped_storage().nbytes() * 2)  # the mask is as large as the scores
+        return torch.matmul(a, b, out=out)
+
+    monkeypatch.setattr(ranking.torch, "mm", spy)
+    rank_in_chunks(torch.tensor(h).float(), torch.tensor(items).float(), torch.tensor(targets), seen, memory_mb=0.05)
+    assert len(used) > 1
+    assert max(used) <= 0.05 * ranking.MIB
+
+
+def test_a_bound_below_one_row_names_option_value_and_remedy():
+    h, items, targets, _ = generic_case()
+    with pytest.raises(ConfigError, match=r"eval_memory_mb: 0\.001 MiB .* set it to 1 or more"):
+        rank_in_chunks(torch.tensor(h), torch.tensor(items), torch.tensor(targets), memory_mb=0.001)
+
+
+@pytest.mark.parametrize("column", [3, 5])
+def test_nan_scores_are_an_error_in_the_target_and_beside_it(column):
+    scores = torch.zeros(4, 9)
+    scores[2, column] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        target_ranks(scores, torch.full((4,), 5))
+
+
+def test_nan_for_the_padding_item_is_ignored():
+    scores = torch.arange(6.0).repeat(2, 1)
+    scores[:, 0] = float("nan")
+    assert target_ranks(scores, torch.tensor([5, 2]))[0].tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("target", [0, 9, -1])
+def test_a_target_that_is_no_item_is_an_error(target):
+    with pytest.raises(ValueError, match=f"target {target} is not an item"):
+        target_ranks(torch.zeros(1, 9), torch.tensor([target]))
+
+
+def test_scores_are_left_unchanged():
+    scores = torch.randn(5, 7)
+    before = scores.clone()
+    target_ranks(scores, torch.arange(1, 6), (np.array([0, 1]), np.array([2, 2])))
+    assert torch.equal(scores, before)
+
+
+# --- seen items ----------------------------------------------------------------------------------------------------
+
+
+def test_seen_matrix_takes_the_beginning_of_each_sequence_once():
+    store = SimpleNamespace(offsets=np.array([0, 0, 4, 6]), items=np.array([3, 1, 3, 2, 4, 1]))
+    by_user = seen_matrix(store, np.array([0, 3, 1]), n_items=5)
+    assert by_user.dtype == bool
+    assert by_user.toarray().astype(int).tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
+    by_query = seen_matrix(store, np.array([1, 4]), n_items=5, users=np.array([1, 1]))
+    assert by_query.toarray().astype(int).tolist() == [[0, 0, 0, 1, 0], [0, 1, 1, 1, 0]]
+    log = seen_from_interactions(np.array([1, 1, 1, 2]), np.array([3, 1, 3, 4]), 3, 5)
+    assert (log != by_user).nnz == 0
+    assert log.nnz == 3
+    with pytest.raises(ValueError, match="beyond"):
+        seen_matrix(store, np.array([0, 5, 0]), n_items=5)
+
+
+# --- against RecBole -----------------------------------------------------------------------------------------------
+
+N_USERS, N_ITEMS = 60, 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_path(tmp_path_factory):
+    """A log in which users meet some items more than once."""
+    compat.apply()
+    rng = np.random.default_rng(3)
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    folder.mkdir()
+    lines = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for user in range(N_USERS):
+        for time, item in enumerate(rng.integers(0, N_ITEMS, rng.integers(5, 25))):
+            lines.append(f"u{user}\ti{item}\t{time}")
+    (folder / "tiny.inter").write_text("\n".join(lines) + "\n")
+    from recbole.config import Config
+
+    # RecBole's metrics use numpy names that its Config puts back when it is made, so no test may come before one.
+    Config(model="BPR", dataset="tiny", config_dict={"data_path": str(folder.parent)})
+    return folder.parent
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """RecBole's Trainer writes its logs below the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def build(model_name, data_path, split=None, **options):
+    """(config, model, trainer, {"valid": loader, "test": loader}, {phase: seen}) with random weights."""
+    from recbole.config import Config
+    from recbole.data import create_dataset, data_preparation
+    from recbole.utils import get_model, get_trainer, init_seed
+
+    init_seed(7, True)
+    config = Config(
+        model=model_name,
+        dataset="tiny",
+        config_dict={
+            "data_path": str(data_path),
+            "checkpoint_dir": str(data_path / "saved"),
+            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+            "eval_args": {
+                "split": split or {"LS": "valid_and_test"},
+                "group_by": "user",
+                "order": "TO",
+                "mode": "full",
+            },
+            "metrics": ["Recall", "NDCG", "MRR", "Hit", "Precision", "MAP"],
+            "topk": [1, 5, 10],
+            "valid_metric": "NDCG@10",
+            "metric_decimal_place": 8,
+            "train_neg_sample_args": None if model_name == "SASRec" else {"distribution": "uniform", "sample_num": 1},
+            "MAX_ITEM_LIST_LENGTH": 5,  # shorter than most histories: what is seen is more than what the model reads
+            "use_gpu": False,
+            "show_progress": False,
+            "state": "ERROR",
+            **options,
+        },
+    )
+    dataset = create_dataset(config)
+    log = dataset.inter_feat.copy()
+    train, valid, test = data_preparation(config, dataset)
+    model = get_model(model_name)(config, train.dataset)
+    # Wide random weights keep the scores apart; NeuMF's end in a sigmoid, which wider ones would saturate into ties.
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2 if model_name == "NeuMF" else 0.5)
+    trainer = get_trainer(config["MODEL_TYPE"], model_name)(config, model)
+
+    seen, users, items = {}, [], []
+    for phase, loader in (("valid", train), ("test", valid)):
+        users.append(loader.dataset.inter_feat["user_id"].numpy())
+        items.append(loader.dataset.inter_feat["item_id"].numpy())
+        earlier = np.concatenate(users), np.concatenate(items)
+        seen[phase] = seen_from_interactions(*earlier, N_USERS + 1, dataset.item_num)
+    if split is None:  # leave-one-out: the same from the log itself, where RecBole's augmented parts may differ
+        seen = {phase: leave_out(log, 2 if phase == "valid" else 1, dataset.item_num) for phase in seen}
+    return config, model, trainer, {"valid": valid, "test": test}, seen
+
+
+def leave_out(log, last, n_items):
+    """All but the last interactions of each user, in time order, straight from the log."""
+    order = np.lexsort((log["timestamp"].to_numpy(), log["user_id"].to_numpy()))
+    users, items = log["user_id"].to_numpy()[order], log["item_id"].to_numpy()[order]
+    from_the_end = np.array([(users[index + 1 :] == user).sum() for index, user in enumerate(users)])
+    early = from_the_end >= last
+    return seen_from_interactions(users[early], items[early], N_USERS + 1, n_items)
+
+
+def recbole_result(trainer, loader):
+    return dict(trainer.evaluate(loader, load_best_model=False))
+
+
+@pytest.mark.parametrize("phase", ["valid", "test"])
+@pytest.mark.parametrize("options", [{}, {"eval_batch_size": 7}, {"eval_memory_mb": 0.002}])
+def test_sequential_model_with_seen_items_kept_equals_recbole(data_path, phase, options):
+    config, model, trainer, loaders, seen = build("SASRec", data_path, **options)
+    ours = evaluate(model, loaders[phase], config, seen[phase])
+    assert ours[SEEN_KEPT] == recbole_result(trainer, loaders[phase])
+    assert ours[SEEN_REMOVED] != ours[SEEN_KEPT]
+    assert evaluate(model, loaders[phase], config) == {SEEN_KEPT: ours[SEEN_KEPT]}
+
+
+@pytest.mark.parametrize("phase", ["valid", "test"])
+@pytest.mark.parametrize("model_name", ["BPR", "NeuMF"])  # NeuMF has no full_sort_predict
+@pytest.mark.parametrize("split", [None, {"RS": [0.6, 0.2, 0.2]}])  # ratio split: several targets a user
+def test_general_model_with_seen_items_removed_equals_recbole(data_path, phase, model_name, split):
+    # Batches of 45 pairs: less than two users at a time, so that the way around a missing full_sort_predict is cut up.
+    config, model, trainer, loaders, seen = build(model_name, data_path, split, eval_batch_size=45)
+    ours = evaluate(model, loaders[phase], config, seen[phase])
+    assert ours[SEEN_REMOVED] == recbole_result(trainer, loaders[phase])
+    assert ours[SEEN_REMOVED] != ours[SEEN_KEPT]
+
+
+def test_sequential_removed_equals_the_definition_with_the_whole_history(data_path):
+    config, model, _, loaders, seen = build("SASRec", data_path)
+    ranks = collect_ranks(model, loaders["test"], config, seen["test"])
+    (interaction, _, _, targets) = next(iter(loaders["test"]))
+    model.eval()
+    scores = model.full_sort_predict(interaction).detach().numpy()
+    wanted = [
+        sorted_rank(row, int(target), set(seen["test"][int(user)].indices))
+        for row, target, user in zip(scores, targets, interaction["user_id"])
+    ]
+    assert ranks.removed.tolist() == wanted
+    assert ranks.users.tolist() == interaction["user_id"].tolist()
+    by_query = seen["test"][interaction["user_id"].numpy()]
+    assert collect_ranks(model, loaders["test"], config, by_query, seen_by="query").removed.tolist() == wanted
+
+
+@pytest.mark.parametrize("model_name", ["SASRec", "BPR"])
+def test_a_model_that_gives_vectors_is_ranked_the_same_without_a_score_matrix(data_path, model_name, monkeypatch):
+    config, model, _, loaders, seen = build(model_name, data_path, {"RS": [0.6, 0.2, 0.2]})
+    by_scores = evaluate(model, loaders["test"], config, seen["test"])
+
+    def vectors(interaction):
+        if model_name == "BPR":
+            return model.user_embedding(interaction["user_id"]), model.item_embedding.weight, None
+        h = model.forward(interaction["item_id_list"], interaction["item_length"])
+        return h, model.item_embedding.weight, torch.zeros(model.n_items)
+
+    monkeypatch.setattr(model, "full_sort_vectors", vectors, raising=False)
+    monkeypatch.setattr(model, "full_sort_predict", None)
+    assert evaluate(model, loaders["test"], config, seen["test"]) == by_scores
+
+
+def test_evaluation_restores_the_training_mode_and_draws_no_dropout(data_path):
+    config, model, _, loaders, seen = build("SASRec", data_path)
+    model.train()
+    first = evaluate(model, loaders["test"], config, seen["test"])
+    assert model.training
+    assert evaluate(model, loaders["test"], config, seen["test"]) == first
+
+
+# --- metrics and their errors --------------------------------------------------------------------------------------
+
+OPTIONS = {"metrics": ["Recall", "NDCG", "MRR"], "topk": [1, 3], "metric_decimal_place": 4}
+
+
+def test_metrics_by_hand():
+    ranks = torch.tensor([1, 2, 3, 4])
+    assert metrics_from_ranks(ranks, OPTIONS) == {
+        "recall@1": 0.25,
+        "recall@3": 0.75,
+        "ndcg@1": 0.25,
+        "ndcg@3": round((1 + 1 / np.log2(3) + 0.5) / 4, 4),
+        "mrr@1": 0.25,
+        "mrr@3": round((1 + 1 / 2 + 1 / 3) / 4, 4),
+    }
+    two_queries = metrics_from_ranks(ranks, OPTIONS, queries=torch.tensor([0, 0, 1, 1]))
+    assert two_queries["recall@1"] == 0.25
+    assert two_queries["recall@3"] == 0.75
+    assert metrics_from_ranks(ranks, OPTIONS, decimals=1)["mrr@3"] == 0.5
+
+
+def test_every_wrong_evaluation_option_is_named_with_its_remedy():
+    mode = {"valid": "uni100", "test": "full"}
+    config = {**OPTIONS, "metrics": ["NDCG", "GAUC", "Nonsense"], "eval_args": {"mode": mode}}
+    gauc, nonsense, sampled = evaluation_problems(config)
+    assert "GAUC needs more" in gauc
+    assert "ndcg" in gauc
+    assert "Nonsense is unknown" in nonsense
+    assert "mode of valid is 'uni100'" in sampled
+    assert "mode: full" in sampled
+    with pytest.raises(ConfigError, match="3 problems"):
+        metrics_from_ranks(torch.tensor([1]), config)
+    assert evaluation_problems(OPTIONS) == []
+
+
+def test_sampled_evaluation_is_refused_before_anything_is_scored(data_path):
+    config, model, _, loaders, seen = build("BPR", data_path)
+    config["eval_args"]["mode"] = {"valid": "full", "test": "pop100"}
+    with pytest.raises(ConfigError, match="mode of test is 'pop100'"):
+        evaluate(model, loaders["test"], config, seen["test"])
+
+
+def test_seen_items_of_another_data_set_are_an_error(data_path):
+    config, model, _, loaders, seen = build("SASRec", data_path)
+    with pytest.raises(ValueError, match="the seen items have 3 rows"):
+        evaluate(model, loaders["test"], config, seen["test"][:3])
+
+
+class NoBatches(list):
+    def __init__(self, dataset):
+        super().__init__()
+        self._dataset = dataset
+
+
+def test_an_empty_evaluation_set_is_an_error(data_path):
+    config, model, _, loaders, _ = build("SASRec", data_path)
+    with pytest.raises(DatasetError, match="evaluation set is empty"):
+        evaluate(model, NoBatches(loaders["test"]._dataset), config)
