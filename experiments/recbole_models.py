@@ -181,7 +181,7 @@ def run_model(name: str, data_path: Path, work: Path, options: Optional[dict[str
         if number:
             given["pre_model_path"] = str(next((Path(work) / f"saved-{number - 1}").glob(f"{name}-{DATASET}-*")))
         record = run_recbole_raserec(model=name, dataset=DATASET, config_dict=given, argv=[])
-    seconds = round(time.process_time() - started, 1)
+    seconds = round(time.process_time() - started, 3)
     figures = record["metrics"].get("ours", record["metrics"].get("base"))["test"]
     again = run_recbole_raserec(model=name, dataset=DATASET, config_dict=given, argv=[])
     if again["metrics"] != record["metrics"]:
