@@ -248,6 +248,27 @@ def _pandas_fillna(module: Any) -> None:
     module.pd = _View(pd, read_csv=read_csv)
 
 
+@_mend("missing-ids", _DATASET)
+def _missing_ids(module: Any) -> None:
+    """RecBole drops interactions without a user, then those without an item, by labels that it takes for positions:
+    where both occur it drops the wrong rows, or fails. They are dropped before RecBole looks."""
+    dataset = module.Dataset
+    filter_nan = dataset._filter_nan_user_or_item
+
+    @functools.wraps(filter_nan)
+    def _filter_nan_user_or_item(self: Any) -> None:
+        fields = [field for field in (self.uid_field, self.iid_field) if field in self.inter_feat]
+        missing = self.inter_feat[fields].isna().any(axis=1)
+        if missing.any():
+            first = int(missing.to_numpy().argmax()) + 1
+            count, names = int(missing.sum()), " or no ".join(fields)
+            self.logger.warning(f"{count} interactions have no {names} and are left out (the first is number {first}).")
+            self.inter_feat = self.inter_feat[~missing].reset_index(drop=True)
+        filter_nan(self)
+
+    dataset._filter_nan_user_or_item = _filter_nan_user_or_item
+
+
 @_mend("pandas-agg-len", _DATASET, needed=lambda: _at_least("pandas", "3"))
 def _pandas_agg_len(module: Any) -> None:
     """RecBole takes the lengths of the sequences in a column by feat[field].agg(len); pandas 3 answers with the length

@@ -112,7 +112,11 @@ SEQUENTIAL: dict[str, Rule] = {
 }
 
 #: Options of SASRec and DuoRec as this package trains them.
-ENCODER: dict[str, Rule] = {"loss_type": _choice("CE", "BPR"), "training": _choice("prefix", "packed")}
+ENCODER: dict[str, Rule] = {
+    "loss_type": _choice("CE", "BPR"),
+    "training": _choice("prefix", "packed"),
+    "packed_copies": _integer(1),
+}
 
 #: Options of DuoRec's contrastive loss.
 CONTRAST: dict[str, Rule] = {

@@ -79,10 +79,12 @@ def pairs(batch):
     ]
 
 
+@pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize(("max_length", "batch_size"), [(14, 32), (4, 16), (4, 7), (1, 5)])
-def test_an_epoch(small_config, max_length, batch_size):
+def test_an_epoch(small_config, max_length, batch_size, copies):
     """Each target once an epoch, after a suffix of its history, in batches of about `train_batch_size` targets."""
-    _, packed, prefix = loaders(small_config, MAX_ITEM_LIST_LENGTH=max_length, train_batch_size=batch_size)
+    options = {"MAX_ITEM_LIST_LENGTH": max_length, "train_batch_size": batch_size, "packed_copies": copies}
+    _, packed, prefix = loaders(small_config, **options)
     train = prefix.train._dataset
     users, positions, targets = train.windows()
     store = train.store
@@ -115,11 +117,11 @@ def test_an_epoch(small_config, max_length, batch_size):
         assert Counter(epochs[0]) == Counter(whole)
 
 
-@pytest.mark.parametrize("batch_size", [100_000, 24])
-def test_gradient_of_an_epoch_equals_one_window_per_target(small_config, batch_size):
+@pytest.mark.parametrize(("batch_size", "copies"), [(100_000, 1), (24, 1), (24, 4)])
+def test_gradient_of_an_epoch_equals_one_window_per_target(small_config, batch_size, copies):
     config, packed, prefix = loaders(
         small_config, MAX_ITEM_LIST_LENGTH=14, train_batch_size=batch_size, hidden_size=8, inner_size=12,
-        hidden_dropout_prob=0.0, attn_dropout_prob=0.0,
+        hidden_dropout_prob=0.0, attn_dropout_prob=0.0, packed_copies=copies,
     )  # fmt: skip
     torch.manual_seed(0)
     model = disturb(SASRec(config, packed.dataset))
@@ -138,6 +140,23 @@ def test_gradient_of_an_epoch_equals_one_window_per_target(small_config, batch_s
     for (name, _), a, b in zip(model.named_parameters(), *gradients):
         assert b.any(), name
         assert (a - b).abs().max() < 1e-5, name
+
+
+def test_copies_spread_a_sequence_over_the_epoch(small_config):
+    """With copies a batch holds targets of more users, and the targets of a user lie in more batches."""
+    log = random_log(2, users=60, longest=30)
+    users_per_batch = {}
+    for copies in (1, 8):
+        _, packed, _ = loaders(small_config, log=log, train_batch_size=40, packed_copies=copies)
+        loader = packed.train
+        plans = []
+        for batch in loader.batches():
+            users_per_batch.setdefault(copies, []).append(len(set(loader._windows.user[loader._plan.window[batch]])))
+            plans.append(loader._plan.slots)
+        if copies > 1:
+            next(iter(loader.batches()))
+            assert not np.array_equal(loader._plan.slots, plans[0])  # dealt out anew
+    assert np.mean(users_per_batch[8][:-1]) > 2 * np.mean(users_per_batch[1][:-1])
 
 
 def test_partners_stand_in_the_order_of_the_targets(small_config):

@@ -278,4 +278,8 @@ def _opened(source: str, encoding: str) -> Iterator[tuple[TextIO, Callable[[], N
         size = os.fstat(raw.fileno()).st_size
         label = f"Reading {Path(source).name}"
         bar = stack.enter_context(tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None, delay=1))
-        yield text, lambda: bar.update(raw.tell() - bar.n) and None
+
+        def advance() -> None:
+            bar.update(raw.tell() - bar.n)
+
+        yield text, advance

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
 
+from recbole_raserec.data.loading import FastLoading, rows_of
 from recbole_raserec.data.sequences import SequenceStore
 
 #: Column of every batch: index of the target in its user's full history, so the untruncated prefix length.
 POSITION = "sequence_position"
 
 
-class SequenceDataset(SequentialDataset):
+class SequenceDataset(FastLoading):
     """Drop-in for RecBole's ``SequentialDataset`` whose prefix windows are indices into one sorted copy of the log.
 
     RecBole builds a dense ``[windows, max_length]`` tensor per field in a Python loop over the interactions; here the
@@ -43,7 +43,7 @@ class SequenceDataset(SequentialDataset):
         self._log = log
         positions = np.arange(len(users)) - self.store.offsets[users]
         targets = torch.from_numpy(np.flatnonzero(positions))
-        rows = log[targets]
+        rows = rows_of(log, targets)
         position = torch.from_numpy(positions)[targets]
         rows.update(
             Interaction({self.item_list_length_field: position.clamp(max=self.max_item_list_len), POSITION: position})
@@ -120,6 +120,8 @@ class _Rows(Interaction):
                 self._built = self._dataset._with_windows(rows)
                 self._dataset.trim = trim
             return self._built[index]
+        if isinstance(index, (np.ndarray, torch.Tensor)) and index.ndim:
+            return rows_of(self, index)
         return super().__getitem__(index)
 
     @property

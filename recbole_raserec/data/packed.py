@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -56,10 +57,49 @@ class PackedWindows:
         return len(self.user)
 
 
+@dataclasses.dataclass
+class PackedPlan:
+    """Which targets the rows of one epoch's batches predict.
+
+    Attributes:
+        window, length: int64 [R]; row r reads the first ``length`` inputs of window ``window``.
+        offsets: int64 [R + 1]; row r predicts ``slots[offsets[r]:offsets[r + 1]]``, places in `PackedWindows.row`.
+        slots: int64 [N].
+    """
+
+    window: np.ndarray
+    length: np.ndarray
+    offsets: np.ndarray
+    slots: np.ndarray
+
+    def sizes(self) -> np.ndarray:
+        """Targets of each row, [R]."""
+        return np.diff(self.offsets)
+
+
+def plan_epoch(windows: PackedWindows, copies: int, generator: Optional[torch.Generator] = None) -> PackedPlan:
+    """Deal the targets of each window out to `copies` rows at random; rows that got none are left out.
+
+    A row ends at the last target it got, so that more copies do not cost as many times the work.
+    """
+    sizes = np.diff(windows.offsets)
+    owner = np.repeat(np.arange(len(windows)), sizes)  # window of each slot
+    if copies == 1:
+        return PackedPlan(np.arange(len(windows)), windows.length, windows.offsets, np.arange(len(owner)))
+    row = owner * copies + torch.randint(copies, (len(owner),), generator=generator).numpy()
+    slots = np.argsort(row, kind="stable")
+    row = row[slots]
+    offsets = np.concatenate([np.flatnonzero(np.diff(row, prepend=-1)), [len(row)]])
+    last = slots[offsets[1:] - 1]  # columns increase within a row
+    return PackedPlan(owner[last], windows.column[last] + 1, offsets, slots)
+
+
 class PackedLoader(BucketLoader):
     """Batches of packed windows with about `train_batch_size` targets each, whatever the length of the histories.
 
     (With a fixed number of windows a batch and a mean loss, targets of long histories would weigh many times less.)
+    Each epoch deals the targets of a window out to `packed_copies` rows anew, see :func:`plan_epoch`: the targets of
+    one sequence then fall into different batches, as they do with one window per target.
     A batch holds ``item_id_list`` [U, L], ``item_length`` [U] and :data:`PACKED_TARGETS` [U, L]; with `same_target`
     also a window per target, in row-major order of the targets.
     """
@@ -71,20 +111,19 @@ class PackedLoader(BucketLoader):
         super().__init__(config, dataset, sampler, shuffle, bucket, same_target)
         users, positions, self._row_targets = dataset.windows()
         self._windows = PackedWindows(dataset.store, users, positions, dataset.max_item_list_len)
-
-    def __len__(self) -> int:
-        return -(-self.sample_size // self.step)
+        self._copies = (config["packed_copies"] or 1) if shuffle else 1
+        self._plan = plan_epoch(self._windows, 1)
 
     def batches(self) -> Iterator[np.ndarray]:
-        """Window numbers of one epoch's batches."""
-        windows = self._windows
-        order = np.arange(len(windows))
+        """Row numbers, in the epoch's plan, of its batches."""
+        self._plan = plan = plan_epoch(self._windows, self._copies, self.generator)
+        sizes = plan.sizes()
+        order = np.arange(len(sizes))
         if self.shuffle:
             order = torch.randperm(len(order), generator=self.generator).numpy()
-        sizes = np.diff(windows.offsets)
         if self.bucket and self.shuffle:
             block = np.cumsum(sizes[order]) // (BLOCK * self.step)
-            order = order[np.lexsort((windows.length[order], block))]
+            order = order[np.lexsort((plan.length[order], block))]
         batch = (np.cumsum(sizes[order]) - 1) // self.step
         parts = np.split(order, np.flatnonzero(np.diff(batch)) + 1)
         turn = torch.randperm(len(parts), generator=self.generator).tolist() if self.shuffle else range(len(parts))
@@ -93,17 +132,19 @@ class PackedLoader(BucketLoader):
                 yield parts[number]
 
     def collate_fn(self, index: Any) -> Interaction:
-        windows, dataset = self._windows, self._dataset
+        windows, plan, dataset = self._windows, self._plan, self._dataset
         index = np.asarray(index)
-        length = windows.length[index]
+        window, length = plan.window[index], plan.length[index]
         store = dataset.store
-        ends = windows.start[index] + length
-        rows, _ = store.window_rows(windows.user[index], ends, dataset.max_item_list_len)
-        item_seq = store.items[np.maximum(rows, 0)]
-        item_seq[rows < 0] = 0
-        sizes = windows.offsets[index + 1] - windows.offsets[index]
+        # a row may stop short of its window's end: it begins where the window does
+        rows = store.offsets[windows.user[window]][:, None] + windows.start[window][:, None] + np.arange(length.max())
+        beyond = np.arange(length.max()) >= length[:, None]
+        rows[beyond] = 0
+        item_seq = store.items[rows]
+        item_seq[beyond] = 0
+        sizes = plan.offsets[index + 1] - plan.offsets[index]
         line = np.repeat(np.arange(len(index)), sizes)
-        slot = np.repeat(windows.offsets[index] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        slot = plan.slots[np.repeat(plan.offsets[index] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())]
         targets = np.zeros_like(item_seq)
         targets[line, windows.column[slot]] = self._row_targets[windows.row[slot]]
         fields = {

@@ -78,7 +78,9 @@ def batches_of(eval_data: Any, rows: int, progress: bool) -> Iterator[tuple[Inte
     if isinstance(eval_data, FullSortEvalDataLoader) and not eval_data.is_sequential:
         # RecBole sizes these batches as eval_batch_size // n_items queries: one user a batch for most catalogues.
         spans = [list(range(start, stop)) for start, stop in even_blocks(eval_data.sample_size, rows)]
-        batches = map(eval_data.collate_fn, tqdm(spans, desc="evaluate", ncols=80, leave=False, disable=not progress))
+        batches: Any = map(
+            eval_data.collate_fn, tqdm(spans, desc="evaluate", ncols=80, leave=False, disable=not progress)
+        )
     else:
         batches = iter(tqdm(eval_data, desc="evaluate", ncols=80, leave=False, disable=not progress))
     for interaction, _, positive_u, positive_i in batches:
