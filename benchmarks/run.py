@@ -16,17 +16,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import cases
+from benchmarks import epochs, preparation, ranking, retrieval
+from benchmarks.common import Side
+
+#: Figures of a side that have a place of their own in the record.
+KNOWN = ("seconds", "peak_mb", "note", "versions")
+
+CASES = {**epochs.CASES, **preparation.CASES, **ranking.CASES, **retrieval.CASES}
 
 
 def main() -> None:
     """Run one benchmark, or list them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", choices=sorted(cases.CASES))
+    parser.add_argument("name", nargs="?", choices=sorted(CASES))
     parser.add_argument("--list", action="store_true", help="name the benchmarks")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--data_path", default="dataset", help="directory that contains <dataset>/<dataset>.inter")
@@ -34,10 +40,10 @@ def main() -> None:
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.list or not args.name:
-        for name, case in sorted(cases.CASES.items()):
+        for name, case in sorted(CASES.items()):
             print(f"{name:<14} {case.work}")
         return
-    case = cases.CASES[args.name]
+    case = CASES[args.name]
     if args.side:
         _one_side(case.ours if args.side == "ours" else case.peer, args)
         return
@@ -49,12 +55,16 @@ def main() -> None:
         **{f"{side}_peak_mb": figures["peak_mb"] for side, figures in sides.items()},
         "work": case.work,
         "notes": {side: figures["note"] for side, figures in sides.items()},
+        "extra": {side: {k: v for k, v in figures.items() if k not in KNOWN} for side, figures in sides.items()},
         "versions": sides["ours"]["versions"],
     }
     print(f"\n{args.name}: {case.work}\n{'':<8}{'seconds':>10}{'peak MiB':>10}  note")
     for side, figures in sides.items():
         print(f"{side:<8}{figures['seconds']:>10.2f}{figures['peak_mb']:>10.0f}  {figures['note']}")
     print(f"{'ratio':<8}{record['ratio']:>9.1f}x")
+    if case.check:
+        record["checked"] = case.check(sides["ours"], sides["peer"])
+        print(f"checked  {record['checked']}")
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -66,7 +76,7 @@ def _spawn(side: str, args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
-def _one_side(work: Callable[[str], tuple[float, str]], args: argparse.Namespace) -> None:
+def _one_side(work: Side, args: argparse.Namespace) -> None:
     import torch
 
     from recbole_raserec.evaluation.report import versions
@@ -74,9 +84,9 @@ def _one_side(work: Callable[[str], tuple[float, str]], args: argparse.Namespace
     if args.threads:
         torch.set_num_threads(args.threads)
     started = time.perf_counter()
-    seconds, note = work(args.data_path)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    figures = {"seconds": seconds, "peak_mb": peak, "note": note, "whole": time.perf_counter() - started}
+    figures = work(args.data_path)
+    figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures["whole"] = time.perf_counter() - started
     print(json.dumps({**figures, "versions": versions()}))
 
 

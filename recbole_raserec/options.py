@@ -97,6 +97,7 @@ COMMON: dict[str, Rule] = {
     "threads": _optional(_integer(1)),
     "learning_rate": number(0, open_low=True),
     "weight_decay": number(0),
+    "weight_averaging": number(0, 1, open_high=True),
     "learner": _choice("adam", "sgd", "adagrad", "rmsprop", "sparse_adam"),
     "transform": _optional(
         _choice("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined")
@@ -149,6 +150,7 @@ RETRIEVAL: dict[str, Rule] = {
     "ram_inner_size": _integer(1),
     "ram_dropout": _DROPOUT,
     "ram_learning_rate": number(0, open_low=True),
+    "ram_weight_averaging": number(0, 1, open_high=True),
     "ram_train_batch_size": _integer(1),
     "ram_epochs": _integer(1),
     "ram_stopping_step": _integer(0),

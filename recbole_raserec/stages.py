@@ -186,6 +186,6 @@ def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path) -
 def _ram_config(config: Any) -> Any:
     """The configuration under which the retrieval-augmented module trains: `ram_*` in place of the backbone's."""
     stage = copy.deepcopy(config)
-    for name in ("learning_rate", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
+    for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
         stage[name] = config[f"ram_{name}"]
     return stage

@@ -621,6 +621,7 @@ CHANGES = {
     "ram_inner_size": 128,
     "ram_dropout": 0.1,
     "ram_learning_rate": 0.01,
+    "ram_weight_averaging": 0.9,
     "ram_train_batch_size": 8,
     "ram_epochs": 3,
     "ram_stopping_step": 1,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import chain
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
 
 from recbole_raserec import compat
 from recbole_raserec.errors import ConfigError, DatasetError
@@ -21,8 +21,6 @@ from recbole_raserec.evaluation.protocols import (
     evaluate,
     evaluation_problems,
     metrics_from_ranks,
-    seen_from_interactions,
-    seen_matrix,
 )
 from recbole_raserec.evaluation.ranking import csr_pairs, rank_in_chunks, target_ranks
 
@@ -150,21 +148,11 @@ def test_scores_are_left_unchanged():
     assert torch.equal(scores, before)
 
 
-# --- seen items ----------------------------------------------------------------------------------------------------
-
-
-def test_seen_matrix_takes_the_beginning_of_each_sequence_once():
-    store = SimpleNamespace(offsets=np.array([0, 0, 4, 6]), items=np.array([3, 1, 3, 2, 4, 1]))
-    by_user = seen_matrix(store, np.array([0, 3, 1]), n_items=5)
-    assert by_user.dtype == bool
-    assert by_user.toarray().astype(int).tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]]
-    by_query = seen_matrix(store, np.array([1, 4]), n_items=5, users=np.array([1, 1]))
-    assert by_query.toarray().astype(int).tolist() == [[0, 0, 0, 1, 0], [0, 1, 1, 1, 0]]
-    log = seen_from_interactions(np.array([1, 1, 1, 2]), np.array([3, 1, 3, 4]), 3, 5)
-    assert (log != by_user).nnz == 0
-    assert log.nnz == 3
-    with pytest.raises(ValueError, match="beyond"):
-        seen_matrix(store, np.array([0, 5, 0]), n_items=5)
+def seen_from_interactions(users, items, n_users, n_items):
+    """Seen items of each user from parallel arrays of internal ids: bool [n_users, n_items]."""
+    seen = np.zeros((n_users, n_items), dtype=bool)
+    seen[users, items] = True
+    return csr_matrix(seen)
 
 
 # --- against RecBole -----------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ FORMS = {
     "unbucketed": {"bucket_batches": False},
     "sampled negatives": {"loss_type": "BPR"},
     "GRU4Rec": {"backbone": "GRU4Rec"},
+    "averaged": {"training": "packed", "packed_copies": 2, "weight_averaging": 0.9, "ram_weight_averaging": 0.9},
     "early stopping": {
         "epochs": 12, "ram_epochs": 12, "learning_rate": 0.05, "stopping_step": 1, "ram_learning_rate": 0.05,
         "ram_stopping_step": 1,
@@ -155,7 +156,10 @@ def breaking(patch, method, at, after):
     [
         *((form, "_train_epoch", True) for form in FORMS),
         # the best weights are on disk, the state that belongs to them is not
-        *((form, "save_state", False) for form in ("prefix", "DuoRec packed", "unfrozen", "early stopping")),
+        *(
+            (form, "save_state", False)
+            for form in ("prefix", "DuoRec packed", "unfrozen", "averaged", "early stopping")
+        ),
     ],
 )
 def test_interrupted_in_every_epoch(tiny_run, form, method, after):  # noqa: F811

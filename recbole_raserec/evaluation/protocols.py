@@ -191,37 +191,6 @@ def evaluation_problems(config: Any) -> list[str]:
     return problems
 
 
-def seen_from_interactions(users: np.ndarray, items: np.ndarray, n_users: int, n_items: int) -> csr_matrix:
-    """Seen items of each user from parallel arrays of internal ids: bool [n_users, n_items]."""
-    users, items = np.asarray(users), np.asarray(items)
-    return _without_repeats(csr_matrix((np.ones(len(users), dtype=bool), (users, items)), shape=(n_users, n_items)))
-
-
-def seen_matrix(store: Any, positions: np.ndarray, n_items: int, users: np.ndarray | None = None) -> csr_matrix:
-    """Seen items from the beginnings of stored sequences: bool [len(positions), n_items].
-
-    Args:
-        store: has `offsets` [n_users + 1] and `items`; user u's are items[offsets[u]:offsets[u + 1]] in time order.
-        positions: row r has seen the first positions[r] items of its user (the position of its target).
-        n_items: number of items, padding included.
-        users: user of each row; without it row r is user r.
-    """
-    positions = np.asarray(positions, dtype=np.int64)
-    users = np.arange(len(positions)) if users is None else np.asarray(users)
-    starts = np.asarray(store.offsets)[users]
-    if (positions < 0).any() or (starts + positions > np.asarray(store.offsets)[users + 1]).any():
-        raise ValueError("positions reach beyond the user's sequence.")
-    indptr = np.concatenate([[0], np.cumsum(positions)])
-    index = np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], positions)
-    ones = np.ones(len(index), dtype=bool)
-    return _without_repeats(csr_matrix((ones, np.asarray(store.items)[index], indptr), shape=(len(users), n_items)))
-
-
-def _without_repeats(matrix: csr_matrix) -> csr_matrix:
-    matrix.sum_duplicates()
-    return matrix
-
-
 def _rank_batch(
     scorer: Scorer,
     interaction: Interaction,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
@@ -16,7 +17,9 @@ from recbole.utils import ModelType
 
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.fileio import read_tensors, write_tensors
+from recbole_raserec.recommendation.averaging import WeightAverage
 
+AVERAGE = "average."
 STATE, BEST = "state.safetensors", "model.safetensors"
 
 #: Evaluates a model on validation data: (model, data) -> {protocol: {metric: value}}.
@@ -29,6 +32,9 @@ class ResumableTrainer(Trainer):
     After each evaluated epoch ``state.safetensors`` holds weights, optimizer, random states, epoch and the early
     stopping's counters; ``model.safetensors`` the best weights so far. Both are replaced atomically, the best first, so
     that a kill at any moment repeats at most one epoch, with the same random numbers and thus the same result.
+
+    With the option `weight_averaging` what is validated and kept is the moving average of the weights, see
+    :class:`~recbole_raserec.recommendation.averaging.WeightAverage`.
 
     Args:
         directory: where the run lives.
@@ -57,6 +63,10 @@ class ResumableTrainer(Trainer):
         self._resumed: Optional[dict[str, torch.Tensor]] = None
         # Graph models cache embeddings there. Until this process has seen the best epoch, they are as constructed.
         self.best_other_parameter: Any = model.other_parameter()
+        self._average: Optional[WeightAverage] = None
+        if config["weight_averaging"]:
+            average = self._average = WeightAverage(model, config["weight_averaging"])
+            self.optimizer.register_step_post_hook(lambda *_: average.update())
         if resume and (self.directory / STATE).exists() and (self.directory / BEST).exists():
             self.resume_checkpoint(self.directory / STATE)
 
@@ -113,15 +123,21 @@ class ResumableTrainer(Trainer):
         return super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
-        result = self._evaluate(self.model, valid_data)[self._protocol]
+        with self._averaged():
+            result = self._evaluate(self.model, valid_data)[self._protocol]
         return result[self.valid_metric], result
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         target = kwargs.get("saved_model_file", self.saved_model_file)
-        write_tensors(target, _tensors(self.model.state_dict()), {"epoch": epoch, "model": self.config["model"]})
+        with self._averaged():
+            write_tensors(target, _tensors(self.model.state_dict()), {"epoch": epoch, "model": self.config["model"]})
         self.best_other_parameter = self.model.other_parameter()
         if self.eval_step <= 0:
             self.save_state(epoch)
+
+    def _averaged(self) -> Any:
+        """A context in which the model has the weights that count."""
+        return contextlib.nullcontext() if self._average is None else self._average.applied()
 
     def load_best(self) -> None:
         """Put the best weights of the run into the model."""
@@ -141,6 +157,8 @@ class ResumableTrainer(Trainer):
         self.seconds += now - self._epoch_start
         self._epoch_start = now
         tensors = {f"model.{name}": value for name, value in _tensors(self.model.state_dict()).items()}
+        if self._average is not None:
+            tensors.update({AVERAGE + name: value for name, value in self._average.tensors().items()})
         optimizer = self.optimizer.state_dict()
         scalars: dict[str, Any] = {}
         for index, slots in optimizer["state"].items():
@@ -168,6 +186,7 @@ class ResumableTrainer(Trainer):
             "seconds": self.seconds,
             "param_groups": json.loads(json.dumps(optimizer["param_groups"], default=str)),
             "scalars": scalars,
+            "average_steps": self._average.steps if self._average is not None else None,
             "numpy": [str(name), int(pos), int(has_gauss), float(cached)],
             "python": random.getstate(),
         }
@@ -181,6 +200,9 @@ class ResumableTrainer(Trainer):
             prefix = "model."
             weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
             load_weights(self.model, weights, resume_file)
+            if self._average is not None:
+                averages = {k[len(AVERAGE) :]: v for k, v in tensors.items() if k.startswith(AVERAGE)}
+                self._average.restore(averages, int(meta["average_steps"]))
             state: dict[int, dict[str, Any]] = {}
             slots = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
             for key, value in {**slots, **meta["scalars"]}.items():

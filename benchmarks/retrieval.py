@@ -1,0 +1,133 @@
+"""Stage iii: an epoch of the retrieval-augmented module, cached against recomputed for every batch."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Case, config_of
+
+#: Batches of which the peer is timed, and whose losses both sides report.
+PEER_BATCHES = 12
+
+
+def _stage(data_path: str) -> tuple[Any, Any, Any, Any]:
+    """Frozen random SASRec, RaSeRec over it with dropout off, keeper, loader of the training rows."""
+    import torch
+
+    from recbole_raserec.data.loader import RowLoader
+    from recbole_raserec.recommendation.backbone import wrap_backbone
+    from recbole_raserec.registry import get_model
+    from recbole_raserec.retrieval.keeper import MemoryKeeper
+    from recbole_raserec.retrieval.raserec import RaSeRec
+    from recbole_raserec.stages import prepare_data
+
+    config = config_of("RaSeRec", data_path, backbone="SASRec", ram_dropout=0.0, train_batch_size=1024, index="flat")
+    backbone_config = config.for_backbone()
+    splits = prepare_data(backbone_config)
+    torch.manual_seed(0)
+    encoder = get_model("SASRec")(backbone_config, splits.dataset)
+    with torch.no_grad():
+        encoder.item_embedding.weight.mul_(25)  # to the length that training gives them
+    model = RaSeRec(config, splits.dataset, wrap_backbone(encoder, config, splits.dataset))
+    train, valid = splits.train._dataset, splits.valid._dataset
+    keeper = MemoryKeeper(model, train, valid, config["memory_min_length"], 1, False)
+    model.train()
+    config["train_batch_size"] = 1024
+    loader = RowLoader(config, train, splits.train._sampler, shuffle=True)
+    return model, keeper, loader, train
+
+
+def cached(data_path: str) -> dict[str, Any]:
+    """Vectors and neighbours of all training windows once, then a whole epoch that looks them up."""
+    import torch
+
+    from recbole_raserec.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    started = time.perf_counter()
+    model, keeper, loader, _ = _stage(data_path)
+    keeper.before_epoch(0)
+    once = time.perf_counter() - started
+    optimizer = torch.optim.Adam(model.ram.parameters(), lr=1e-3, fused=True)
+    losses = []
+    started = time.perf_counter()
+    for batch in loader:
+        losses.append(_step(model, optimizer, model.calculate_loss(batch)))
+    seconds = time.perf_counter() - started
+    note = f"whole epoch of {len(losses)} batches of 1024; data, encoding and search before it, once: {once:.0f} s"
+    return {"seconds": seconds, "note": note, "once_seconds": once, "losses": losses[:PEER_BATCHES]}
+
+
+def published(data_path: str) -> dict[str, Any]:
+    """What the papers' public implementation does in each batch: encode the windows padded to 50, search faiss for more
+    than K, filter in Python, and a softmax over a fresh batch x items matrix with torch's cross entropy."""
+    import faiss
+    import torch
+    import torch.nn.functional as F
+
+    model, _, loader, train = _stage(data_path)
+    memory, store = model.memory, train.store
+    keys = np.ascontiguousarray(memory.keys / np.linalg.norm(memory.keys, axis=1, keepdims=True))
+    index = faiss.IndexFlatIP(keys.shape[1])
+    index.add(keys)
+    owner, place = memory.users.tolist(), memory.positions.tolist()
+    optimizer = torch.optim.Adam(model.ram.parameters(), lr=1e-3)
+
+    def neighbours(h: np.ndarray, who: list[int], where: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.zeros((len(h), model.top_k), dtype=torch.int64)
+        mask = torch.zeros((len(h), model.top_k), dtype=torch.bool)
+        _, found = index.search(h / np.linalg.norm(h, axis=1, keepdims=True), model.top_k + 60)
+        for row, candidates in enumerate(found.tolist()):
+            kept = [m for m in candidates if owner[m] != who[row] or place[m] < where[row]][: model.top_k]
+            assert len(kept) == model.top_k, "search for more candidates"
+            ids[row], mask[row] = torch.tensor(kept), True
+        return ids, mask
+
+    losses = []
+    started = time.perf_counter()
+    for batch in loader:
+        who, where = batch["user_id"].numpy(), batch["sequence_position"].numpy()
+        rows, lengths = store.window_rows(who, where, train.max_item_list_len, train.max_item_list_len)
+        item_seq = store.items[np.maximum(rows, 0)]
+        item_seq[rows < 0] = 0
+        with torch.no_grad():
+            h = model.encode(torch.from_numpy(item_seq), torch.from_numpy(lengths))
+        augmented = model.augment(h, *neighbours(h.numpy(), who.tolist(), where.tolist()))
+        loss = F.cross_entropy(augmented @ model.item_vectors().t(), batch["item_id"])
+        losses.append(_step(model, optimizer, loss))
+        if len(losses) == PEER_BATCHES:
+            break
+    batches = len(loader)
+    seconds = (time.perf_counter() - started) * batches / PEER_BATCHES
+    note = f"{PEER_BATCHES} of {batches} batches of 1024, scaled to the epoch"
+    return {"seconds": seconds, "note": note, "losses": losses}
+
+
+def _step(model: Any, optimizer: Any, loss: Any) -> float:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def same_losses(ours: dict[str, Any], peer: dict[str, Any]) -> str:
+    """Both sides walk through the same losses."""
+    apart = max(abs(a - b) for a, b in zip(ours["losses"], peer["losses"]))
+    assert len(ours["losses"]) == len(peer["losses"]) == PEER_BATCHES
+    assert apart < 1e-4, f"losses differ by {apart}"
+    first, last = ours["losses"][0], ours["losses"][-1]
+    return f"losses of {PEER_BATCHES} steps ({first:.4f} to {last:.4f}) differ by {apart:.1e} at most"
+
+
+CASES = {
+    "stage3-epoch": Case(
+        "amazon-beauty, one epoch of the retrieval-augmented module over a frozen SASRec, dropout off: cached against "
+        "encoding, search and filter in each batch",
+        cached,
+        published,
+        same_losses,
+    ),
+}
