@@ -97,6 +97,7 @@ COMMON: dict[str, Rule] = {
     "threads": _optional(_integer(1)),
     "learning_rate": number(0, open_low=True),
     "weight_decay": number(0),
+    "eval_memory_mb": number(0, open_low=True),
     "weight_averaging": number(0, 1, open_high=True),
     "learner": _choice("adam", "sgd", "adagrad", "rmsprop", "sparse_adam"),
     "transform": _optional(
@@ -247,6 +248,7 @@ NOT_TRAINING = (
             "dataloaders_save_path",
             "config_file",
             "eval_batch_size",
+            "eval_memory_mb",
             "topk",
             "metrics",
             "metric_decimal_place",

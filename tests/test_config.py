@@ -530,6 +530,7 @@ def test_recbole_keeps_its_copy_of_ml_100k_unless_the_user_has_one(tmp_path):
 
 def test_use_gpu_false_means_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("recbole_raserec.config._VISIBLE_DEVICES", None)
     assert Config("SASRec", "planted", argv=[])["device"].type == "cuda"
     assert Config("SASRec", "planted", argv=["--use_gpu=false"])["device"].type == "cpu"
     assert Config("SASRec", "planted", argv=["--gpu_id="])["device"].type == "cpu"
@@ -667,6 +668,7 @@ def test_options_that_decide_the_weights_decide_the_fingerprint(given):
         {"checkpoint_dir": "x"},
         {"show_progress": False},
         {"eval_batch_size": 3},
+        {"eval_memory_mb": 64},
         {"topk": [10]},
         {"use_gpu": False},
         {"metrics": ["NDCG"]},

@@ -369,3 +369,31 @@ def test_an_empty_evaluation_set_is_an_error(data_path):
     config, model, _, loaders, _ = build("SASRec", data_path)
     with pytest.raises(DatasetError, match="evaluation set is empty"):
         evaluate(model, NoBatches(loaders["test"]._dataset), config)
+
+
+@pytest.mark.parametrize("model_name", ["SASRec", "DuoRec"])
+def test_queries_encoded_by_length_rank_alike(small_config, monkeypatch, model_name):
+    from conftest import random_log
+
+    from recbole_raserec.evaluation import scoring
+    from recbole_raserec.registry import get_model
+    from recbole_raserec.stages import prepare_data
+
+    config = small_config(model_name, log=random_log(4, users=50, longest=12), MAX_ITEM_LIST_LENGTH=10)
+    splits = prepare_data(config)
+    model = get_model(model_name)(config, splits.dataset)
+    torch.nn.init.normal_(model.item_embedding.weight)
+    widths, ranks = {}, {}
+    forward = model.forward
+    for group in (1000, 7):
+        monkeypatch.setattr(scoring, "GROUP", group)
+        seen = widths[group] = []
+        monkeypatch.setattr(
+            model, "forward", lambda seq, length, seen=seen: (seen.append(seq.shape), forward(seq, length))[1]
+        )
+        ranks[group] = collect_ranks(model, splits.test, config, splits.seen["test"])
+    assert len(widths[1000]) == 1
+    assert len(widths[7]) == -(-50 // 7)
+    assert sum(rows * width for rows, width in widths[7]) < sum(rows * width for rows, width in widths[1000])
+    for field in ("kept", "removed", "users", "queries"):
+        assert torch.equal(getattr(ranks[7], field), getattr(ranks[1000], field))

@@ -15,6 +15,9 @@ from recbole_raserec.evaluation.ranking import SeenPairs, chunk_rows, rank_in_ch
 
 DEFAULT_MEMORY_MB = 512
 
+#: Queries of like length that are encoded together.
+GROUP = 128
+
 
 class Scorer:
     """Scores all items for a block of queries, whichever of the three ways the model offers."""
@@ -44,7 +47,7 @@ class Scorer:
         """Ranks of `targets` [P] in the rows `rows` [P] of the block of queries start..stop."""
         block = interaction[start:stop].to(self.device)
         if self.gives_vectors:
-            h, item_vectors, item_bias = self.model.full_sort_vectors(block)
+            h, item_vectors, item_bias = self._vectors(block)
             if pairs is not None:  # pairs come sorted by owner: as a CSR over the targets
                 pairs = (np.searchsorted(pairs[0], np.arange(len(targets) + 1)), pairs[1])
             h = h[rows.to(h.device)]
@@ -54,6 +57,26 @@ class Scorer:
             name = type(self.model).__name__
             raise ValueError(f"{name} gives {len(scores)} rows of scores for {stop - start} queries.")
         return target_ranks(scores, targets, pairs, rows)
+
+    def _vectors(self, block: Interaction) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The model's `full_sort_vectors`; where windows may be trimmed, encoded in groups of like length."""
+        lengths = self.dataset.item_list_length_field if getattr(self.dataset, "trim", False) else None
+        if lengths not in block or len(block) <= GROUP:
+            return self.model.full_sort_vectors(block)
+        order = torch.argsort(block[lengths], stable=True)
+        width = block[self.dataset.item_id_list_field].shape[1]
+        parts = []
+        for rows in order.split(GROUP):
+            longest = int(block[lengths][rows[-1]])
+            fields = {name: values[rows] for name, values in block.interaction.items()}
+            for name, values in fields.items():
+                if values.dim() > 1 and values.shape[1] == width:
+                    fields[name] = values[:, :longest]
+            parts.append(self.model.full_sort_vectors(Interaction(fields)))
+        sorted_h = torch.cat([part[0] for part in parts])
+        h = torch.empty_like(sorted_h)
+        h[order] = sorted_h
+        return h, parts[0][1], parts[0][2]
 
     def _scores(self, block: Interaction) -> torch.Tensor:
         if not self.predicts_pairs_only:
