@@ -20,13 +20,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import epochs, preparation, ranking, retrieval
+from benchmarks import epochs, mining, preparation, ranking, retrieval
 from benchmarks.common import Side
 
 #: Figures of a side that have a place of their own in the record.
 KNOWN = ("seconds", "peak_mb", "note", "versions")
 
-CASES = {**epochs.CASES, **preparation.CASES, **ranking.CASES, **retrieval.CASES}
+CASES = {**epochs.CASES, **mining.CASES, **preparation.CASES, **ranking.CASES, **retrieval.CASES}
 
 
 def main() -> None:

@@ -1,0 +1,83 @@
+"""Frequent patterns within a span: this package's miner against seq2pat (``pip install --no-deps seq2pat``)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Case, config_of
+
+ALPHA, BETA = 5, 2
+
+
+def _training_part(data_path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Items and offsets of the training part of amazon-beauty's leave-one-out split."""
+    from recbole_raserec.stages import prepare_data
+
+    train = prepare_data(config_of("SASRec", data_path)).train._dataset
+    users, positions, _ = train.windows()
+    store = train.store
+    size = np.zeros(store.n_users, dtype=np.int64)
+    np.maximum.at(size, users, positions + 1)
+    owner = store.users()
+    kept = np.arange(len(store.items)) - store.offsets[owner] < size[owner]
+    return store.items[kept], np.concatenate([[0], np.cumsum(size)])
+
+
+def _digest(patterns: dict[tuple[int, ...], int]) -> dict[str, int]:
+    """Numbers that two sets of patterns with supports share only if they are equal, or by a great accident."""
+    marks = [hash((pattern, support)) for pattern, support in patterns.items()]
+    mixed = 0
+    for mark in marks:
+        mixed ^= mark
+    return {"patterns": len(patterns), "sum": sum(marks), "xor": mixed}
+
+
+def ours(data_path: str) -> dict[str, Any]:
+    """The median of five runs."""
+    from recbole_raserec.data.patterns import mine_patterns
+
+    items, offsets = _training_part(data_path)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        mined = mine_patterns(items, offsets, ALPHA, BETA)
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": float(np.median(seconds)), "note": f"{len(mined)} patterns", "found": _digest(mined.as_dict())}
+
+
+def seq2pat(data_path: str) -> dict[str, Any]:
+    """The median of five runs, the building of its input lists not counted."""
+    from sequential.seq2pat import Seq2Pat
+
+    items, offsets = _training_part(data_path)
+    sequences = [items[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:]) if b > a]
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        found = Seq2Pat(sequences=sequences, max_span=ALPHA).get_patterns(min_frequency=BETA)
+        seconds.append(time.perf_counter() - started)
+    patterns = {tuple(row[:-1]): row[-1] for row in found if len(row) > 2}
+    return {
+        "seconds": float(np.median(seconds)),
+        "note": f"{len(patterns)} patterns of two or more items",
+        "found": _digest(patterns),
+    }
+
+
+def equal(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Same patterns, same supports."""
+    assert a["found"] == b["found"], (a["found"], b["found"])
+    return f"{a['found']['patterns']} patterns with equal supports"
+
+
+CASES = {
+    "mining": Case(
+        f"amazon-beauty, training part: patterns within a span of {ALPHA} in at least {BETA} sequences",
+        ours,
+        seq2pat,
+        equal,
+    ),
+}
