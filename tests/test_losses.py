@@ -153,3 +153,34 @@ def test_info_nce_gradient():
     for sim in ("dot", "cos"):
         inputs = (first.clone().requires_grad_(), second.clone().requires_grad_())
         assert torch.autograd.gradcheck(lambda a, b, sim=sim: info_nce(a, b, 0.5, sim), inputs)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bfloat16_gradients_are_rounded_and_the_loss_is_not(weighted):
+    h, items, targets = problem(40, 300, 16, dtype=torch.float32)
+    weights = torch.rand(40) if weighted else None
+    wanted = plain(h, items, targets, weights)
+    with mock.patch.object(losses, "CHUNK_BYTES", 7 * 300 * 4):
+        loss = linear_cross_entropy(h, items, targets, weights, "bfloat16")
+    assert abs(loss.item() - wanted[0].item()) < 1e-5
+    loss.backward()
+    for found, exact in ((h.grad, wanted[1]), (items.grad, wanted[2])):
+        apart = (found.double() - exact).norm() / exact.norm()
+        assert 1e-5 < apart < 2**-7
+
+
+def test_auto_precision_asks_the_processor(monkeypatch):
+    h, items, targets = problem(4, 9, 3, dtype=torch.float32)
+    gradients = {}
+    for name, fast in (("float32", None), ("auto", False), ("auto fast", True)):
+        monkeypatch.setattr(losses, "fast_bfloat16", lambda device, fast=fast: fast)
+        loss = linear_cross_entropy(h, items, targets, gradient_precision=name.split()[0])
+        gradients[name] = torch.autograd.grad(loss, items)[0]
+    assert torch.equal(gradients["float32"], gradients["auto"])
+    assert not torch.equal(gradients["float32"], gradients["auto fast"])
+
+
+def test_double_precision_is_never_lowered():
+    h, items, targets = problem(4, 9, 3)
+    found = torch.autograd.grad(linear_cross_entropy(h, items, targets, gradient_precision="bfloat16"), items)[0]
+    assert torch.allclose(found, plain(h, items, targets)[2], rtol=0, atol=1e-10)
