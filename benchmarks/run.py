@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --list
     python benchmarks/run.py sasrec-epoch --data_path=DIR --json out.json
+    python benchmarks/run.py --table results/benchmarks > docs/speed.md
 
 Each side runs in a process of its own, one after the other, so that its peak memory is its own. A peer that needs
 minutes is timed on a stated number of batches and scaled to the epoch.
@@ -34,11 +35,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", choices=sorted(CASES))
     parser.add_argument("--list", action="store_true", help="name the benchmarks")
+    parser.add_argument("--table", metavar="DIR", type=Path, help="print the JSON files of DIR as a page")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--data_path", default="dataset", help="directory that contains <dataset>/<dataset>.inter")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of both sides (0: the library's choice)")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.table:
+        print(
+            page([json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.table.glob("*.json"))]), end=""
+        )
+        return
     if args.list or not args.name:
         for name, case in sorted(CASES.items()):
             print(f"{name:<14} {case.work}")
@@ -67,6 +74,31 @@ def main() -> None:
         print(f"checked  {record['checked']}")
     if args.json:
         Path(args.json).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    """The records as a Markdown page: a table, and a note on each side."""
+    lines = [
+        "# Speed and memory",
+        "",
+        "Peer and ours side by side in one run, each in a process of its own, on the same work: `python",
+        "benchmarks/run.py NAME --data_path=DIR --json results/benchmarks/NAME.json`; this page: `python benchmarks/run.py",
+        "--table results/benchmarks`. The peer is RecBole 1.2.1 itself unless the work says otherwise.",
+        "",
+        "| benchmark | ours, s | peer, s | ratio | ours, MiB | peer, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        seconds = f"{record['ours_seconds']:.2f} | {record['peer_seconds']:.2f} | **{record['ratio']:.1f}x**"
+        memory = f"{record['ours_peak_mb']:.0f} | {record['peer_peak_mb']:.0f}"
+        lines.append(f"| {record['name']} | {seconds} | {memory} |")
+    for record in records:
+        lines += ["", f"**{record['name']}**: {record['work']}.", ""]
+        lines += [f"- {side}: {record['notes'][side]}" for side in ("ours", "peer")]
+        lines += [f"- checked: {record['checked']}"] if "checked" in record else []
+    versions = records[0]["versions"] if records else {}
+    lines += ["", ", ".join(f"{name} {version}" for name, version in versions.items() if version) + "."]
+    return "\n".join(lines) + "\n"
 
 
 def _spawn(side: str, args: argparse.Namespace) -> dict[str, Any]:

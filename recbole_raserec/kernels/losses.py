@@ -107,9 +107,9 @@ def linear_cross_entropy(
         items: [V, H] item vectors.
         targets: int64 [B].
         weights: [B], non-negative; the loss is their weighted mean. None weighs all rows alike.
-        gradient_precision: ``float32``: that of the inputs. ``bfloat16``: float32 inputs are rounded to bfloat16 for the
-            two products of the gradients (relative error some 1/256; the loss itself stays exact). ``auto``: bfloat16
-            where the processor multiplies it faster, see :func:`fast_bfloat16`.
+        gradient_precision: ``float32``: that of the inputs. ``bfloat16``: float32 inputs are rounded to bfloat16 for
+            the two products of the gradients (relative error some 1/256; the loss itself stays exact). ``auto``:
+            bfloat16 where the processor multiplies it faster, see :func:`fast_bfloat16`.
 
     Returns:
         scalar tensor.
