@@ -81,9 +81,9 @@ def page(records: list[dict[str, Any]]) -> str:
     lines = [
         "# Speed and memory",
         "",
-        "Peer and ours side by side in one run, each in a process of its own, on the same work: `python",
-        "benchmarks/run.py NAME --data_path=DIR --json results/benchmarks/NAME.json`; this page: `python benchmarks/run.py",
-        "--table results/benchmarks`. The peer is RecBole 1.2.1 itself unless the work says otherwise.",
+        "Peer and ours side by side in one run, each in a process of its own, on the same work:",
+        "`python benchmarks/run.py NAME --data_path=DIR --json results/benchmarks/NAME.json`; this page:",
+        "`python benchmarks/run.py --table results/benchmarks`. The peer is RecBole 1.2.1 itself unless the work says otherwise.",
         "",
         "| benchmark | ours, s | peer, s | ratio | ours, MiB | peer, MiB |",
         "|---|---|---|---|---|---|",
