@@ -1,4 +1,4 @@
-"""Frequent patterns within a span: this package's miner against seq2pat (``pip install --no-deps seq2pat``)."""
+"""Frequent patterns within a span, against seq2pat (``pip install --no-deps seq2pat``); the pairs built from them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,60 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> str:
     return f"{a['found']['patterns']} patterns with equal supports"
 
 
+#: Sequences that the peer scans, and of which both sides report the pairs.
+SCANNED = 40
+
+
+def our_pairs(data_path: str) -> dict[str, Any]:
+    """Pairs of all training sequences."""
+    from recbole_raserec.data.patterns import mine_patterns
+    from recbole_raserec.regeneration.pairs import build_pairs
+
+    items, offsets = _training_part(data_path)
+    patterns = mine_patterns(items, offsets, ALPHA, BETA)
+    started = time.perf_counter()
+    sequence, _ = build_pairs(items, offsets, patterns, 10, 0)
+    seconds = time.perf_counter() - started
+    sample = build_pairs(items, offsets[: SCANNED + 1], patterns, 10, 0)
+    return {"seconds": seconds, "note": f"{len(sequence)} pairs", "pairs": np.column_stack(sample).tolist()}
+
+
+def scanned_pairs(data_path: str) -> dict[str, Any]:
+    """Each pattern tried on each sequence."""
+    from recbole_raserec.data.patterns import mine_patterns
+    from recbole_raserec.regeneration.pairs import draw
+
+    items, offsets = _training_part(data_path)
+    mined = mine_patterns(items, offsets, ALPHA, BETA)
+    patterns = [mined[index] for index in range(len(mined))]
+    sequences = [items[a:b].tolist() for a, b in zip(offsets[:SCANNED], offsets[1 : SCANNED + 1])]
+    started = time.perf_counter()
+    found = []
+    for number, sequence in enumerate(sequences):
+        for index, pattern in enumerate(patterns):
+            rest = iter(sequence)
+            if all(item in rest for item in pattern):
+                found.append((number, index))
+    pairs = np.array(found, dtype=np.int64).reshape(-1, 2)
+    sample = draw(pairs[:, 0], pairs[:, 1], 10, 0)
+    seconds = (time.perf_counter() - started) * (len(offsets) - 1) / SCANNED
+    note = f"{SCANNED} of {len(offsets) - 1} sequences, scaled"
+    return {"seconds": seconds, "note": note, "pairs": np.column_stack(sample).tolist()}
+
+
+def same_pairs(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Same pairs for the same seed."""
+    assert a["pairs"] == b["pairs"]
+    return f"the {len(a['pairs'])} pairs of the first {SCANNED} sequences are the same"
+
+
 CASES = {
+    "pair-building": Case(
+        "amazon-beauty, training part: up to ten of its patterns for each sequence, against trying every pattern",
+        our_pairs,
+        scanned_pairs,
+        same_pairs,
+    ),
     "mining": Case(
         f"amazon-beauty, training part: patterns within a span of {ALPHA} in at least {BETA} sequences",
         ours,

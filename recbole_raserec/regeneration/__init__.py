@@ -1,0 +1,1 @@
+"""Stage i: dataset regeneration (DR4SR)."""
