@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Case, config_of
+from benchmarks.preparation import BIG, SHARE, generate
 
 ALPHA, BETA = 5, 2
 
@@ -73,6 +74,35 @@ def equal(a: dict[str, Any], b: dict[str, Any]) -> str:
     return f"{a['found']['patterns']} patterns with equal supports"
 
 
+def big_log(users: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items and offsets of the generated log of `big-log`, without a file."""
+    user, item, _ = generate(users)
+    return item, np.concatenate([[0], np.cumsum(np.bincount(user, minlength=users))])
+
+
+def big_ours(_: str) -> dict[str, Any]:
+    """The whole log."""
+    from recbole_raserec.data.patterns import mine_patterns
+
+    items, offsets = big_log(BIG)
+    started = time.perf_counter()
+    mined = mine_patterns(items, offsets, ALPHA, BETA)
+    return {"seconds": time.perf_counter() - started, "note": f"{len(items)} interactions, {len(mined)} patterns"}
+
+
+def big_seq2pat(_: str) -> dict[str, Any]:
+    """seq2pat on one in :data:`SHARE` of the users."""
+    from sequential.seq2pat import Seq2Pat
+
+    items, offsets = big_log(BIG // SHARE)
+    sequences = [items[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:])]
+    started = time.perf_counter()
+    found = Seq2Pat(sequences=sequences, max_span=ALPHA).get_patterns(min_frequency=BETA)
+    seconds = (time.perf_counter() - started) * SHARE
+    note = f"one in {SHARE} of the users ({len(found)} patterns), time scaled; the peak is that of this part"
+    return {"seconds": seconds, "note": note}
+
+
 #: Sequences that the peer scans, and of which both sides report the pairs.
 SCANNED = 40
 
@@ -121,6 +151,11 @@ def same_pairs(a: dict[str, Any], b: dict[str, Any]) -> str:
 
 
 CASES = {
+    "mining-big": Case(
+        f"a generated log of 10 M interactions: patterns within a span of {ALPHA} in at least {BETA} sequences",
+        big_ours,
+        big_seq2pat,
+    ),
     "pair-building": Case(
         "amazon-beauty, training part: up to ten of its patterns for each sequence, against trying every pattern",
         our_pairs,

@@ -54,13 +54,18 @@ def same_windows(ours: dict[str, Any], peer: dict[str, Any]) -> str:
     return "the same windows in the same order (user, target and length of each)"
 
 
-def write_big_log(directory: Path, users: int) -> Path:
-    """A log of `users` users with a geometric number of interactions each, items of Zipf-like popularity."""
+def generate(users: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """User, item and time of a log with a geometric number of interactions a user, some items far more popular."""
     rng = np.random.default_rng(0)
     counts = 5 + rng.geometric(1 / (BIG_MEAN - 4), users) - 1
     user = np.repeat(np.arange(users), counts)
     item = (BIG_ITEMS * rng.random(len(user)) ** 2).astype(np.int64)
-    stamp = rng.integers(1_000_000_000, 1_016_000_000, len(user))
+    return user, item, rng.integers(1_000_000_000, 1_016_000_000, len(user))
+
+
+def write_big_log(directory: Path, users: int) -> Path:
+    """:func:`generate` as an atomic file."""
+    user, item, stamp = generate(users)
     path = directory / "big" / "big.inter"
     path.parent.mkdir(parents=True)
     with open(path, "w", encoding="utf-8") as file:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +14,7 @@ from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.utils import FeatureSource
 
 from recbole_raserec.config import Config
+from recbole_raserec.data import loading
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loading import LEFT_OUT, leave_out
 
@@ -41,8 +44,10 @@ def odd_config(workdir, **options):
     return Config("SASRec", "odd", config_dict={**base, **options}, argv=[])
 
 
+@pytest.mark.parametrize("chunk", [37, 1 << 19])
 @pytest.mark.parametrize("columns", [["user_id", "item_id", "timestamp", "r"], ["item_id", "timestamp", "user_id"]])
-def test_a_table_is_read_as_recbole_reads_it(workdir, columns):
+def test_a_table_is_read_as_recbole_reads_it(workdir, monkeypatch, columns, chunk):
+    monkeypatch.setattr(loading, "CHUNK", chunk)
     path = write_odd_log(workdir)
     config = odd_config(workdir, load_col={"inter": columns})
     ours, theirs = SequenceDataset(config), SequentialDataset(config)
@@ -78,7 +83,8 @@ def test_leave_one_out_is_recboles(groups, mode):
         wanted = [*wanted, []]
     elif mode == "test_only":
         wanted = [wanted[0], [], wanted[1]]
-    assert [part.tolist() for part in leave_out(groups, mode)] == wanted
+    for numbers in (groups, groups * 10**9 - 5):  # counted, and sorted
+        assert [part.tolist() for part in leave_out(numbers, mode)] == wanted
 
 
 SPLITS = [*({"LS": mode} for mode in LEFT_OUT), {"RS": [6, 2, 2]}]
@@ -117,3 +123,30 @@ def test_an_unknown_split_is_refused_as_recbole_does(small_config, mode):
         dataset.leave_one_out("user_id", mode)
     with pytest.raises(ValueError, match="group"):
         dataset.leave_one_out(None, "valid_only")
+
+
+BOUNDS = st.sampled_from([None, "[2,inf)", "[3,5]", "(1,4)", "[0,3]", "[1,2];[4,9]", "[100,inf)"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), min_size=1, max_size=40), BOUNDS, BOUNDS)
+def test_the_filter_is_recboles(rows, users, items):
+    """Round by round, upper bounds included, where the order of removal decides what is left."""
+    left = []
+    for kind in (SequenceDataset, Dataset):
+        dataset = object.__new__(kind)
+        dataset.logger = logging.getLogger("quiet")
+        dataset.config = {"user_inter_num_interval": users, "item_inter_num_interval": items}
+        dataset.uid_field, dataset.iid_field, dataset.user_feat, dataset.item_feat = "u", "i", None, None
+        table = pd.DataFrame({"u": [f"u{u}" for u, _ in rows], "i": [f"i{i}" for _, i in rows], "n": range(len(rows))})
+        dataset.inter_feat = table
+        dataset._filter_by_inter_num()
+        left.append(dataset.inter_feat.reset_index(drop=True))
+    pd.testing.assert_frame_equal(*left)
+
+
+def test_nothing_left_is_an_error_as_in_recbole(workdir):
+    write_odd_log(workdir)
+    for kind in (SequenceDataset, SequentialDataset):
+        with pytest.raises(ValueError, match="empty"):
+            kind(odd_config(workdir, user_inter_num_interval="[1000,inf)"))

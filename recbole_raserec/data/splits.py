@@ -56,8 +56,8 @@ def prepare(config: Any, dataset_class: Any, trim: bool, same_target: bool = Fal
     digest = data_fingerprint(dataset)
     log_users, log_items = np.asarray(log[dataset.uid_field]), np.asarray(log[dataset.iid_field])
     built = dataset.build()
-    samplers = create_samplers(config, dataset, built)
     lazy = isinstance(built[0], SequenceDataset) and built[0].is_lazy
+    samplers = _samplers(config, dataset, built) if lazy else create_samplers(config, dataset, built)
     train_class = get_dataloader(config, "train")
     if lazy and trim and train_class is TrainDataLoader:
         bucket = config["bucket_batches"] is not False
@@ -78,6 +78,15 @@ def prepare(config: Any, dataset_class: Any, trim: bool, same_target: bool = Fal
         with _users_per_batch(config, dataset):
             evaluation.append(get_dataloader(config, phase)(config, part, sampler, shuffle=False))
     return Splits(dataset, train, evaluation[0], evaluation[1], seen, digest)
+
+
+def _samplers(config: Any, dataset: Any, built: list[Any]) -> Any:
+    """RecBole's samplers of a sequential data set, where something is sampled: they hold a set for every user."""
+    mode = config["eval_args"]["mode"]
+    modes = set(mode.values()) if isinstance(mode, dict) else {mode}
+    if modes == {"full"} and config["train_neg_sample_args"]["distribution"] == "none":
+        return None, None, None
+    return create_samplers(config, dataset, built)
 
 
 def _seen_without(users: np.ndarray, items: np.ndarray, later: Any, dataset: Any) -> sp.csr_matrix:
