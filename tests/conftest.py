@@ -78,3 +78,9 @@ def small_config(workdir):
         return Config(model, "tiny", config_dict={**base, **options}, argv=[])
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def _keep_visible_devices(monkeypatch):
+    # RecBole writes the variable at every configuration; it must not leak from these tests.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
