@@ -95,7 +95,7 @@ def big_seq2pat(_: str) -> dict[str, Any]:
     from sequential.seq2pat import Seq2Pat
 
     items, offsets = big_log(BIG // SHARE)
-    sequences = [items[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:])]
+    sequences = [(items[a:b] + 1).tolist() for a, b in zip(offsets[:-1], offsets[1:])]  # it knows no item 0
     started = time.perf_counter()
     found = Seq2Pat(sequences=sequences, max_span=ALPHA).get_patterns(min_frequency=BETA)
     seconds = (time.perf_counter() - started) * SHARE
