@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 README = Path(__file__).with_name("README.md")
 
@@ -27,6 +27,26 @@ EXTRAS_REQUIRE = {
     "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
 }
 
+SOURCES = Path("recbole_raserec/kernels/src")
+FLAGS = ["-O3", "-std=c11", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+INSTRUCTIONS = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+}
+
+
+def kernels(name: str) -> Extension:
+    """The compiled kernels for one instruction set; where they cannot be compiled the package does without."""
+    return Extension(
+        f"recbole_raserec.kernels._native_{name}",
+        [str(SOURCES / "native.c")],
+        depends=[str(path) for path in sorted(SOURCES.glob("*.h"))],
+        extra_compile_args=FLAGS + INSTRUCTIONS[name],
+        extra_link_args=["-fopenmp"],
+        optional=True,
+    )
+
+
 setup(
     name="recbole-raserec",
     version="0.1.0",
@@ -43,6 +63,7 @@ setup(
     package_data={
         "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml"],
     },
+    ext_modules=[kernels(name) for name in INSTRUCTIONS],
     entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",

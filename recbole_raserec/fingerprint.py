@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 #: Raised when the same options and data would train to something else than before.
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 
 
 def data_fingerprint(dataset: Any) -> str:

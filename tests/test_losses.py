@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import nce_loops
 
-from recbole_raserec.kernels import losses
+from recbole_raserec.kernels import losses, native
 from recbole_raserec.kernels.losses import info_nce, linear_cross_entropy
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -156,7 +156,8 @@ def test_info_nce_gradient():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_bfloat16_gradients_are_rounded_and_the_loss_is_not(weighted):
+def test_bfloat16_without_the_kernel_rounds_the_gradients_alone(weighted, monkeypatch):
+    monkeypatch.setattr(native, "has_cross_entropy", lambda: False)
     h, items, targets = problem(40, 300, 16, dtype=torch.float32)
     weights = torch.rand(40) if weighted else None
     wanted = plain(h, items, targets, weights)
@@ -169,18 +170,7 @@ def test_bfloat16_gradients_are_rounded_and_the_loss_is_not(weighted):
         assert 1e-5 < apart < 2**-7
 
 
-def test_auto_precision_asks_the_processor(monkeypatch):
-    h, items, targets = problem(4, 9, 3, dtype=torch.float32)
-    gradients = {}
-    for name, fast in (("float32", None), ("auto", False), ("auto fast", True)):
-        monkeypatch.setattr(losses, "fast_bfloat16", lambda device, fast=fast: fast)
-        loss = linear_cross_entropy(h, items, targets, gradient_precision=name.split()[0])
-        gradients[name] = torch.autograd.grad(loss, items)[0]
-    assert torch.equal(gradients["float32"], gradients["auto"])
-    assert not torch.equal(gradients["float32"], gradients["auto fast"])
-
-
 def test_double_precision_is_never_lowered():
     h, items, targets = problem(4, 9, 3)
-    found = torch.autograd.grad(linear_cross_entropy(h, items, targets, gradient_precision="bfloat16"), items)[0]
+    found = torch.autograd.grad(linear_cross_entropy(h, items, targets, precision="bfloat16"), items)[0]
     assert torch.allclose(found, plain(h, items, targets)[2], rtol=0, atol=1e-10)

@@ -118,9 +118,11 @@ def test_an_epoch(small_config, max_length, batch_size, copies):
 
 
 @pytest.mark.parametrize(("batch_size", "copies"), [(100_000, 1), (24, 1), (24, 4)])
-def test_gradient_of_an_epoch_equals_one_window_per_target(small_config, batch_size, copies):
+@pytest.mark.parametrize("size", [8, 32])  # the compiled kernels take the second
+def test_gradient_of_an_epoch_equals_one_window_per_target(small_config, batch_size, copies, size):
     config, packed, prefix = loaders(
-        small_config, MAX_ITEM_LIST_LENGTH=14, train_batch_size=batch_size, hidden_size=8, inner_size=12,
+        small_config, MAX_ITEM_LIST_LENGTH=14, train_batch_size=batch_size, hidden_size=size, inner_size=3 * size // 2,
+        softmax_precision="float32",
         hidden_dropout_prob=0.0, attn_dropout_prob=0.0, packed_copies=copies,
     )  # fmt: skip
     torch.manual_seed(0)

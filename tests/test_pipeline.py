@@ -33,6 +33,8 @@ METRICS = {f"{metric}@{k}" for metric in ("recall", "ndcg") for k in (5, 10, 20)
 PLANTED = {
     "backbone": "SASRec",
     "training": "packed",
+    "native_kernels": False,  # figures are to be the same on every processor
+    "softmax_precision": "float32",
     "hidden_size": 32,
     "inner_size": 64,
     "hidden_dropout_prob": 0.2,

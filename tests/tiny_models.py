@@ -20,7 +20,7 @@ OPTIONS = {
     "loss_type": "CE", "contrast": "us_x", "lmd": 0.1, "lmd_sem": 0.2, "tau": 1.0, "sim": "dot",
     "ram": "dual", "alpha": 0.5, "learnable_alpha": False, "beta": 1.0, "attn_tau": 1.0, "ram_heads": 2,
     "ram_inner_size": 12, "ram_dropout": 0.0, "top_k": 3, "similarity": "cosine", "index": "flat", "ivf_lists": 4,
-    "ivf_probes": 2, "freeze_backbone": True,
+    "ivf_probes": 2, "freeze_backbone": True, "native_kernels": True, "softmax_precision": "float32",
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class DuoRec(SASRec):
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
         h, targets = self.encode_batch(interaction)  # [B, H], [B]
-        loss = linear_cross_entropy(h, self.item_vectors(), targets)
+        loss = linear_cross_entropy(h, self.item_vectors(), targets, precision=self.softmax_precision)
         if self.contrast in ("un", "us"):
             loss = loss + self.lmd * self._nce(h, self.encode_batch(interaction)[0])
         if self.contrast in ("su", "us"):
@@ -72,6 +72,8 @@ class DuoRec(SASRec):
 
     def forward_ragged(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """:meth:`forward` for rows of unlike length: encoded in groups of like length, little padding. [B, H]."""
+        if self.compiled():
+            return self.forward(item_seq, item_seq_len)
         order = torch.argsort(item_seq_len)
         parts = []
         for group in order.chunk(GROUPS):

@@ -10,6 +10,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
 from recbole_raserec.data.packed import PACKED_TARGETS
 from recbole_raserec.kernels.dropout import use_fast_dropout
+from recbole_raserec.kernels.encoder import Architecture, Ragged, encode
 from recbole_raserec.kernels.losses import linear_cross_entropy
 
 
@@ -17,14 +18,26 @@ class SASRec(RecBoleSASRec):
     """RecBole's SASRec: same parameters, same names, same initialisation, same scores and loss within 1e-5.
 
     What differs is the cost. Batches may be trimmed to their longest row; the last layer is evaluated at the last
-    position alone, the only one that reaches the loss; the softmax over items runs in reused buffers.
+    position alone, the only one that reaches the loss; the softmax over items runs in reused buffers. On a CPU for
+    which the compiled kernels were built (see :mod:`recbole_raserec.kernels.native`) sequences are encoded without
+    padding.
 
-    Options: those of RecBole's SASRec.
+    Options: those of RecBole's SASRec, and
+        training: ``prefix`` or ``packed``, see :mod:`recbole_raserec.data.packed`.
+        softmax_precision: of the loss, see :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`.
+        native_kernels: whether to use the compiled kernels where they can be.
     """
 
     def __init__(self, config: Any, dataset: Any):
         super().__init__(config, dataset)
         use_fast_dropout(self)
+        self.softmax_precision = config["softmax_precision"] or "auto"
+        self._architecture = Architecture(
+            self.hidden_size, self.inner_size, self.n_heads, self.n_layers, float(self.layer_norm_eps)
+        )
+        self._compiled = (
+            config["native_kernels"] is not False and self.hidden_act == "gelu" and self._architecture.fits()
+        )
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """Encode histories.
@@ -36,12 +49,30 @@ class SASRec(RecBoleSASRec):
         Returns:
             user vectors h, [B, H].
         """
+        if self.compiled():
+            return self._encode(Ragged.of_rows(item_seq, item_seq_len))
         hidden = self._embed(item_seq)  # [B, L, H]
         layers = self.trm_encoder.layer
         for layer in layers[:-1]:
             hidden = _layer(layer, hidden, hidden, causal=True)
         last = self.gather_indexes(hidden, item_seq_len - 1).unsqueeze(1)  # [B, 1, H]
         return _layer(layers[-1], last, hidden, key_length=item_seq_len).squeeze(1)
+
+    def compiled(self) -> bool:
+        """Whether the compiled kernels encode: they are there, and the weights are float32 on a CPU."""
+        table = self.item_embedding.weight
+        return self._compiled and table.device.type == "cpu" and table.dtype == torch.float32
+
+    def _encode(self, ragged: Ragged) -> torch.Tensor:
+        weights: list[torch.Tensor] = []
+        for layer in self.trm_encoder.layer:
+            a, f = layer.multi_head_attention, layer.feed_forward
+            for part in (a.query, a.key, a.value, a.dense, a.LayerNorm, f.dense_1, f.dense_2, f.LayerNorm):
+                weights += [part.weight, part.bias]
+        weights += [self.LayerNorm.weight, self.LayerNorm.bias]
+        dropout = (self.hidden_dropout_prob, self.attn_dropout_prob) if self.training else (0.0, 0.0)
+        table, positions = self.item_embedding.weight, self.position_embedding.weight
+        return encode(ragged, self._architecture, table, positions, weights, *dropout)
 
     def encode_positions(self, item_seq: torch.Tensor) -> torch.Tensor:
         """User vector after every prefix of each row in one causal pass: [B, L] -> [B, L, H]."""
@@ -66,7 +97,7 @@ class SASRec(RecBoleSASRec):
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
         h, targets = self.encode_batch(interaction)
-        return linear_cross_entropy(h, self.item_vectors(), targets)
+        return linear_cross_entropy(h, self.item_vectors(), targets, precision=self.softmax_precision)
 
     def encode_batch(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """User vectors [N, H] and target items [N] of a training batch: N rows of windows, or, packed, all targets."""
@@ -75,6 +106,9 @@ class SASRec(RecBoleSASRec):
             return self.forward(item_seq, interaction[self.ITEM_SEQ_LEN]), interaction[self.POS_ITEM_ID]
         targets = interaction[PACKED_TARGETS]  # [U, L]
         predicted = targets > 0
+        if self.compiled():
+            ragged = Ragged.of_rows(item_seq, interaction[self.ITEM_SEQ_LEN], predicted)
+            return self._encode(ragged), targets[predicted]
         return self.encode_positions(item_seq)[predicted], targets[predicted]
 
 

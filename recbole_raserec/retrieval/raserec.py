@@ -37,6 +37,7 @@ class RaSeRec(SequentialRecommender):
         self.backbone = backbone
         self.top_k = config["top_k"]
         self.frozen = config["freeze_backbone"]
+        self.softmax_precision = config["softmax_precision"] or "auto"
         self.ram = build_ram(config, backbone.hidden_size)
         self.memory = MemoryBank(
             backbone.hidden_size, config["similarity"], config["index"], config["ivf_lists"], config["ivf_probes"],
@@ -151,7 +152,7 @@ class RaSeRec(SequentialRecommender):
         if bias is not None:  # the bias as one more dimension
             items = torch.cat([items, bias[:, None]], dim=1)
             h = F.pad(h, (0, 1), value=1.0)
-        return linear_cross_entropy(h, items, targets)
+        return linear_cross_entropy(h, items, targets, precision=self.softmax_precision)
 
     def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
         """What ``full_sort_predict`` multiplies: h~ [B, H], item vectors [V, H], item bias [V] or None."""
