@@ -19,12 +19,7 @@ def _training_part(data_path: str) -> tuple[np.ndarray, np.ndarray]:
 
     train = prepare_data(config_of("SASRec", data_path)).train._dataset
     users, positions, _ = train.windows()
-    store = train.store
-    size = np.zeros(store.n_users, dtype=np.int64)
-    np.maximum.at(size, users, positions + 1)
-    owner = store.users()
-    kept = np.arange(len(store.items)) - store.offsets[owner] < size[owner]
-    return store.items[kept], np.concatenate([[0], np.cumsum(size)])
+    return train.store.until(users, positions)
 
 
 def _digest(patterns: dict[tuple[int, ...], int]) -> dict[str, int]:

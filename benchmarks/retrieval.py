@@ -35,7 +35,7 @@ def _stage(data_path: str) -> tuple[Any, Any, Any, Any]:
         encoder.item_embedding.weight.mul_(25)  # to the length that training gives them
     model = RaSeRec(config, splits.dataset, wrap_backbone(encoder, config, splits.dataset))
     train, valid = splits.train._dataset, splits.valid._dataset
-    keeper = MemoryKeeper(model, train, valid, config["memory_min_length"], 1, False)
+    keeper = MemoryKeeper(model, train, valid, config)
     model.train()
     config["train_batch_size"] = 1024
     loader = RowLoader(config, train, splits.train._sampler, shuffle=True)

@@ -1,9 +1,9 @@
-"""SASRec and DuoRec on amazon-beauty in both training forms, several seeds: does `packed` cost quality?
+"""SASRec and DuoRec in both training forms, several seeds: does `packed` cost quality?
 
-    python experiments/training_forms.py --data_path=DIR
+    python experiments/training_forms.py --data_path=DIR [--dataset=ml-100k]
 
-runs each (model, form, seed) through the runner with the shipped defaults and writes results/training_forms.json, the
-figures, and results/training_forms.md, the table. A run that is already in the file, with the same options, is not
+runs each (model, form, seed) through the runner with the shipped defaults and writes
+results/training_forms_<dataset>.json, the figures, and the table beside it (.md). A run that is already in the file, with the same options, is not
 repeated; one that was interrupted is taken up by the runner (--checkpoint_dir).
 """
 
@@ -39,7 +39,7 @@ def run(label: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "r.json"
         command = [sys.executable, str(ROOT / "run_recbole_raserec.py"), *RUNS[label], f"--seed={seed}"]
-        command += ["--dataset=amazon-beauty", f"--data_path={args.data_path}", f"--result_file={result}"]
+        command += [f"--dataset={args.dataset}", f"--data_path={args.data_path}", f"--result_file={result}"]
         command += [f"--checkpoint_dir={args.checkpoint_dir}"]
         command += [f"--threads={args.threads}"] if args.threads else []
         subprocess.run(command, check=True)
@@ -53,12 +53,12 @@ def run(label: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(dataset: str, results: dict[str, dict[str, Any]]) -> str:
     """The page: mean (and standard deviation) over the seeds of each row."""
     lines = [
         "# Training forms",
         "",
-        "`python experiments/training_forms.py --data_path=DIR`: amazon-beauty, leave-one-out, full ranking, shipped",
+        f"`python experiments/training_forms.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking, shipped",
         "defaults, early stopping on validation NDCG@10 (seen items kept). Mean over the seeds, standard deviation in",
         "brackets; R@10 / N@10 on the test targets.",
         "",
@@ -94,8 +94,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[2020, 2021, 2022])
     parser.add_argument("--rows", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run (0: the library's choice)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "training_forms.json")
+    parser.add_argument("--dataset", default="amazon-beauty")
+    parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args()
+    args.output = args.output or ROOT / "results" / f"training_forms_{args.dataset}.json"
     results: dict[str, dict[str, Any]] = {label: {} for label in RUNS}
     if args.output.exists():
         for label, runs in read_json(args.output)["rows"].items():
@@ -105,11 +107,10 @@ def main() -> None:
             if str(seed) in results[label]:
                 continue
             results[label][str(seed)] = run(label, seed, args)
-            write_json(
-                args.output, {"command": "python experiments/training_forms.py --data_path=DIR", "rows": results}
-            )
+            made_by = f"python experiments/training_forms.py --data_path=DIR --dataset={args.dataset}"
+            write_json(args.output, {"command": made_by, "rows": results})
             with replacing(args.output.with_suffix(".md")) as part:
-                Path(part).write_text(table(results), encoding="utf-8")
+                Path(part).write_text(table(args.dataset, results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -80,14 +80,14 @@ def fine_tune(config: Any, base: Outcome) -> Outcome:
     Raises:
         ConfigError: the backbone's score is not a dot product of user and item vectors.
     """
-    splits, show = base.splits, config["show_progress"]
+    splits = base.splits
     if not isinstance(splits.train._dataset, SequenceDataset) or not splits.train._dataset.is_lazy:
         raise ConfigError([f"backbone: {base.name} reads its own kind of data set; retrieval needs plain sequences."])
     init_seed(config["seed"], config["reproducibility"])
     backbone = wrap_backbone(base.model, config, splits.dataset)
     model = RaSeRec(config, splits.dataset, backbone).to(config["device"])
     train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
-    keeper = MemoryKeeper(model, train, valid, config["memory_min_length"], config["memory_refresh"], show)
+    keeper = MemoryKeeper(model, train, valid, config)
     stage = _ram_config(config)
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)

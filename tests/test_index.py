@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from recbole_raserec.retrieval import index as index_module
+from recbole_raserec.retrieval import choice as index_module
 from recbole_raserec.retrieval.guard import LeakageGuard
-from recbole_raserec.retrieval.index import FlatIndex, IVFIndex, make_index
+from recbole_raserec.retrieval.approximate import HNSWIndex, IVFIndex, IVFPQIndex
+from recbole_raserec.retrieval.choice import make_index, resolve_kind
+from recbole_raserec.retrieval.index import FlatIndex
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.search import pack, unpack
 
@@ -36,7 +38,7 @@ def test_flat_is_exact_and_searches_in_place():
 
 def test_ivf_measures_its_recall(caplog):
     vectors = vectors_of(4000)
-    with caplog.at_level(logging.INFO, logger=index_module.__name__):
+    with caplog.at_level(logging.INFO, logger="recbole_raserec.retrieval"):
         index = IVFIndex(vectors, lists=32, probes=8)
     assert f"recall@20 {index.recall:.4f}" in caplog.text
     assert "too few" not in caplog.text
@@ -60,7 +62,7 @@ def test_ivf_training_is_seeded():
 
 @pytest.mark.parametrize(("size", "lists"), [(1, 1), (100, 2), (1000, 25)])
 def test_ivf_reduces_its_lists_and_says_so(caplog, size, lists):
-    with caplog.at_level(logging.INFO, logger=index_module.__name__):
+    with caplog.at_level(logging.INFO, logger="recbole_raserec.retrieval"):
         index = IVFIndex(vectors_of(size), lists=128, probes=8)
     assert (index.lists, index.probes) == (lists, min(8, lists))
     assert f"{size} entries are too few for ivf_lists=128" in caplog.text
@@ -78,7 +80,7 @@ def test_auto_says_what_it_takes_and_changes_over_when_the_bank_grows(caplog, mo
     ones = np.ones(300, int)
     bank = MemoryBank(16, ivf_lists=4, ivf_probes=4)
     assert bank.index_recall is None
-    with caplog.at_level(logging.INFO, logger=index_module.__name__):
+    with caplog.at_level(logging.INFO, logger="recbole_raserec.retrieval"):
         bank.add(vectors[:300], ones, ones, np.arange(300))
         bank.search(vectors[:3], 2, None, None)
         assert "index auto: flat, as 300 entries are within the limit of 300" in caplog.text

@@ -279,7 +279,7 @@ def test_a_loaded_bank_grows_and_replaces_the_one_it_was_read_from(saved):
     loaded.save(directory, {"model": "abc"})
     assert same(MemoryBank.load(directory, {"model": "abc"}), bank)
     assert same(loaded, bank)
-    assert len(list(directory.iterdir())) == 6  # nothing of the old one is left behind
+    assert len(list(directory.iterdir())) == 11  # nothing of the old one is left behind
 
 
 def test_empty_bank_round_trip(tmp_path):
@@ -411,5 +411,5 @@ def test_an_interrupted_save_leaves_a_whole_bank(saved, stage):
     assert same(MemoryBank.load(directory), grown if stage == "tidy" else bank)
     grown.save(directory, {"model": "abc"})
     assert same(MemoryBank.load(directory), grown)
-    assert len(list(directory.iterdir())) == 7
+    assert len(list(directory.iterdir())) == 12
     assert (directory / "notes.txt").read_text() == "not ours"

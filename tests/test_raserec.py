@@ -76,7 +76,8 @@ def raserec(histories=None, biased=False, min_length=1, **changes):
     backbone = Biased(sasrec, N_ITEMS) if biased else wrap_backbone(sasrec, config, Ids())
     model = RaSeRec(config, Ids(), backbone)
     parts = splits(histories_of(0) if histories is None else histories)
-    keeper = MemoryKeeper(model, parts[0], parts[1], min_length, 1, False)
+    config = {**config, "memory_min_length": min_length}
+    keeper = MemoryKeeper(model, parts[0], parts[1], config)
     alpha = model.ram.alpha.detach().clone()
     disturb(model.ram)
     with torch.no_grad():
@@ -383,7 +384,7 @@ def test_no_leak_through_the_real_data_set(small_config):
     sasrec = disturb(SASRec(config.for_backbone(), data.dataset))
     model = RaSeRec(config, data.dataset, wrap_backbone(sasrec, config, data.dataset))
     train, valid, test = (part._dataset for part in (data.train, data.valid, data.test))
-    keeper = MemoryKeeper(model, train, valid, 1, 1, False)
+    keeper = MemoryKeeper(model, train, valid, config)
     keeper.before_epoch(0)
     no_later_memory(model, model._known["train"])
     assert len(model.memory) == len(train)

@@ -13,7 +13,7 @@ from recbole_raserec.data.dataset import POSITION
 N_USERS, N_ITEMS, LENGTH = 9, 23, 6
 
 OPTIONS = {
-    "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
+    "TIME_FIELD": "timestamp", "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
     "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": LENGTH, "device": torch.device("cpu"), "seed": 0,
     "n_layers": 2, "n_heads": 2, "hidden_size": 8, "inner_size": 12, "hidden_dropout_prob": 0.0,
     "attn_dropout_prob": 0.0, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "initializer_range": 0.02,
@@ -21,6 +21,9 @@ OPTIONS = {
     "ram": "dual", "alpha": 0.5, "learnable_alpha": False, "beta": 1.0, "attn_tau": 1.0, "ram_heads": 2,
     "ram_inner_size": 12, "ram_dropout": 0.0, "top_k": 3, "similarity": "cosine", "index": "flat", "ivf_lists": 4,
     "ivf_probes": 2, "freeze_backbone": True, "native_kernels": True, "softmax_precision": "float32",
+    "memory": "pairs", "memory_min_length": 1, "memory_max_length": None, "memory_thin": 0.0, "memory_span": 3,
+    "memory_min_support": 2, "memory_frequency_weight": 0.0, "memory_scope": "history", "memory_refresh": 1,
+    "show_progress": False,
 }  # fmt: skip
 
 

@@ -31,11 +31,14 @@ class Patterns:
         items: int64, the items of all patterns one after the other.
         offsets: int64 [P + 1]; pattern p is ``items[offsets[p]:offsets[p + 1]]``.
         support: int64 [P], sequences it occurs in.
+        occurrences: of each pattern and each sequence it occurs in, ascending: pattern, sequence, and the place in the
+            sequence at which it is first complete, int64 arrays of ``support.sum()`` rows; None unless asked for.
     """
 
     items: np.ndarray
     offsets: np.ndarray
     support: np.ndarray
+    occurrences: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.support)
@@ -54,7 +57,7 @@ class Patterns:
 
 def mine_patterns(
     items: np.ndarray, offsets: np.ndarray, alpha: int = 5, beta: int = 2, min_length: int = 2,
-    max_length: int | None = None, memory_mb: float = 1024, desc: str | None = None,
+    max_length: int | None = None, memory_mb: float = 1024, desc: str | None = None, occurrences: bool = False,
 ) -> Patterns:  # fmt: skip
     """All patterns of `min_length` to `max_length` items within a span of `alpha` that `beta` or more sequences hold.
 
@@ -66,6 +69,7 @@ def mine_patterns(
         min_length, max_length: items of a pattern; `max_length` None: `alpha`.
         memory_mb: MiB that the candidates may take at a time, the result and the sequences not counted.
         desc: show a progress bar with this label.
+        occurrences: whether to note the sequences, see :class:`Patterns`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -90,12 +94,16 @@ def mine_patterns(
     log.frequent = frequent[items]
     starts = starts[frequent[items[starts]]]
 
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    found: list[_Found] = []
     with tqdm(total=len(starts), desc=desc, disable=desc is None, unit="items", dynamic_ncols=True) as bar:
         for part in _parts(items[starts], starts, max(1, int(memory_mb * 2**20) // (_CANDIDATE_BYTES * alpha))):
-            found.extend(_grow(log, part, min_length, max_length))
+            found.extend(_grow(log, part, min_length, max_length, occurrences))
             bar.update(len(part))
-    return _assemble(found)
+    return _assemble(found, offsets if occurrences else None)
+
+
+#: Patterns [P, m], their support [P], and (pattern, sequence, place) rows or None.
+_Found = tuple[np.ndarray, np.ndarray, Any]
 
 
 @dataclass
@@ -119,8 +127,8 @@ def _parts(first: np.ndarray, starts: np.ndarray, size: int) -> Iterator[np.ndar
         at = stop
 
 
-def _grow(log: _Log, starts: np.ndarray, min_length: int, max_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(patterns [P, m], support [P]) for each length m, of the patterns that begin at `starts`, ascending places."""
+def _grow(log: _Log, starts: np.ndarray, min_length: int, max_length: int, occurrences: bool) -> Iterator[_Found]:
+    """What is found of each length, of the patterns that begin at `starts`, ascending places."""
     heads, state = np.unique(log.items[starts], return_inverse=True)
     patterns = heads[:, None]  # [P, m]
     start, end = starts, starts  # first and last place of each occurrence of a pattern; ascending by start
@@ -146,9 +154,18 @@ def _grow(log: _Log, starts: np.ndarray, min_length: int, max_length: int) -> It
             order = np.argsort(state, kind="stable")
             counts = _support(state[order], log.sequence[start[order]])[1]
         if length >= min_length and len(patterns):
-            yield patterns, counts
+            yield patterns, counts, _first(state, log.sequence[start], end) if occurrences else None
         if not len(start):
             return
+
+
+def _first(pattern: np.ndarray, sequence: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(pattern, sequence, end) with the earliest end of each pattern and sequence."""
+    order = np.lexsort((end, sequence, pattern))
+    pattern, sequence = pattern[order], sequence[order]
+    fresh = np.ones(len(order), dtype=bool)
+    fresh[1:] = (pattern[1:] != pattern[:-1]) | (sequence[1:] != sequence[:-1])
+    return pattern[fresh], sequence[fresh], end[order][fresh]
 
 
 def _support(keys: np.ndarray, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,15 +177,29 @@ def _support(keys: np.ndarray, sequence: np.ndarray) -> tuple[np.ndarray, np.nda
     return keys[first], np.add.reduceat(fresh, np.flatnonzero(first)) if len(keys) else np.zeros(0, dtype=np.int64)
 
 
-def _assemble(found: list[tuple[np.ndarray, np.ndarray]]) -> Patterns:
-    items, lengths, support = [], [], []
-    for length in sorted({patterns.shape[1] for patterns, _ in found}):
-        table = np.concatenate([patterns for patterns, _ in found if patterns.shape[1] == length])
-        counts = np.concatenate([count for patterns, count in found if patterns.shape[1] == length])
+def _assemble(found: list[_Found], starts: np.ndarray | None) -> Patterns:
+    """Everything in one order; `starts` [S + 1] of the sequences, when the occurrences are wanted."""
+    empty = np.zeros(0, dtype=np.int64)
+    items, lengths, support, places, first = [empty], [empty], [empty], [(empty, empty, empty)], 0
+    for length in sorted({part[0].shape[1] for part in found}):
+        parts = [part for part in found if part[0].shape[1] == length]
+        table, counts = (np.concatenate([part[which] for part in parts]) for which in (0, 1))
         order = np.lexsort(table.T[::-1])
         items.append(table[order].ravel())
         lengths.append(np.full(len(table), length))
         support.append(counts[order].astype(np.int64))
-    empty = [np.zeros(0, dtype=np.int64)]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths or empty))]).astype(np.int64)
-    return Patterns(np.concatenate(items or empty), offsets, np.concatenate(support or empty))
+        if starts is not None:
+            rank = np.empty_like(order)
+            rank[order] = np.arange(first, first + len(order))
+            begin = np.cumsum([0, *(len(part[0]) for part in parts)])
+            pattern = np.concatenate([rank[part[2][0] + at] for part, at in zip(parts, begin)])
+            sequence, end = (np.concatenate([part[2][which] for part in parts]) for which in (1, 2))
+            turn = np.lexsort((sequence, pattern))
+            places.append((pattern[turn], sequence[turn], (end - starts[sequence])[turn]))
+        first += len(table)
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    occurrences = None
+    if starts is not None:
+        pattern, sequence, place = (np.concatenate([rows[which] for rows in places]) for which in range(3))
+        occurrences = pattern, sequence, place
+    return Patterns(np.concatenate(items), offsets, np.concatenate(support), occurrences)

@@ -51,6 +51,17 @@ class SequenceStore:
         """User of each interaction, [N]."""
         return np.repeat(np.arange(self.n_users), self.lengths())
 
+    def until(self, users: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Histories up to each user's largest of `positions`, that item included; of other users nothing.
+
+        Returns:
+            items int64 [M], one history after the other; offsets int64 [n_users + 1].
+        """
+        size = np.zeros(self.n_users, dtype=np.int64)
+        np.maximum.at(size, users, np.asarray(positions) + 1)
+        kept = np.arange(len(self.items)) - self.offsets[self.users()] < size[self.users()]
+        return self.items[kept], np.concatenate([[0], np.cumsum(size)])
+
     def windows(self, users: np.ndarray, positions: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """What the model sees before ``items[offsets[users] + positions]``: the last `max_length` earlier items.
 

@@ -45,10 +45,16 @@ class GrowingArray:
         view.flags.writeable = False
         return view
 
+    def writable(self) -> np.ndarray:
+        """The rows [N, ...] for changes in place; a memory map is copied into memory first."""
+        if not self._buffer.flags.writeable:
+            self._buffer = self._buffer[: self._size].copy()
+        return self._buffer[: self._size]
+
     def append(self, rows: np.ndarray) -> None:
         """Append copies of `rows` [M, ...]."""
         size = self._size + len(rows)
-        if size > len(self._buffer):
+        if size > len(self._buffer) or not self._buffer.flags.writeable:
             grown = np.empty((max(size, 2 * self._size), *self._buffer.shape[1:]), self._buffer.dtype)
             grown[: self._size] = self._buffer[: self._size]
             self._buffer = grown

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
 
 from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.errors import ConfigError
+from recbole_raserec.retrieval.builders import PairBuilder, PatternBuilder
 from recbole_raserec.retrieval.queries import Queries, encode_split
 from recbole_raserec.retrieval.raserec import RaSeRec
 
@@ -26,27 +28,39 @@ class MemoryKeeper:
     between they are part of the training state, so that a resumed run sees the same ones.
 
     Args:
-        model: with an empty memory; it receives the <prefix, next item> pairs of `train`.
+        model: with an empty memory; it receives the memories of `train`.
         train, valid: splits.
-        min_length: shortest prefix that becomes a memory.
-        refresh: epochs between two searches when the backbone is not frozen.
-        progress: show progress bars.
+        config: the options ``memory*``, and `show_progress`.
     """
 
-    def __init__(
-        self, model: RaSeRec, train: SequenceDataset, valid: SequenceDataset, min_length: int, refresh: int,
-        progress: bool,
-    ):  # fmt: skip
+    def __init__(self, model: RaSeRec, train: SequenceDataset, valid: SequenceDataset, config: Any):
         self.model, self.train, self.valid = model, train, valid
-        self.refresh, self.progress = refresh, progress
+        self.refresh, self.progress = config["memory_refresh"], bool(config["show_progress"])
         self._queries = {"train": self.encode(train, "training"), "valid": self.encode(valid, "validation")}
-        self._rows = np.flatnonzero(self._queries["train"].positions >= min_length)
-        memories = self._queries["train"].take(self._rows)
-        model.remember(memories)
-        sample = torch.linspace(0, len(memories) - 1, min(len(memories), CALIBRATION)).long()
-        targets = torch.from_numpy(memories.targets)[sample].to(memories.h.device)
-        h = memories.h[sample.to(memories.h.device)]
-        model.ram.calibrate(h, h, model.item_vectors().detach()[targets])
+        queries, kind = self._queries["train"], config["memory"]
+        bounds = config["memory_min_length"], config["memory_max_length"]
+        self._builders: list[Union[PairBuilder, PatternBuilder]] = []
+        if kind in ("pairs", "both"):
+            self._builders.append(PairBuilder(queries, *bounds, float(config["memory_thin"] or 0)))
+        if kind in ("patterns", "both"):
+            desc = "Mine patterns" if self.progress else None
+            span, support = config["memory_span"], config["memory_min_support"]
+            self._builders.append(PatternBuilder(train, span, support, *bounds, desc))
+        for builder in self._builders:
+            model.remember_rows(builder.keys(model.backbone, queries), builder.rows)
+        if not len(model.memory):
+            raise ConfigError(
+                [f"memory: {kind} leaves no memory at all; lower memory_min_length ({bounds[0]}), raise "
+                 f"memory_max_length ({bounds[1]}) or lower memory_min_support ({config['memory_min_support']})."]
+            )  # fmt: skip
+        sample = np.linspace(0, len(model.memory) - 1, min(len(model.memory), CALIBRATION)).astype(np.int64)
+        device = queries.h.device
+        keys = torch.from_numpy(model.memory.keys[sample]).to(device)
+        targets = torch.from_numpy(model.memory.targets[sample].astype(np.int64)).to(device)
+        h = keys
+        if kind == "patterns":  # user vectors are not on the scale of the memories' keys
+            h = queries.h[torch.linspace(0, len(queries) - 1, len(sample)).long().to(device)]
+        model.ram.calibrate(h, keys, model.item_vectors().detach()[targets])
         if not model.frozen:
             model.register_buffer("known_ids", torch.zeros(len(self._queries["train"]), model.top_k, dtype=torch.int32))
             model.register_buffer("known_mask", torch.zeros(len(self._queries["train"]), model.top_k, dtype=torch.bool))
@@ -92,5 +106,5 @@ class MemoryKeeper:
 
     def _reencode(self) -> Queries:
         queries = self.encode(self.train, "training")
-        self.model.refresh_memory(queries.h[torch.from_numpy(self._rows).to(queries.h.device)])
+        self.model.refresh_memory(torch.cat([b.keys(self.model.backbone, queries) for b in self._builders]))
         return queries

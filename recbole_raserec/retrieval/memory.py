@@ -1,6 +1,7 @@
 """The memory bank of stage iii: <prefix, target> entries, searched by the encoding of the prefix.
 
-An entry is a window of some user's history: its key encodes the items before a position, its target is the item there.
+An entry is a window of some user's history, or a mined pattern: its key encodes the items before a position, its target
+is the item there.
 
 Source: RaSeRec (AAAI 2025 / arXiv 2412.18378), retrieval-augmented module: memory construction and retrieval.
 """
@@ -8,28 +9,33 @@ Source: RaSeRec (AAAI 2025 / arXiv 2412.18378), retrieval-augmented module: memo
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.retrieval.arrays import GrowingArray, read_arrays, write_arrays
-from recbole_raserec.retrieval.guard import LeakageGuard
-from recbole_raserec.retrieval.index import INDEXES, Index, make_index, resolve_kind
+from recbole_raserec.retrieval.choice import INDEXES, Index, make_index, resolve_kind
+from recbole_raserec.retrieval.entries import OWNERS, ROWS, Array, Entries, as_numpy, integers, normalised
+from recbole_raserec.retrieval.guard import SCOPES, LeakageGuard
+from recbole_raserec.retrieval.index import FlatIndex
 from recbole_raserec.retrieval.search import GuardedSearch, unpack
-
-Array = Union[np.ndarray, torch.Tensor]
 
 SIMILARITIES = ("cosine", "dot")
 
 _KIND = "RaSeRec memory"
-_VERSION = 1
-_DTYPES = {"keys": "<f4", "targets": "<i4", "users": "<i4", "positions": "<i4", "times": "<f8"}
-_META = {"hidden_size": int, "similarity": str, "index": str, "ivf_lists": int, "ivf_probes": int, "seed": int}
+_VERSION = 2
+_META = {
+    "hidden_size": int, "similarity": str, "index": str, "ivf_lists": int, "ivf_probes": int, "seed": int,
+    "scope": str, "min_support": int,
+}  # fmt: skip
+
+#: Searches that are begun again when entries were removed meanwhile, before one is made that nobody may disturb.
+_TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -50,14 +56,18 @@ class Neighbours:
 class MemoryBank:
     """Entries <prefix, target> and their search, with the leakage guard built in.
 
-    An entry's id is the order of its arrival and never changes. Vectors are indexed at the first search after a change.
+    An entry's id is the order of its arrival and never changes, also when others are removed; what is removed is
+    overwritten. Vectors are indexed at the first search after a change. Any number of threads may search while others
+    add and remove: a search gives what the bank held at one moment between its beginning and its end.
 
     Args:
         hidden_size: length H of a key.
         similarity: `cosine` (keys and queries are normalised for the search) or `dot`.
-        index: `flat` (exact), `ivf` (approximate) or `auto` (flat up to a million entries).
-        ivf_lists, ivf_probes: of the ivf index.
-        seed: of the ivf index's training.
+        index: `flat` (exact), `ivf`, `ivfpq`, `hnsw` (approximate) or `auto` (flat up to a million entries, then ivf).
+        ivf_lists, ivf_probes: of the inverted files.
+        seed: of their training.
+        scope: `history` or `past`, see :class:`LeakageGuard`.
+        min_support: users a pattern needs; one that loses them by :meth:`forget` is removed.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -71,28 +81,32 @@ class MemoryBank:
         ivf_lists: int = 128,
         ivf_probes: int = 8,
         seed: int = 0,
+        scope: str = "history",
+        min_support: int = 2,
     ):
         problems = []
-        if similarity not in SIMILARITIES:
-            problems.append(f"similarity: {similarity!r} is not one of {', '.join(SIMILARITIES)}")
-        if index not in INDEXES:
-            problems.append(f"index: {index!r} is not one of {', '.join(INDEXES)}")
-        for name, value in (("hidden_size", hidden_size), ("ivf_lists", ivf_lists), ("ivf_probes", ivf_probes)):
-            if value < 1:
-                problems.append(f"{name}: {value!r} must be at least 1")
+        for name, value, known in (
+            ("similarity", similarity, SIMILARITIES), ("index", index, INDEXES), ("memory_scope", scope, SCOPES),
+        ):  # fmt: skip
+            if value not in known:
+                problems.append(f"{name}: {value!r} is not one of {', '.join(known)}")
+        sizes = {"hidden_size": hidden_size, "ivf_lists": ivf_lists, "ivf_probes": ivf_probes}
+        for name, number in {**sizes, "memory_min_support": min_support}.items():
+            if number < 1:
+                problems.append(f"{name}: {number!r} must be at least 1")
         if problems:
             raise ConfigError(problems)
         self.hidden_size = int(hidden_size)
-        self.similarity = similarity
-        self.index = index
-        self.ivf_lists = int(ivf_lists)
-        self.ivf_probes = int(ivf_probes)
-        self.seed = int(seed)
-        empty = {name: np.empty((0, self.hidden_size) if name == "keys" else 0, _DTYPES[name]) for name in _DTYPES}
-        self._install(empty)
+        self.similarity, self.index, self.scope = similarity, index, scope
+        self.ivf_lists, self.ivf_probes = int(ivf_lists), int(ivf_probes)
+        self.seed, self.min_support = int(seed), int(min_support)
+        self.version = 0  # rises with every change
+        self._removals = 0  # rises with every removal
+        self._lock = threading.RLock()
+        self._install(Entries(self.hidden_size))
 
-    def _install(self, arrays: dict[str, np.ndarray]) -> None:
-        self._arrays = {name: GrowingArray(values) for name, values in arrays.items()}
+    def _install(self, entries: Entries) -> None:
+        self._entries = entries
         self._reset_index()
 
     def _reset_index(self) -> None:
@@ -100,43 +114,68 @@ class MemoryBank:
         # Keys as they are searched: with `dot` the keys themselves, not a second copy of them.
         self._vectors = GrowingArray(np.empty((0, self.hidden_size), np.float32))
         self._longest = 0.0
-        self._guard = LeakageGuard(self.users, self.positions)
+        self._guard: LeakageGuard | None = None
 
     def __len__(self) -> int:
-        return len(self._arrays["times"])
+        """Entries ever added, removed ones included: ids are below it."""
+        return len(self._entries)
+
+    @property
+    def live(self) -> int:
+        """Entries that were not removed."""
+        return len(self) - int(self._entries["gone"].sum())
 
     @property
     def keys(self) -> np.ndarray:
         """Encoded prefixes as they were added [N, H] float32, read-only."""
-        return self._arrays["keys"].values
+        return self._entries["keys"]
 
     @property
     def targets(self) -> np.ndarray:
         """Target item of each entry [N] int32, read-only."""
-        return self._arrays["targets"].values
+        return self._entries["targets"]
 
     @property
     def users(self) -> np.ndarray:
-        """User each entry comes from [N] int32, read-only; negative: from no user."""
-        return self._arrays["users"].values
+        """User each entry comes from [N] int32, read-only; negative: from no single user."""
+        return self._entries["users"]
 
     @property
     def positions(self) -> np.ndarray:
         """Index of the target in its user's history [N] int32, read-only: the prefix has that many items."""
-        return self._arrays["positions"].values
+        return self._entries["positions"]
 
     @property
     def times(self) -> np.ndarray:
         """Time of the target [N] float64, read-only; NaN where unknown."""
-        return self._arrays["times"].values
+        return self._entries["times"]
+
+    @property
+    def support(self) -> np.ndarray:
+        """Users whose histories hold the entry [N] int32, read-only: 1 for a pair, 0 for a removed entry."""
+        return self._entries["support"]
+
+    @property
+    def gone(self) -> np.ndarray:
+        """Removed entries, bool [N], read-only."""
+        return self._entries["gone"]
 
     @property
     def index_recall(self) -> float | None:
         """Measured recall of the index (1.0 when exact); None before the first search."""
         return None if self._index is None else self._index.recall
 
+    # -- changes ----------------------------------------------------------------------------------------------------
+
     def add(
-        self, keys: Array, targets: Array, users: Array, positions: Array, times: Array | None = None
+        self,
+        keys: Array,
+        targets: Array,
+        users: Array,
+        positions: Array,
+        times: Array | None = None,
+        support: Array | None = None,
+        owners: tuple[Array, Array, Array] | None = None,
     ) -> np.ndarray:
         """Append entries.
 
@@ -144,6 +183,9 @@ class MemoryBank:
             keys: encoded prefixes [N, H].
             targets, users, positions: integers [N]; positions are not negative.
             times: [N], or None when unknown.
+            support: [N], users whose histories hold the entry; None: 1.
+            owners: of patterns, which users those are: row of this call [M], user [M], and the position in the user's
+                history [M] where the pattern is first complete.
 
         Returns:
             ids of the new entries, int64 [N].
@@ -151,22 +193,63 @@ class MemoryBank:
         Raises:
             ValueError: shapes do not fit, or a value is not finite or out of range. The bank is unchanged then.
         """
-        rows = {"keys": self._matrix("keys", keys)}
-        size = len(rows["keys"])
-        for name, values in (("targets", targets), ("users", users), ("positions", positions)):
-            rows[name] = _integers(name, values, size)
-        if size and rows["positions"].min() < 0:
-            raise ValueError(
-                f"positions: {rows['positions'].min()} is negative; give the target's index in its history"
-            )
-        rows["times"] = np.full(size, np.nan) if times is None else _numpy(times).astype(np.float64)
-        if rows["times"].shape != (size,):
-            raise ValueError(f"times: expected shape [{size}], got {list(rows['times'].shape)}")
-        first = len(self)
-        for name in _DTYPES:
-            self._arrays[name].append(rows[name])
-        self._guard = LeakageGuard(self.users, self.positions)
-        return np.arange(first, first + size, dtype=np.int64)
+        with self._lock:
+            ids = self._entries.append(keys, targets, users, positions, times, support, owners)
+            self._guard = None
+            self.version += 1
+        return ids
+
+    def merge(self, other: MemoryBank) -> np.ndarray:
+        """Append the live entries of another bank, whose users must be numbered alike: ids int64 [N].
+
+        Raises:
+            ValueError: its keys have another length.
+        """
+        with other._lock:
+            left = np.flatnonzero(~other.gone)
+            row = np.full(len(other), -1)
+            row[left] = np.arange(len(left))
+            rows = {name: other._entries[name][left] for name in ROWS if name != "gone"}
+            owners = [other._entries[name] for name in OWNERS]
+        owned = (row[owners[0]], owners[1], owners[2])
+        return self.add(**rows, owners=owned if len(owned[0]) else None)
+
+    def forget(self, user: int) -> int:
+        """Remove a user's pairs and share in patterns, and patterns that were frequent only with it.
+
+        Returns:
+            the number of entries removed. Nothing of them is left in the bank, in its index, and, after the next
+            :meth:`save`, in its files. A search that is under way is made again.
+        """
+        with self._lock:
+            if user < 0:
+                return 0
+            self._removals += 1
+            self.version += 1
+            self._guard = None
+            return self._remove(self._entries.of_user(int(user), self.min_support))
+
+    def expire(self, older_than: float) -> int:
+        """Remove the entries of an earlier time than `older_than`; those of unknown time stay. Returns their number."""
+        with self._lock:
+            with np.errstate(invalid="ignore"):
+                ids = np.flatnonzero((self.times < older_than) & ~self.gone)
+            self._removals += 1
+            self.version += 1
+            self._guard = None
+            return self._remove(ids)
+
+    def _remove(self, ids: np.ndarray) -> int:
+        if len(ids):
+            self._entries.wipe(ids)
+            known = ids[ids < len(self._vectors)]
+            if self.similarity == "dot" and self._vectors:
+                self._vectors = GrowingArray(self.keys[: len(self._vectors)])
+            elif len(known):
+                self._vectors.writable()[known] = 0
+            if self._index is not None and not isinstance(self._index, FlatIndex):
+                self._index.remove(known)
+        return len(ids)
 
     def set_keys(self, keys: Array) -> None:
         """Replace the keys of all entries [N, H], after the backbone changed; everything else stays.
@@ -174,11 +257,17 @@ class MemoryBank:
         Raises:
             ValueError: not one finite key of length H per entry.
         """
-        matrix = self._matrix("keys", keys)
+        matrix = self._entries.matrix("keys", keys)
         if len(matrix) != len(self):
             raise ValueError(f"keys: expected one for each of the {len(self)} entries, got {len(matrix)}")
-        self._arrays["keys"] = GrowingArray(matrix.copy())
-        self._reset_index()
+        with self._lock:
+            matrix = matrix.copy()
+            matrix[self.gone] = 0
+            self._entries.arrays["keys"] = GrowingArray(matrix)
+            self.version += 1
+            self._reset_index()
+
+    # -- search -----------------------------------------------------------------------------------------------------
 
     def search(
         self,
@@ -187,6 +276,7 @@ class MemoryBank:
         users: Array | None,
         positions: Array | None,
         desc: str | None = None,
+        times: Array | None = None,
     ) -> Neighbours:
         """The `top_k` most similar entries that each query may see; see :class:`LeakageGuard` for those it may not.
 
@@ -200,6 +290,7 @@ class MemoryBank:
             users, positions: integers [Q]: the query predicts item `positions` of `users`' history. Both None, or a
                 negative user: the query belongs to no user of the memory, nothing is barred.
             desc: show a progress bar with this label.
+            times: [Q], read with the scope `past`; None: the queries are asked now.
 
         Returns:
             Neighbours with [Q, K] arrays.
@@ -211,16 +302,59 @@ class MemoryBank:
             raise ValueError(f"top_k: {top_k!r} must be at least 1")
         if (users is None) != (positions is None):
             raise ValueError("users and positions: give both, or None for both")
-        vectors = _normalised(self._matrix("queries", queries), self.similarity)[0]  # [Q, H]
+        vectors = normalised(self._entries.matrix("queries", queries), self.similarity)[0]  # [Q, H]
         size = len(vectors)
-        who = _integers("users", np.full(size, -1) if users is None else users, size)
-        when = _integers("positions", np.zeros(size, int) if positions is None else positions, size)
+        who = integers("users", np.full(size, -1) if users is None else users, size)
+        when = integers("positions", np.zeros(size, int) if positions is None else positions, size)
+        asked = None if times is None else as_numpy(times).astype(np.float64)
+        if asked is not None and asked.shape != (size,):
+            raise ValueError(f"times: expected shape [{size}], got {list(asked.shape)}")
         if not len(self) or not size:
             return Neighbours(*unpack(np.zeros((size, top_k), np.uint64)))
-        search = GuardedSearch(*self._prepare(), self._guard)
-        with tqdm(total=size, desc=desc, disable=desc is None, dynamic_ncols=True) as bar:
-            codes = search.run(vectors, who, when, int(top_k), bar)  # [Q, K]
-        return Neighbours(*unpack(codes))
+
+        def run(search: GuardedSearch) -> Neighbours:
+            with tqdm(total=size, desc=desc, disable=desc is None, dynamic_ncols=True) as bar:
+                return Neighbours(*unpack(search.run(vectors, who, when, int(top_k), bar, asked)))
+
+        for _ in range(_TRIES):
+            with self._lock:
+                search, removals = self._prepare(), self._removals
+                if not isinstance(self._index, FlatIndex):  # faiss's other indexes must not change under a search
+                    return run(search)
+            found = run(search)
+            if removals == self._removals:
+                return found
+        with self._lock:
+            return run(self._prepare())
+
+    def _prepare(self) -> GuardedSearch:
+        """A search of what the bank holds now; later additions do not touch it."""
+        known, size = len(self._vectors), len(self)
+        if known < size:
+            vectors, longest = normalised(self.keys[known:], self.similarity)
+            self._longest = max(self._longest, longest)
+            if self.similarity == "dot":
+                self._vectors = GrowingArray(self.keys)
+            else:
+                self._vectors.append(vectors)
+        vectors = self._vectors.values
+        stale = self._index is None or self._index.kind != resolve_kind(self.index, size) or self._index.outgrown(size)
+        if self._index is None or stale:
+            self._index = make_index(self.index, vectors, self.ivf_lists, self.ivf_probes, self.seed)
+            if not isinstance(self._index, FlatIndex):
+                self._index.remove(np.flatnonzero(self.gone))
+        elif isinstance(self._index, FlatIndex):
+            self._index = FlatIndex(vectors)
+        elif len(self._index) < size:
+            self._index.extend(vectors)
+        if self._guard is None:
+            entries = self._entries
+            needed = entries.leaning(self.min_support)
+            gone = entries["gone"].copy()
+            self._guard = LeakageGuard(self.users, self.positions, needed, gone, self.times, self.scope)
+        return GuardedSearch(self._index, vectors, self._longest, self._guard)
+
+    # -- files ------------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | os.PathLike, fingerprint: Any = None) -> None:
         """Store the bank in `directory`, replacing atomically the bank that may be there.
@@ -230,12 +364,13 @@ class MemoryBank:
             fingerprint: JSON-able; what the keys depend on (weights, data).
         """
         meta = {name: getattr(self, name) for name in _META}
-        arrays = {name: array.values for name, array in self._arrays.items()}
-        write_arrays(Path(directory), _KIND, _VERSION, arrays, {**meta, "fingerprint": fingerprint})
+        with self._lock:
+            arrays = {name: array.values for name, array in self._entries.arrays.items()}
+            write_arrays(Path(directory), _KIND, _VERSION, arrays, {**meta, "fingerprint": fingerprint})
 
     @classmethod
     def load(cls, directory: str | os.PathLike, fingerprint: Any = None, verify: bool = True) -> MemoryBank:
-        """Open a stored bank; its arrays are memory-mapped, and copied only when entries are added.
+        """Open a stored bank; its arrays are memory-mapped, and copied only when entries are added or removed.
 
         Args:
             directory: given to :meth:`save`.
@@ -246,7 +381,7 @@ class MemoryBank:
             CheckpointError: missing, damaged, foreign, or of another fingerprint.
         """
         path = Path(directory)
-        arrays, meta = read_arrays(path, _KIND, _VERSION, _DTYPES, verify)
+        arrays, meta = read_arrays(path, _KIND, _VERSION, {**ROWS, **OWNERS}, verify)
         if not isinstance(meta, dict) or any(type(meta.get(name)) is not kind for name, kind in _META.items()):
             raise CheckpointError(f"{path}: its description is incomplete ({meta!r}). Delete it and build it again.")
         if fingerprint is not None and meta.get("fingerprint") != fingerprint:
@@ -254,73 +389,17 @@ class MemoryBank:
                 f"{path} was built with another model or data set: its fingerprint is {meta.get('fingerprint')!r}, "
                 f"expected {fingerprint!r}. Name another directory, or delete it and build it again."
             )
-        size, width = len(arrays["times"]), meta["hidden_size"]
-        shapes = {name: (size, width) if name == "keys" else (size,) for name in arrays}
+        size, owners, width = len(arrays["gone"]), len(arrays["owner_users"]), meta["hidden_size"]
+        shapes = {name: (owners,) if name in OWNERS else (size,) for name in arrays}
+        shapes["keys"] = (size, width)
         if any(array.shape != shapes[name] for name, array in arrays.items()):
             raise CheckpointError(f"{path}: its arrays do not fit together. Delete it and build it again.")
+        entries = arrays["owner_entries"]
+        if owners and not 0 <= int(entries.min()) <= int(entries.max()) < size:
+            raise CheckpointError(f"{path}: its patterns name entries it does not have. Delete it and build it again.")
         try:
             bank = cls(**{name: meta[name] for name in _META})
         except ConfigError as error:
             raise CheckpointError(f"{path} cannot be used: {error}. Delete it and build it again.") from None
-        bank._install(arrays)
+        bank._install(Entries(width, arrays))
         return bank
-
-    def _matrix(self, name: str, values: Array) -> np.ndarray:
-        matrix = np.ascontiguousarray(_numpy(values), dtype=np.float32)
-        if matrix.ndim != 2 or matrix.shape[1] != self.hidden_size:
-            raise ValueError(f"{name}: expected shape [rows, {self.hidden_size}], got {list(matrix.shape)}")
-        if not np.isfinite(matrix).all():
-            raise ValueError(f"{name}: holds values that are not finite; look for a diverged backbone")
-        return matrix
-
-    def _prepare(self) -> tuple[Index, np.ndarray, float]:
-        """The index brought up to date, the vectors it searches [N, H], and the length of the longest of them."""
-        known = len(self._vectors)
-        if known < len(self):
-            vectors, longest = _normalised(self.keys[known:], self.similarity)
-            self._longest = max(self._longest, longest)
-            if self.similarity == "dot":
-                self._vectors = GrowingArray(self.keys)
-            else:
-                self._vectors.append(vectors)
-        vectors = self._vectors.values
-        size = len(vectors)
-        stale = self._index is None or self._index.kind != resolve_kind(self.index, size) or self._index.outgrown(size)
-        if self._index is None or stale:
-            self._index = make_index(self.index, vectors, self.ivf_lists, self.ivf_probes, self.seed)
-        elif len(self._index) < size:
-            self._index.extend(vectors)
-        return self._index, vectors, self._longest
-
-
-def _numpy(values: Array) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        # numpy has no bfloat16.
-        values = values.float() if values.is_floating_point() and values.dtype != torch.float64 else values
-        return values.numpy()
-    return np.asarray(values)
-
-
-def _integers(name: str, values: Array, size: int) -> np.ndarray:
-    """`values` as int32 [size]."""
-    array = _numpy(values)
-    if array.shape != (size,) or (size and array.dtype.kind not in "iu"):
-        raise ValueError(f"{name}: expected {size} integers, got {array.dtype} {list(array.shape)}")
-    if size and not -(1 << 31) <= int(array.min()) <= int(array.max()) < 1 << 31:
-        raise ValueError(f"{name}: {array.min()} to {array.max()} does not fit in 32 bits")
-    return array.astype(np.int32)
-
-
-def _normalised(matrix: np.ndarray, similarity: str) -> tuple[np.ndarray, float]:
-    """Rows as they are searched [N, H] float32, and the length of the longest of them."""
-    result = np.empty_like(matrix) if similarity == "cosine" else matrix
-    longest = 0.0
-    for start in range(0, len(matrix), 1 << 14):  # the float64 copy stays small
-        rows = matrix[start : start + (1 << 14)].astype(np.float64)
-        lengths = np.sqrt(np.einsum("nh,nh->n", rows, rows))
-        if similarity == "cosine":
-            result[start : start + (1 << 14)] = rows / np.where(lengths > 0, lengths, 1)[:, None]
-            lengths = np.ones(1)
-        longest = max(longest, float(lengths.max(initial=0)))
-    return result, longest

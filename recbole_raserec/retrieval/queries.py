@@ -23,6 +23,7 @@ class Queries:
         users, positions, targets: int64 [N]; which item of whose history is to be predicted. times: float64 [N] or
         None.
         h: float32 [N, H], the backbone's encoding of what precedes.
+        longest: items a window has at most.
         ids, mask: int64 and bool [N, K], set by :meth:`search`; missing neighbours have id 0 and mask False.
     """
 
@@ -31,6 +32,7 @@ class Queries:
     targets: np.ndarray
     times: Optional[np.ndarray]
     h: torch.Tensor
+    longest: int = 0
     ids: Optional[torch.Tensor] = None
     mask: Optional[torch.Tensor] = None
 
@@ -47,11 +49,11 @@ class Queries:
         """Some of the windows, without neighbours."""
         times = None if self.times is None else self.times[rows]
         h = self.h[torch.from_numpy(rows).to(self.h.device)]
-        return Queries(self.users[rows], self.positions[rows], self.targets[rows], times, h)
+        return Queries(self.users[rows], self.positions[rows], self.targets[rows], times, h, self.longest)
 
     def search(self, memory: Any, top_k: int, desc: Optional[str] = None) -> None:
         """Find the admissible neighbours of every window."""
-        found = memory.search(self.h.cpu().numpy(), top_k, self.users, self.positions, desc=desc)
+        found = memory.search(self.h.cpu().numpy(), top_k, self.users, self.positions, desc, self.times)
         self.ids = torch.from_numpy(np.maximum(found.ids, 0)).to(self.h.device)
         self.mask = torch.from_numpy(found.mask).to(self.h.device)
 
@@ -106,4 +108,4 @@ def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Opt
             bar.update(len(part))
     backbone.train(was_training)
     times = None if store.times is None else store.times[store.offsets[users] + positions]
-    return Queries(users, positions, targets, times, h)
+    return Queries(users, positions, targets, times, h, longest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +39,21 @@ class CrossAttention(nn.Module):
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
         """q [B, H], k and v [B, K, H], mask bool [B, K] (True: a neighbour stands there) -> [B, H].
 
-        Masked neighbours get no weight. A row without any neighbour attends to nothing.
+        Masked neighbours get no weight. A row without any neighbour attends to nothing. `bias` [B, K] is added to the
+        logits of all heads.
         """
         batch, count, size = k.shape
         head = size // self.heads
         query = self.query(q).view(batch, self.heads, 1, head) / (math.sqrt(head) * self.tau)
         keys = self.key(k).view(batch, count, self.heads, head).permute(0, 2, 3, 1)  # [B, heads, H/heads, K]
         scores = (query @ keys).squeeze(2)  # [B, heads, K]
+        if bias is not None:
+            scores = scores + bias[:, None]
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         weights = self.weight_dropout(torch.softmax(scores, dim=-1) * mask[:, None])
         values = self.value(v).view(batch, count, self.heads, head).transpose(1, 2)  # [B, heads, K, H/heads]
@@ -95,9 +100,11 @@ class Channel(nn.Module):
         self.feed_forward = FeedForward(size, inner_size, dropout)
         self.second = CrossAttention(size, heads, dropout, tau)
 
-    def forward(self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """h [B, H], k and v [B, K, H], mask [B, K] -> [B, H]."""
-        return self.second(self.feed_forward(self.first(h, k, v, mask)), k, v, mask)
+    def forward(
+        self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """h [B, H], k and v [B, K, H], mask and bias [B, K] -> [B, H]."""
+        return self.second(self.feed_forward(self.first(h, k, v, mask, bias)), k, v, mask, bias)
 
     def calibrate(self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """See :meth:`CrossAttention.calibrate`."""
@@ -132,13 +139,16 @@ class RetrievalModule(nn.Module):
         else:
             self.register_buffer("alpha", alpha)
 
-    def forward(self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """h [B, H], keys h_k and values v_k [B, K, H], mask bool [B, K] -> h~ [B, H]."""
+    def forward(
+        self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
+        bias: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """h [B, H], keys h_k and values v_k [B, K, H], mask bool and bias of the logits [B, K] -> h~ [B, H]."""
         mixed = torch.zeros_like(h)
         if self.beta > 0:
-            mixed = mixed + self.beta * self.channels[0](h, keys, values, mask)
+            mixed = mixed + self.beta * self.channels[0](h, keys, values, mask, bias)
         if self.beta < 1:
-            mixed = mixed + (1 - self.beta) * self.channels[1](h, values, keys, mask)
+            mixed = mixed + (1 - self.beta) * self.channels[1](h, values, keys, mask, bias)
         alpha = self.alpha.clamp(0, 1)
         augmented = alpha * h + (1 - alpha) * mixed
         return torch.where(mask.any(dim=1, keepdim=True), augmented, h)

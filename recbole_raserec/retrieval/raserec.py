@@ -11,6 +11,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 
 from recbole_raserec.data.dataset import POSITION
 from recbole_raserec.kernels.losses import linear_cross_entropy
+from recbole_raserec.retrieval.builders import Rows
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries
 from recbole_raserec.retrieval.ram import build_ram
@@ -36,14 +37,18 @@ class RaSeRec(SequentialRecommender):
         super().__init__(config, dataset)
         self.backbone = backbone
         self.top_k = config["top_k"]
+        self.time_field = config["TIME_FIELD"]
         self.frozen = config["freeze_backbone"]
         self.softmax_precision = config["softmax_precision"] or "auto"
         self.ram = build_ram(config, backbone.hidden_size)
         self.memory = MemoryBank(
             backbone.hidden_size, config["similarity"], config["index"], config["ivf_lists"], config["ivf_probes"],
-            seed=config["seed"],
+            config["seed"], config["memory_scope"], config["memory_min_support"],
         )  # fmt: skip
+        self.frequency_weight = float(config["memory_frequency_weight"])
+        self._memory_version = -1
         self._keys: Optional[torch.Tensor] = None
+        self._frequency: Optional[torch.Tensor] = None
         self._known: dict[str, Queries] = {}
         if self.frozen:
             self.backbone.requires_grad_(False)
@@ -64,14 +69,18 @@ class RaSeRec(SequentialRecommender):
         """Item vectors as they enter the dot product, [V, H]."""
         return self.backbone.item_vectors()
 
-    def neighbours(self, h: torch.Tensor, user: Any = None, position: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def neighbours(
+        self, h: torch.Tensor, user: Any = None, position: Any = None, time: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Admissible memories of each row: ids int64 [B, K] (0 where there is none) and mask bool [B, K].
 
         Args:
             h: [B, H]. user, position: int [B], whose history and the index of the item to predict; None for a user
-                the memory does not know.
+                the memory does not know. time: float [B], read with ``memory_scope: past``; None: now.
         """
-        found = self.memory.search(h.detach().cpu().numpy(), self.top_k, _numpy(user), _numpy(position))
+        found = self.memory.search(
+            h.detach().cpu().numpy(), self.top_k, _numpy(user), _numpy(position), times=_numpy(time)
+        )
         ids, mask = torch.from_numpy(found.ids), torch.from_numpy(found.mask)
         return ids.clamp(min=0).to(h.device), mask.to(h.device)
 
@@ -81,19 +90,26 @@ class RaSeRec(SequentialRecommender):
             return h
         keys = self._memory_keys(h.device)[ids]  # [B, K, H]
         values = self.item_vectors()[self._memory_targets(h.device)[ids]]  # [B, K, H]
-        return self.ram(h, keys, values, mask)
+        bias = None if self._frequency is None else self._frequency[ids]
+        return self.ram(h, keys, values, mask, bias)
 
     def forward(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None, position: Any = None
-    ) -> torch.Tensor:
+        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None, position: Any = None,
+        time: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Augmented user vectors h~, [B, H]; see :meth:`neighbours` for the arguments."""
         h = self.encode(item_seq, item_seq_len, user)
-        return self.augment(h, *self.neighbours(h, user, position))
+        return self.augment(h, *self.neighbours(h, user, position, time))
 
     def _memory_keys(self, device: Any) -> torch.Tensor:
-        if self._keys is None or len(self._keys) != len(self.memory) or self._keys.device != device:
+        if self._keys is None or self._memory_version != self.memory.version or self._keys.device != device:
+            self._memory_version = self.memory.version
             self._keys = torch.from_numpy(np.array(self.memory.keys)).to(device)
             self._targets = torch.from_numpy(self.memory.targets.astype(np.int64)).to(device)
+            self._frequency = None
+            if self.frequency_weight:
+                support = torch.from_numpy(np.maximum(self.memory.support, 1).astype(np.float32)).to(device)
+                self._frequency = self.frequency_weight * support.log()
         return self._keys
 
     def _memory_targets(self, device: Any) -> torch.Tensor:
@@ -104,7 +120,14 @@ class RaSeRec(SequentialRecommender):
 
     def remember(self, queries: Queries) -> None:
         """Add <prefix, next item> pairs to the memory; looked-up neighbours of other queries are forgotten."""
-        self.memory.add(queries.h.cpu().numpy(), queries.targets, queries.users, queries.positions, queries.times)
+        rows = Rows(queries.targets, queries.users, queries.positions, queries.times)
+        self.remember_rows(queries.h, rows)
+
+    def remember_rows(self, keys: torch.Tensor, rows: Rows) -> None:
+        """Add entries with these keys [N, H] to the memory; looked-up neighbours are forgotten."""
+        self.memory.add(
+            keys.cpu().numpy(), rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners
+        )
         self.forget_known()
 
     def refresh_memory(self, keys: torch.Tensor) -> None:
@@ -133,7 +156,8 @@ class RaSeRec(SequentialRecommender):
             rows = known.find(user, position)
             if rows is not None:
                 return self.augment(*known.rows(rows, self.top_k))
-        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user, position)
+        time = interaction[self.time_field] if self.time_field in interaction else None
+        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user, position, time)
 
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         """Cross-entropy of h~ over all items (report, loss L)."""

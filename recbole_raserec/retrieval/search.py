@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
 from recbole_raserec.retrieval.guard import LeakageGuard
-from recbole_raserec.retrieval.index import Index
+from recbole_raserec.retrieval.choice import Index
 
 _SLACK = 12  # entries fetched beyond K: most rows lose fewer than that to the guard and to ties
+_REFINE = 4  # times as many are fetched from an index with coarse scores
 _WIDEN = 4  # how much wider a row is searched that was not settled
 _WIDEST = 64  # times the first fetch; beyond it, scoring every entry is cheaper than a wider search
 _BLOCK_SCORES = 1 << 30  # queries x entries in one call of the index: between two steps of the progress bar
@@ -41,12 +42,15 @@ class GuardedSearch:
         self._longest = longest
         self._guard = guard
 
-    def run(self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, top_k: int, bar: Any) -> np.ndarray:
+    def run(
+        self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, top_k: int, bar: Any,
+        times: Optional[np.ndarray] = None,
+    ) -> np.ndarray:  # fmt: skip
         """Search for all queries.
 
         Args:
             queries: [Q, H] float32.
-            users, positions: [Q].
+            users, positions: [Q]. times: [Q] or None, see :class:`LeakageGuard`.
             top_k: K.
             bar: its `update(n)` is called with the number of queries settled.
 
@@ -55,7 +59,7 @@ class GuardedSearch:
         """
         best = np.zeros((len(queries), top_k), np.uint64)  # [Q, K]
         size = len(self._vectors)
-        fetch = min(size, top_k + _SLACK)
+        fetch = min(size, (top_k + _SLACK) * (_REFINE if getattr(self._index, "coarse", False) else 1))
         widest = fetch * _WIDEST
         pending = np.arange(len(queries))
         while len(pending):
@@ -64,7 +68,7 @@ class GuardedSearch:
             rows_at_once = max(1, min(_BLOCK_CELLS // fetch, max(1024, _BLOCK_SCORES // size)))
             for start in range(0, len(pending), 64 if every else rows_at_once):
                 rows = pending[start : start + (64 if every else rows_at_once)]
-                asked = queries[rows], users[rows], positions[rows], top_k
+                asked = queries[rows], users[rows], positions[rows], None if times is None else times[rows], top_k
                 if every:
                     codes, settled = self._score_all(*asked), np.ones(len(rows), bool)
                 else:
@@ -77,12 +81,13 @@ class GuardedSearch:
         return best
 
     def _score_fetched(
-        self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, top_k: int, fetch: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, times: Optional[np.ndarray], top_k: int,
+        fetch: int,
+    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
         """Codes [Q, K], and which rows they are final for: bool [Q]."""
         size, width = self._vectors.shape
         scores, found = self._index.search(queries, fetch)  # [Q, fetch] each
-        allowed = (found >= 0) & ~self._guard.barred(found, users, positions)  # [Q, fetch]
+        allowed = (found >= 0) & ~self._guard.barred(found, users, positions, times)  # [Q, fetch]
         rank = np.cumsum(allowed, axis=1, dtype=np.int32)
         enough = rank[:, -1] >= top_k
         # An inner product of H float32 terms is off by at most H * 2^-24 * |q| * |v|; two of them are compared here.
@@ -90,6 +95,8 @@ class GuardedSearch:
         error = 2 * (width + 4) * (2.0**-24 * lengths * self._longest + 1e-37)
         kth = scores[np.arange(len(queries)), (rank >= top_k).argmax(axis=1)]
         cut = np.where(enough, kth - error, -np.inf)  # [Q]
+        if getattr(self._index, "coarse", False):
+            cut[:] = -np.inf  # all that was fetched is scored again
         if fetch >= size:
             settled = np.ones(len(queries), bool)
         elif self._index.exact:
@@ -99,7 +106,9 @@ class GuardedSearch:
         short = np.flatnonzero(~settled & ~enough)
         if len(short):
             # Everything the row may see was among what was fetched.
-            settled[short] = rank[short, -1] == size - self._guard.count(users[short], positions[short])
+            settled[short] = rank[short, -1] == size - self._guard.count(
+                users[short], positions[short], None if times is None else times[short]
+            )
         row, column = np.nonzero(allowed & settled[:, None] & (scores >= cut[:, None]))
         entries = found[row, column]
         codes = np.zeros((len(queries), max(fetch, top_k)), np.uint64)
@@ -116,7 +125,9 @@ class GuardedSearch:
             result[part] = np.einsum("ph,ph->p", left, right)
         return result
 
-    def _score_all(self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, top_k: int) -> np.ndarray:
+    def _score_all(
+        self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, times: Optional[np.ndarray], top_k: int
+    ) -> np.ndarray:
         """Codes [Q, K] from every entry, for the few rows where a great many entries are barred or tie."""
         exact = queries.astype(np.float64)
         best = np.zeros((len(queries), top_k), np.uint64)
@@ -125,7 +136,7 @@ class GuardedSearch:
             entries = np.arange(start, start + len(vectors))
             scores = (exact @ vectors.astype(np.float64).T).astype(np.float32)  # [Q, block]
             codes = pack(scores, entries[None, :])
-            codes[self._guard.barred(entries, users, positions)] = 0
+            codes[self._guard.barred(entries, users, positions, times)] = 0
             best = _largest(np.concatenate([best, codes], axis=1), top_k)
         return best
 
