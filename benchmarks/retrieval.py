@@ -61,9 +61,7 @@ def cached(data_path: str) -> dict[str, Any]:
         model.ram.load_state_dict(start)
         loader.generator.set_state(order)
         optimizer = torch.optim.Adam(model.ram.parameters(), lr=1e-3, fused=True)
-        return [
-            _step(model, optimizer, model.calculate_loss(batch)) for batch in itertools.islice(loader, limit)
-        ]
+        return [_step(model, optimizer, model.calculate_loss(batch)) for batch in itertools.islice(loader, limit)]
 
     exact = epoch("float32", PEER_BATCHES)  # the losses to compare; the epoch is timed as it is shipped
     started = time.perf_counter()

@@ -3,8 +3,8 @@
     python experiments/training_forms.py --data_path=DIR [--dataset=ml-100k]
 
 runs each (model, form, seed) through the runner with the shipped defaults and writes
-results/training_forms_<dataset>.json, the figures, and the table beside it (.md). A run that is already in the file, with the same options, is not
-repeated; one that was interrupted is taken up by the runner (--checkpoint_dir).
+results/training_forms_<dataset>.json, the figures, and the table beside it (.md). A run that is already in the file is
+not repeated; one that was interrupted is taken up by the runner (--checkpoint_dir).
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def table(dataset: str, results: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Training forms",
         "",
-        f"`python experiments/training_forms.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking, shipped",
-        "defaults, early stopping on validation NDCG@10 (seen items kept). Mean over the seeds, standard deviation in",
-        "brackets; R@10 / N@10 on the test targets.",
+        f"`python experiments/training_forms.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking,",
+        "shipped defaults, early stopping on validation NDCG@10 (seen items kept). Mean over the seeds, standard",
+        "deviation in brackets; R@10 / N@10 on the test targets.",
         "",
         "| | seeds | validation N@10 | test, seen kept | test, seen removed | minutes a run |",
         "|---|---|---|---|---|---|",

@@ -97,6 +97,17 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
         lists, probes = options.get("ivf_lists"), options.get("ivf_probes")
         if type(lists) is int and type(probes) is int and probes > lists:
             problems.append(f"ivf_probes: {probes} is more than ivf_lists: {lists}; set ivf_probes to {lists} or less")
+        shortest, longest, span = (options.get(f"memory_{name}") for name in ("min_length", "max_length", "span"))
+        if type(shortest) is int and type(longest) is int and longest < shortest:
+            problems.append(
+                f"memory_max_length: {longest} is less than memory_min_length: {shortest}; raise it to {shortest} or more"
+            )
+        mined = options.get("memory") in ("patterns", "both")
+        if mined and type(shortest) is int and type(span) is int and span <= shortest:
+            problems.append(
+                f"memory_span: {span} leaves no pattern with a prefix of memory_min_length: {shortest}; "
+                f"set memory_span to {shortest + 1} or more"
+            )
     targets = ["valid_metric", "ram_valid_metric"] if retrieval else ["valid_metric"]
     return problems + _check_metrics(options, targets) + _check_eval_args(options) + _check_negatives(options)
 

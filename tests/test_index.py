@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from recbole_raserec.retrieval import choice as index_module
+from recbole_raserec.retrieval.approximate import IVFIndex
+from recbole_raserec.retrieval.choice import make_index
 from recbole_raserec.retrieval.guard import LeakageGuard
-from recbole_raserec.retrieval.approximate import HNSWIndex, IVFIndex, IVFPQIndex
-from recbole_raserec.retrieval.choice import make_index, resolve_kind
 from recbole_raserec.retrieval.index import FlatIndex
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.search import pack, unpack

@@ -252,7 +252,7 @@ def test_sizes_that_do_not_fit_go_through_torch():
 
 def test_no_sequences():
     ours, _ = models()
-    weights = [w for w in ours.trm_encoder.parameters()]
+    weights = list(ours.trm_encoder.parameters())
     flat = [torch.zeros_like(w) for w in weights] + [torch.ones(64), torch.zeros(64)]
     empty = torch.zeros(0, dtype=torch.int64)
     ragged = Ragged(empty, torch.zeros(1, dtype=torch.int64), empty, torch.zeros(1, dtype=torch.int64), 0)

@@ -13,7 +13,9 @@ from recbole_raserec.data.dataset import POSITION
 N_USERS, N_ITEMS, LENGTH = 9, 23, 6
 
 OPTIONS = {
-    "TIME_FIELD": "timestamp", "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_",
+    "TIME_FIELD": "timestamp",
+    "USER_ID_FIELD": "user_id", "ITEM_ID_FIELD": "item_id", "LIST_SUFFIX": "_list",
+    "NEG_PREFIX": "neg_",
     "ITEM_LIST_LENGTH_FIELD": "item_length", "MAX_ITEM_LIST_LENGTH": LENGTH, "device": torch.device("cpu"), "seed": 0,
     "n_layers": 2, "n_heads": 2, "hidden_size": 8, "inner_size": 12, "hidden_dropout_prob": 0.0,
     "attn_dropout_prob": 0.0, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "initializer_range": 0.02,

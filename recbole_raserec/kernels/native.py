@@ -12,7 +12,7 @@ import importlib.machinery
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
@@ -44,7 +44,7 @@ class Library:
         self.width, self.bfloat16, self.interface = int(found[0]), bool(found[1]), int(found[2])
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def library() -> Optional[Library]:
     """The best library this processor can run, or None."""
     for name in NAMES:

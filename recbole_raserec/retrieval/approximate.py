@@ -59,7 +59,7 @@ class ApproximateIndex:
         self._trained_on = len(vectors)
         sample = np.linspace(0, len(vectors) - 1, min(len(vectors), _RECALL_SAMPLE)).astype(np.int64)
         fetch = min(_RECALL_AT, len(vectors))
-        scores, exact = FlatIndex(vectors).search(vectors[sample], fetch)
+        scores, _exact = FlatIndex(vectors).search(vectors[sample], fetch)
         found = self.search(vectors[sample], fetch)[1]  # [S, fetch]
         # By the exact score, not by entry: of entries with equal vectors any one is as good.
         reached = np.einsum("sh,sfh->sf", vectors[sample], vectors[np.maximum(found, 0)])
@@ -154,7 +154,7 @@ class HNSWIndex(ApproximateIndex):
     def remove(self, ids: np.ndarray) -> None:
         """Overwrite vectors with zeros; the graph's links through them stay, and searches may return them."""
         if len(ids):
-            storage = faiss.downcast_index(self._index.storage)
+            storage: Any = faiss.downcast_index(self._index.storage)
             stored = faiss.rev_swig_ptr(storage.get_xb(), self._size * self._index.d).reshape(self._size, -1)
             stored[ids] = 0
 

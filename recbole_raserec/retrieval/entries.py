@@ -13,7 +13,8 @@ Array = Union[np.ndarray, torch.Tensor]
 
 #: Arrays with one row an entry.
 ROWS = {
-    "keys": "<f4", "targets": "<i4", "users": "<i4", "positions": "<i4", "times": "<f8", "support": "<i4", "gone": "|b1",
+    "keys": "<f4", "targets": "<i4", "users": "<i4", "positions": "<i4", "times": "<f8", "support": "<i4",
+    "gone": "|b1",
 }  # fmt: skip
 #: Arrays with one row a (pattern, user) whose history holds it.
 OWNERS = {"owner_entries": "<i8", "owner_users": "<i4", "owner_positions": "<i4"}

@@ -18,21 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.retrieval.arrays import GrowingArray, read_arrays, write_arrays
+from recbole_raserec.retrieval.arrays import GrowingArray
 from recbole_raserec.retrieval.choice import INDEXES, Index, make_index, resolve_kind
 from recbole_raserec.retrieval.entries import OWNERS, ROWS, Array, Entries, as_numpy, integers, normalised
+from recbole_raserec.retrieval.files import OPTIONS, read_entries, write_entries
 from recbole_raserec.retrieval.guard import SCOPES, LeakageGuard
 from recbole_raserec.retrieval.index import FlatIndex
 from recbole_raserec.retrieval.search import GuardedSearch, unpack
 
 SIMILARITIES = ("cosine", "dot")
-
-_KIND = "RaSeRec memory"
-_VERSION = 2
-_META = {
-    "hidden_size": int, "similarity": str, "index": str, "ivf_lists": int, "ivf_probes": int, "seed": int,
-    "scope": str, "min_support": int,
-}  # fmt: skip
 
 #: Searches that are begun again when entries were removed meanwhile, before one is made that nobody may disturb.
 _TRIES = 3
@@ -363,10 +357,9 @@ class MemoryBank:
             directory: made when missing.
             fingerprint: JSON-able; what the keys depend on (weights, data).
         """
-        meta = {name: getattr(self, name) for name in _META}
+        options = {name: getattr(self, name) for name in OPTIONS}
         with self._lock:
-            arrays = {name: array.values for name, array in self._entries.arrays.items()}
-            write_arrays(Path(directory), _KIND, _VERSION, arrays, {**meta, "fingerprint": fingerprint})
+            write_entries(Path(directory), self._entries, options, fingerprint)
 
     @classmethod
     def load(cls, directory: str | os.PathLike, fingerprint: Any = None, verify: bool = True) -> MemoryBank:
@@ -381,25 +374,10 @@ class MemoryBank:
             CheckpointError: missing, damaged, foreign, or of another fingerprint.
         """
         path = Path(directory)
-        arrays, meta = read_arrays(path, _KIND, _VERSION, {**ROWS, **OWNERS}, verify)
-        if not isinstance(meta, dict) or any(type(meta.get(name)) is not kind for name, kind in _META.items()):
-            raise CheckpointError(f"{path}: its description is incomplete ({meta!r}). Delete it and build it again.")
-        if fingerprint is not None and meta.get("fingerprint") != fingerprint:
-            raise CheckpointError(
-                f"{path} was built with another model or data set: its fingerprint is {meta.get('fingerprint')!r}, "
-                f"expected {fingerprint!r}. Name another directory, or delete it and build it again."
-            )
-        size, owners, width = len(arrays["gone"]), len(arrays["owner_users"]), meta["hidden_size"]
-        shapes = {name: (owners,) if name in OWNERS else (size,) for name in arrays}
-        shapes["keys"] = (size, width)
-        if any(array.shape != shapes[name] for name, array in arrays.items()):
-            raise CheckpointError(f"{path}: its arrays do not fit together. Delete it and build it again.")
-        entries = arrays["owner_entries"]
-        if owners and not 0 <= int(entries.min()) <= int(entries.max()) < size:
-            raise CheckpointError(f"{path}: its patterns name entries it does not have. Delete it and build it again.")
+        entries, options = read_entries(path, fingerprint, verify)
         try:
-            bank = cls(**{name: meta[name] for name in _META})
+            bank = cls(**options)
         except ConfigError as error:
             raise CheckpointError(f"{path} cannot be used: {error}. Delete it and build it again.") from None
-        bank._install(Entries(width, arrays))
+        bank._install(entries)
         return bank

@@ -156,7 +156,7 @@ class RaSeRec(SequentialRecommender):
             rows = known.find(user, position)
             if rows is not None:
                 return self.augment(*known.rows(rows, self.top_k))
-        time = interaction[self.time_field] if self.time_field in interaction else None
+        time = interaction[self.time_field] if self.time_field in interaction.columns else None
         return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user, position, time)
 
     def calculate_loss(self, interaction: Any) -> torch.Tensor:

@@ -6,8 +6,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-from recbole_raserec.retrieval.guard import LeakageGuard
 from recbole_raserec.retrieval.choice import Index
+from recbole_raserec.retrieval.guard import LeakageGuard
 
 _SLACK = 12  # entries fetched beyond K: most rows lose fewer than that to the guard and to ties
 _REFINE = 4  # times as many are fetched from an index with coarse scores
