@@ -100,7 +100,7 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
         shortest, longest, span = (options.get(f"memory_{name}") for name in ("min_length", "max_length", "span"))
         if type(shortest) is int and type(longest) is int and longest < shortest:
             problems.append(
-                f"memory_max_length: {longest} is less than memory_min_length: {shortest}; raise it to {shortest} or more"
+                f"memory_max_length: {longest} is less than memory_min_length: {shortest}; set it to {shortest} or more"
             )
         mined = options.get("memory") in ("patterns", "both")
         if mined and type(shortest) is int and type(span) is int and span <= shortest:

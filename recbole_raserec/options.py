@@ -149,6 +149,7 @@ RETRIEVAL: dict[str, Rule] = {
     "index": _choice("auto", "flat", "ivf", "hnsw", "ivfpq"),
     "ivf_lists": _integer(1),
     "ivf_probes": _integer(1),
+    "head": _choice("ram", "knn", "both"),
     "ram": _choice("dual", "single"),
     "alpha": number(0, 1),
     "learnable_alpha": _FLAG,

@@ -21,7 +21,7 @@ from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights, resumable
 from recbole_raserec.registry import get_dataset_class, get_model, get_trainer_class
 from recbole_raserec.retrieval.keeper import MemoryKeeper
-from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.retrieval.knn import KNNRaSeRec, raserec_class, tune
 from recbole_raserec.serving.checkpoint import MANIFEST, read_ids, read_manifest, read_weights, write_checkpoint
 
 #: Digits of the figures in reports and results; early stopping compares RecBole's `metric_decimal_place`.
@@ -85,7 +85,7 @@ def fine_tune(config: Any, base: Outcome) -> Outcome:
         raise ConfigError([f"backbone: {base.name} reads its own kind of data set; retrieval needs plain sequences."])
     init_seed(config["seed"], config["reproducibility"])
     backbone = wrap_backbone(base.model, config, splits.dataset)
-    model = RaSeRec(config, splits.dataset, backbone).to(config["device"])
+    model = raserec_class(config)(config, splits.dataset, backbone).to(config["device"])
     train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
     keeper = MemoryKeeper(model, train, valid, config)
     stage = _ram_config(config)
@@ -141,12 +141,27 @@ def _run(
         if done["fingerprint"] != mark:
             raise CheckpointError(f"{directory} holds another run; move it away or set `checkpoint_dir`.")
         logger.info(f"{name}: reusing the finished run in {directory}")
-    if not finished or trainer.start_epoch == 0:
+    untrained = keeper is not None and config["head"] == "knn"
+    if untrained:
+        if not finished:
+            trainer.keep()
+    elif not finished or trainer.start_epoch == 0:
         trainer.fit(train_data, splits.valid, show_progress=config["show_progress"])
     trainer.load_best()
     model.eval()
     if keeper is not None:
         keeper.before_evaluation()
+    if isinstance(model, KNNRaSeRec) and not finished:
+        quiet = copy.deepcopy(config)
+        quiet["show_progress"] = False
+
+        def value() -> float:
+            return evaluate(model, splits.valid, quiet, splits.seen["valid"])[protocol][trainer.valid_metric]
+
+        best = tune(model, value, config["show_progress"])
+        share, tau = float(model.knn_share), float(model.knn_tau)
+        logger.info(f"kNN head: share {share:g}, tau {tau:g}, validation {trainer.valid_metric} {best:.4f}")
+        trainer.keep()
     metrics = {"valid": evaluate(model, splits.valid, config, splits.seen["valid"], decimals=DECIMALS)}
     if keeper is not None:
         keeper.admit_validation(test)

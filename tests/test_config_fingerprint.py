@@ -67,6 +67,7 @@ CHANGES = {
     "index": "flat",
     "ivf_lists": 64,
     "ivf_probes": 4,
+    "head": "both",
     "ram": "single",
     "alpha": 0.25,
     "learnable_alpha": True,

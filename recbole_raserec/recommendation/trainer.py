@@ -139,6 +139,11 @@ class ResumableTrainer(Trainer):
         """A context in which the model has the weights that count."""
         return contextlib.nullcontext() if self._average is None else self._average.applied()
 
+    def keep(self) -> None:
+        """Take the model's present weights for the best of the run."""
+        meta = {"epoch": self.start_epoch, "model": self.config["model"]}
+        write_tensors(self.saved_model_file, _tensors(self.model.state_dict()), meta)
+
     def load_best(self) -> None:
         """Put the best weights of the run into the model."""
         tensors, _ = read_tensors(self.saved_model_file)

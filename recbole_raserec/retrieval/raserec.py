@@ -150,14 +150,19 @@ class RaSeRec(SequentialRecommender):
 
     # -- RecBole's interface ----------------------------------------------------------------------------------------
 
-    def _augmented(self, interaction: Any) -> torch.Tensor:
+    def retrieved(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """h [B, H] of the rows, ids and mask [B, K] of their memories: looked up, or encoded and searched."""
         user, position = interaction[self.USER_ID], interaction[POSITION]
         for known in self._known.values():
             rows = known.find(user, position)
             if rows is not None:
-                return self.augment(*known.rows(rows, self.top_k))
+                return known.rows(rows, self.top_k)
+        h = self.encode(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user)
         time = interaction[self.time_field] if self.time_field in interaction.columns else None
-        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user, position, time)
+        return (h, *self.neighbours(h, user, position, time))
+
+    def _augmented(self, interaction: Any) -> torch.Tensor:
+        return self.augment(*self.retrieved(interaction))
 
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         """Cross-entropy of h~ over all items (report, loss L)."""

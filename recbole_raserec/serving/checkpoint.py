@@ -18,8 +18,8 @@ from recbole_raserec.recommendation.backbone import wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights
 from recbole_raserec.registry import get_model
 from recbole_raserec.retrieval.keeper import TRAINING_BUFFERS
+from recbole_raserec.retrieval.knn import raserec_class
 from recbole_raserec.retrieval.memory import MemoryBank
-from recbole_raserec.retrieval.raserec import RaSeRec
 
 FORMAT, VERSION = "recbole-raserec checkpoint", 1
 MANIFEST, IDS, MEMORY = "checkpoint.json", "ids.json", "memory"
@@ -146,7 +146,7 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
         if name == "RaSeRec":
             inner = Options(manifest["backbone_options"], device=target)
             base = get_model(inner["model"])(inner, vocabulary)
-            model = RaSeRec(options, vocabulary, wrap_backbone(base, inner, vocabulary))
+            model = raserec_class(options)(options, vocabulary, wrap_backbone(base, inner, vocabulary))
             model.memory = MemoryBank.load(directory / MEMORY, manifest["fingerprint"])
         else:
             model = get_model(name)(options, vocabulary)
