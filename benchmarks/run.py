@@ -21,13 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import epochs, mining, preparation, ranking, retrieval
+from benchmarks import epochs, memory, mining, preparation, ranking, retrieval
 from benchmarks.common import Side
 
 #: Figures of a side that have a place of their own in the record.
-KNOWN = ("seconds", "peak_mb", "note", "versions")
+KNOWN = ("seconds", "peak_mb", "note", "versions", "ids")
 
-CASES = {**epochs.CASES, **mining.CASES, **preparation.CASES, **ranking.CASES, **retrieval.CASES}
+GROUPS = (epochs, memory, mining, preparation, ranking, retrieval)
+CASES = {name: case for group in GROUPS for name, case in group.CASES.items()}
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
         return
     if args.list or not args.name:
         for name, case in sorted(CASES.items()):
-            print(f"{name:<14} {case.work}")
+            print(f"{name:<20} {case.work}")
         return
     case = CASES[args.name]
     if args.side:
