@@ -119,7 +119,7 @@ CASES = {
     for kind in SETTINGS
 }  # fmt: skip
 CASES["memory-exact"] = Case(
-    f"exact search with guard, 131,413 queries over 131,413 entries of 64 floats, K = {TOP_K}: against the bare product",
+    f"exact guarded search, 131,413 queries over as many entries of 64 floats, K = {TOP_K}: against the bare product",
     exact_search,
     bare_product,
 )
