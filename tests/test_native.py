@@ -241,6 +241,72 @@ def test_items_and_lengths_out_of_range_are_refused():
         ours.forward(long, torch.tensor([500]))
 
 
+@needs_bfloat16
+@pytest.mark.parametrize("rows", [1, 23, 25, 47])
+def test_an_odd_number_of_rows_reads_nothing_that_was_not_written(rows):
+    """What the allocator hands out is made not-a-number first."""
+    h, items, targets = torch.randn(rows, 16), torch.randn(70, 16), torch.randint(70, (rows,))
+    for _ in range(30):
+        dirt = [torch.full((size,), float("nan")) for size in (1 << 10, 1 << 12, 1 << 14, 1 << 16, 64 * 24, 128 * 24)]
+        del dirt
+        _, grad_h, grad_items = native.cross_entropy(h, items, targets, torch.ones(rows), True, True)
+        assert grad_h.isfinite().all()
+        assert grad_items.isfinite().all()
+
+
+@needs_bfloat16
+def test_gradients_stay_accurate_where_the_target_is_almost_certain():
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randn(200, 32, generator=generator)
+    targets = torch.randint(200, (64,), generator=generator)
+    h = items[targets] * 0.5 + 0.1 * torch.randn(64, 32, generator=generator)
+    h = h.bfloat16().float().requires_grad_()
+    items = items.bfloat16().float()
+    linear_cross_entropy(h, items, targets, precision="bfloat16").backward()
+    hd = h.detach().double().requires_grad_()
+    logits = hd @ items.double().T
+    assert torch.softmax(logits, 1).gather(1, targets[:, None]).mean() > 0.95
+    F.cross_entropy(logits, targets).backward()
+    assert (h.grad - hd.grad).norm() / hd.grad.norm() < 0.006
+
+
+def test_a_gradient_that_is_not_contiguous():
+    ours, plain = (model.train() for model in models(hidden_dropout_prob=0.0, attn_dropout_prob=0.0))
+    rows = batch(rows=20)
+    for model in (ours, plain):
+        model.zero_grad()
+        model.forward(
+            rows["item_id_list"], rows["item_length"]
+        ).sum().backward()  # the gradient is one number, expanded
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        assert (a.grad - b.grad).abs().max() < 2e-5 * max(1.0, float(b.grad.abs().max()))
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    ours, _ = models()
+    seq = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(IndexError, match="offsets"):
+        ours.forward(seq, torch.tensor([3, 5]))
+    with pytest.raises(IndexError, match="chosen"):
+        ours._encode(Ragged.of_rows(seq, torch.tensor([3, 1]), torch.tensor([[True] * 3, [False, True, False]])))
+    assert ours.forward(seq.int(), torch.tensor([3, 3])).isfinite().all()
+    if native.has_cross_entropy():
+        h, items = torch.randn(3, 16), torch.randn(5, 16)
+        with pytest.raises(ValueError, match="fit together"):
+            native.cross_entropy(h, items, torch.tensor([1, 2]), torch.ones(3), True, True)
+        with pytest.raises(TypeError, match="int64"):
+            native.cross_entropy(h, items, torch.tensor([1, 2, 3]).int(), torch.ones(3), True, True)
+
+
+def test_many_sequences_are_encoded_in_parts(monkeypatch):
+    ours, _ = (model.eval() for model in models())
+    rows = batch(rows=50)
+    with torch.no_grad():
+        whole = ours.forward(rows["item_id_list"], rows["item_length"])
+        monkeypatch.setattr("recbole_raserec.kernels.encoder.TOKENS", 7)
+        assert torch.equal(ours.forward(rows["item_id_list"], rows["item_length"]), whole)
+
+
 def test_sizes_that_do_not_fit_go_through_torch():
     assert not Architecture(size=20, inner=32, heads=2, layers=1, epsilon=1e-12).fits()
     assert not SASRec(options(), Ids()).double().compiled()

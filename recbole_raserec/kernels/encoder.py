@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -15,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from recbole_raserec.kernels import native
 from recbole_raserec.kernels.native import pointer
+
+#: Items encoded in one call when no gradient is wanted: what a call keeps is some 6 KiB an item and layer.
+TOKENS = 1 << 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,26 @@ class Ragged:
     chosen: torch.Tensor
     chosen_offsets: torch.Tensor
     longest: int
+
+    def arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """items, offsets, chosen, chosen_offsets."""
+        return self.items, self.offsets, self.chosen, self.chosen_offsets
+
+    def parts(self, tokens: int) -> Iterator[Ragged]:
+        """The sequences in order, in parts of about `tokens` items; one part when there are none."""
+        last = torch.searchsorted(self.offsets, torch.arange(tokens, int(self.offsets[-1]) + tokens, tokens))
+        ends = torch.unique(last.clamp(max=len(self.offsets) - 1)).tolist() or [0]
+        start = 0
+        for stop in ends:
+            first, wanted = int(self.offsets[start]), int(self.chosen_offsets[start])
+            yield Ragged(
+                self.items[first : int(self.offsets[stop])],
+                self.offsets[start : stop + 1] - first,
+                self.chosen[wanted : int(self.chosen_offsets[stop])] - first,
+                self.chosen_offsets[start : stop + 1] - wanted,
+                self.longest,
+            )
+            start = stop
 
     @staticmethod
     def of_rows(item_seq: torch.Tensor, lengths: torch.Tensor, wanted: Optional[torch.Tensor] = None) -> Ragged:
@@ -91,36 +115,47 @@ def encode(
         IndexError: a sequence is empty or longer than `positions`, or an item is not in `table`.
     """
     lengths = ragged.offsets.diff()
-    if len(lengths) and not 1 <= int(lengths.min()) <= ragged.longest <= len(positions):
+    if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= ragged.longest <= len(positions):
         raise IndexError(f"sequences must have 1 to {len(positions)} items.")
+    if int(ragged.offsets[-1]) != len(ragged.items) or int(ragged.chosen_offsets[-1]) != len(ragged.chosen):
+        raise IndexError("offsets must end where the sequences and their chosen places do.")
+    owner = torch.repeat_interleave(ragged.chosen_offsets.diff())
+    if not ((ragged.chosen >= ragged.offsets[owner]) & (ragged.chosen < ragged.offsets[owner + 1])).all():
+        raise IndexError("chosen places must lie in their sequences.")
     if len(ragged.items) and not 0 <= int(ragged.items.min()) <= int(ragged.items.max()) < len(table):
         raise IndexError(f"items must lie in [0, {len(table)}).")
-    return _Encode.apply(ragged, architecture, (hidden_dropout, attention_dropout), table, positions, *weights)
+    dropout = hidden_dropout, attention_dropout
+    if torch.is_grad_enabled():
+        return _Encode.apply(ragged, architecture, dropout, True, table, positions, *weights)
+    parts = [
+        _Encode.apply(part, architecture, dropout, False, table, positions, *weights) for part in ragged.parts(TOKENS)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ragged: Ragged, a: Architecture, dropout: tuple[float, float], table: torch.Tensor,
+        ctx: Any, ragged: Ragged, a: Architecture, dropout: tuple[float, float], keep: bool, table: torch.Tensor,
         positions: torch.Tensor, *weights: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         found = native.library()
         assert found is not None
-        flat = torch.cat([w.reshape(-1) for w in weights])
-        keep = any(ctx.needs_input_grad)
+        flat = torch.cat([w.reshape(-1) for w in weights]).float()
+        keep = keep and any(ctx.needs_input_grad)
         sequences, outputs = len(ragged.offsets) - 1, len(ragged.chosen)
         sizes = (len(ragged.items), sequences, outputs, len(table), ragged.longest, a.size, a.inner, a.heads, a.layers)
         numbers = torch.tensor([*sizes, int(keep)])
         room = torch.zeros(2, dtype=torch.int64)
         found.call.raserec_encoder_floats(pointer(numbers), pointer(room))
-        columns, tape = (torch.empty(size) for size in room.tolist())
+        columns, tape = (torch.empty(size, dtype=torch.float32) for size in room.tolist())
         settings = torch.tensor([a.epsilon, *dropout], dtype=torch.float32)
         seeds = torch.zeros(4, dtype=torch.int32)
         if any(dropout):
             seeds.random_(-(1 << 31), 1 << 31)
-        index = tuple(x.contiguous() for x in (ragged.items, ragged.offsets, ragged.chosen, ragged.chosen_offsets))
+        index = tuple(x.to(torch.int64).contiguous() for x in ragged.arrays())
         tensors = (numbers, *index, table.contiguous(), positions.contiguous(), flat, columns, tape, settings, seeds)
-        out = torch.empty(outputs, a.size)
+        out = torch.empty(outputs, a.size, dtype=torch.float32)
         if sequences:
             threads = ctypes.c_int(torch.get_num_threads())
             if found.call.raserec_encode(*map(pointer, tensors), threads, pointer(out)):
@@ -140,10 +175,11 @@ class _Encode(torch.autograd.Function):
         results = [torch.zeros_like(x) for x in (flat, positions, table)]
         if len(tensors[2]) > 1:
             threads = ctypes.c_int(torch.get_num_threads())
-            above = pointer(grads[0].contiguous())
-            if found.call.raserec_encode_backward(*map(pointer, tensors), threads, above, *map(pointer, results)):
+            above = grads[0].contiguous()  # a name of its own: it must live until the call returns
+            given = *map(pointer, tensors), threads, pointer(above), *map(pointer, results)
+            if found.call.raserec_encode_backward(*given):
                 raise MemoryError("no memory for the encoder's rooms.")
         grad_flat, grad_positions, grad_table = results
         parts = grad_flat.split([shape.numel() for shape in ctx.shapes])
         grad_weights = (part.view(shape) for part, shape in zip(parts, ctx.shapes))
-        return None, None, None, grad_table, grad_positions, *grad_weights
+        return None, None, None, None, grad_table, grad_positions, *grad_weights

@@ -78,15 +78,18 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     """The compiled kernel, see :func:`recbole_raserec.kernels.native.cross_entropy`."""
 
     @staticmethod
-    def forward(ctx: Any, h: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> Any:
-        losses, grad_h, grad_items = native.cross_entropy(h, items, targets, weights, *ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, h: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, keep: bool
+    ) -> Any:
+        wanted = (keep and needed for needed in ctx.needs_input_grad[:2])
+        losses, grad_h, grad_items = native.cross_entropy(h, items, targets, weights, *wanted)
         ctx.save_for_backward(*(g for g in (grad_h, grad_items) if g is not None))
         return (losses * weights).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (*_scaled(ctx, grads[0]), None, None)
+        return (*_scaled(ctx, grads[0]), None, None, None)
 
 
 def _scaled(ctx: Any, scale: Any) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
@@ -131,8 +134,8 @@ def linear_cross_entropy(
         normalised = weights / weights.sum().clamp(min=torch.finfo(h.dtype).tiny)
     low = None
     if h.dtype == torch.float32 and precision != "float32":
-        if h.device.type == "cpu" and native.has_cross_entropy():
-            return _CompiledCrossEntropy.apply(h, items, targets, normalised)
+        if h.device.type == "cpu" and items.dtype == torch.float32 and native.has_cross_entropy():
+            return _CompiledCrossEntropy.apply(h, items, targets, normalised, torch.is_grad_enabled())
         low = torch.bfloat16 if precision == "bfloat16" else None
     return _LinearCrossEntropy.apply(h.contiguous(), items, targets, normalised, low)
 

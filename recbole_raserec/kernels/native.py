@@ -17,7 +17,7 @@ from typing import Optional
 import torch
 
 #: Number of the interface; a library compiled from other sources is not used.
-INTERFACE = 1
+INTERFACE = 2
 
 #: Libraries, the best first.
 NAMES = ("_native_avx512", "_native_avx2")
@@ -86,8 +86,8 @@ def pointer(x: Optional[torch.Tensor]) -> ctypes.c_void_p:
     """Address of a contiguous CPU tensor, or NULL."""
     if x is None:
         return ctypes.c_void_p(None)
-    assert x.is_contiguous()
-    assert x.device.type == "cpu"
+    if not x.is_contiguous() or x.device.type != "cpu":
+        raise ValueError("the kernels take contiguous tensors on the CPU.")
     return ctypes.c_void_p(x.data_ptr())
 
 
@@ -112,6 +112,10 @@ def cross_entropy(
     found = library()
     assert found is not None
     n, size, n_items = len(h), h.size(1), len(items)
+    if items.size(1) != size or targets.shape != (n,) or weights.shape != (n,):
+        raise ValueError("h [B, H], items [V, H], targets [B] and weights [B] must fit together.")
+    if targets.dtype != torch.int64 or any(x.dtype != torch.float32 for x in (h, items, weights)):
+        raise TypeError("the kernel takes float32 vectors and weights, and int64 targets.")
     room = -size % 16
     if room:
         h, items = (torch.nn.functional.pad(x, (0, room)) for x in (h, items))
@@ -126,7 +130,7 @@ def cross_entropy(
 
     columns, vectors, kept = halves(padded, wide), halves(padded, wide), halves(padded, chunk)
     scaled, pairs, near = halves(chunk, wide), halves(chunk, wide), halves(threads, padded, _BLOCK)
-    logits, scales, losses = torch.empty(threads, padded, _BLOCK), torch.empty(chunk), torch.empty(n)
+    logits, scales, losses = (torch.empty(s, dtype=torch.float32) for s in ((threads, padded, _BLOCK), (chunk,), (n,)))
     grad_h = torch.empty_like(h) if rows else None
     grad_items = torch.zeros_like(items) if table else None
     found.call.raserec_cross_entropy_bf16(

@@ -92,9 +92,12 @@ static void ce16_rows(const ce16_job *j, long first, long count) {
         uint32_t *kept = j->kept + (p * (j->rows / 2) + first / 2) * 16;
         for (long r = 0; r < count; r += 2, line += 32, near += 32, kept += 16) {
             __m512 x = (__m512)exp_vf((vf)_mm512_sub_ps(_mm512_loadu_ps(line), _mm512_set1_ps(peak[r])));
-            __m512 y = (__m512)exp_vf((vf)_mm512_sub_ps(_mm512_loadu_ps(line + 16), _mm512_set1_ps(peak[r + 1])));
+            __m512 y = _mm512_setzero_ps();
             total[r] = _mm512_add_ps(total[r], x);
-            total[r + 1] = _mm512_add_ps(total[r + 1], y);
+            if (r + 1 < count) {
+                y = (__m512)exp_vf((vf)_mm512_sub_ps(_mm512_loadu_ps(line + 16), _mm512_set1_ps(peak[r + 1])));
+                total[r + 1] = _mm512_add_ps(total[r + 1], y);
+            }
             const __m256i a = round16(x), b = round16(y);
             _mm256_storeu_si256((__m256i *)near, a);
             _mm256_storeu_si256((__m256i *)(near + 16), b);
@@ -106,6 +109,10 @@ static void ce16_rows(const ce16_job *j, long first, long count) {
         const float sum = _mm512_reduce_add_ps(total[r]);
         j->scales[first + r] = 1.0f / sum;
         j->losses[first + r] = peak[r] - chosen[r] + logf(sum);
+        /* The target is left out of the products: its share, p - 1, is added by the caller without rounding. */
+        const long t = j->targets[first + r];
+        j->near[(t / 16 * BLOCK + r) * 16 + t % 16] = 0;
+        j->kept[(t / 16 * (j->rows / 2) + (first + r) / 2) * 16 + t % 16] &= r % 2 ? 0xffffu : 0xffff0000u;
     }
     if (!j->products) return;
     for (long i = 0; i < count; i += 6) {

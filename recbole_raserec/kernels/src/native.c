@@ -19,7 +19,7 @@
 EXPORT void raserec_properties(int64_t *found) {
     found[0] = W;
     found[1] = HAS_BF16;
-    found[2] = 1; /* native.py: INTERFACE */
+    found[2] = 2; /* native.py: INTERFACE */
 }
 
 #if HAS_BF16
@@ -92,8 +92,8 @@ EXPORT void raserec_cross_entropy_bf16(long rows, long items, long size, const f
                 for (long r = 0; r < count; r++) {
                     const float *own = table + targets[start + r] * size;
                     float *out = grad_h + (start + r) * size;
-                    const float weight = weights[start + r], scale = scales[r];
-                    for (long e = 0; e < size; e++) out[e] = weight * (scale * out[e] - own[e]);
+                    const float weight = weights[start + r], scale = scales[r], miss = -expm1f(-losses[start + r]);
+                    for (long e = 0; e < size; e++) out[e] = weight * (scale * out[e] - miss * own[e]);
                 }
             }
         }
@@ -101,7 +101,8 @@ EXPORT void raserec_cross_entropy_bf16(long rows, long items, long size, const f
     if (grad_items)
         for (long r = 0; r < rows; r++) {
             float *own = grad_items + targets[r] * size;
-            for (long e = 0; e < size; e++) own[e] -= weights[r] * h[r * size + e];
+            const float miss = -expm1f(-losses[r]) * weights[r]; /* 1 - p of the target, exact where p is near 1 */
+            for (long e = 0; e < size; e++) own[e] -= miss * h[r * size + e];
         }
 }
 #endif
@@ -200,19 +201,21 @@ EXPORT int raserec_encode_backward(const int64_t *numbers, const int64_t *item, 
     const long groups = make_groups(&n, first);
 #pragma omp parallel num_threads(threads)
     {
-        float *own = room + omp_get_thread_num() * room_size, *sum = sums + omp_get_thread_num() * summed;
+        float *own = room + omp_get_thread_num() * room_size;
         float *above = own, *below = above + limit * h, *rest = below + limit * h;
 #pragma omp for schedule(static, 1)
-        for (long i = 0; i < groups; i++) {
-            group g = group_of(&n, first[i], first[i + 1], 1);
-            memcpy(above, grad + g.query * h, (size_t)(g.queries * h) * sizeof(float));
-            backward_layer(&n, last, &g, rest, above, layer_at(s, sum, last), below);
-            g = group_of(&n, first[i], first[i + 1], 0);
-            for (long layer = last - 1; layer >= 0; layer--)
-                backward_layer(&n, layer, &g, rest, below, layer_at(s, sum, layer), below);
-            embed_backward(&n, &g, sum + s->layers * layer_floats(s), sum + flat, below);
-            memcpy(rows + g.token * h, below, (size_t)(g.tokens * h) * sizeof(float));
-        }
+        for (int slot = 0; slot < threads; slot++) /* sums by slot: the same bits however many threads are granted */
+            for (long i = slot; i < groups; i += threads) {
+                float *sum = sums + slot * summed;
+                group g = group_of(&n, first[i], first[i + 1], 1);
+                memcpy(above, grad + g.query * h, (size_t)(g.queries * h) * sizeof(float));
+                backward_layer(&n, last, &g, rest, above, layer_at(s, sum, last), below);
+                g = group_of(&n, first[i], first[i + 1], 0);
+                for (long layer = last - 1; layer >= 0; layer--)
+                    backward_layer(&n, layer, &g, rest, below, layer_at(s, sum, layer), below);
+                embed_backward(&n, &g, sum + s->layers * layer_floats(s), sum + flat, below);
+                memcpy(rows + g.token * h, below, (size_t)(g.tokens * h) * sizeof(float));
+            }
     }
     for (int t = 0; t < threads; t++) { /* in this order whatever the threads did first: results repeat */
         add_rows(sums + t * summed, flat, grad_weights);
