@@ -143,6 +143,7 @@ RETRIEVAL: dict[str, Rule] = {
     "memory_min_support": _integer(1),
     "memory_frequency_weight": number(0),
     "memory_scope": _choice("history", "past"),
+    "retrieve_by": _choice("sequence", "target"),
     "memory_refresh": _integer(1),
     "top_k": _integer(1),
     "similarity": _choice("cosine", "dot"),

@@ -186,6 +186,26 @@ def test_every_memory_trains_and_counts_frequency(memory, freeze):
     assert N_ITEMS
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_retrieval_by_target_follows_the_item_vectors(freeze):
+    config = options(retrieve_by="target", freeze_backbone=freeze, top_k=4, similarity="dot")
+    model = RaSeRec(config, Ids(), wrap_backbone(build(SASRec), config, Ids()))
+    train, valid, _ = splits(histories(1, n_users=8))
+    keeper = MemoryKeeper(model, train, valid, config)
+    if not freeze:
+        with torch.no_grad():
+            model.item_vectors().mul_(-1.0)
+    keeper.before_epoch(0)
+    queries = model._known["train"]
+    values = model.item_vectors().detach()[torch.from_numpy(model.memory.targets.astype(int))]
+    scores = queries.h @ values.T
+    barred = (queries.users[:, None] == model.memory.users) & (queries.positions[:, None] <= model.memory.positions)
+    scores[torch.from_numpy(barred)] = -torch.inf
+    best = scores.topk(4, dim=1).values
+    found = scores.gather(1, queries.ids)
+    assert torch.allclose(found[queries.mask], best[queries.mask], atol=1e-5)
+
+
 def test_no_memory_at_all_is_an_error():
     with pytest.raises(ConfigError, match="memory_min_support"):
         built([[1, 2, 3, 4], [5, 6, 7, 8]])

@@ -61,6 +61,7 @@ CHANGES = {
     "memory_min_support": 3,
     "memory_frequency_weight": 0.5,
     "memory_scope": "past",
+    "retrieve_by": "target",
     "memory_refresh": 2,
     "top_k": 5,
     "similarity": "dot",

@@ -293,3 +293,32 @@ def test_owners_must_name_entries_of_the_call():
     with pytest.raises(ValueError, match="owners"):
         bank.add(**block)
     assert len(bank) == 0
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("index", ["flat", "hnsw"])
+def test_retrieval_by_target_compares_with_the_targets_vectors(similarity, index, tmp_path):
+    rng = np.random.default_rng(5)
+    bank = MemoryBank(HIDDEN, similarity, index, retrieve_by="target")
+    block = rows(rng, 200)
+    bank.add(**block)
+    with pytest.raises(ValueError, match="set_target_vectors"):
+        bank.search(np.ones((1, HIDDEN)), 1, None, None)
+    items = rng.standard_normal((41, HIDDEN)).astype(np.float32)
+    bank.set_target_vectors(items)
+    queries = rng.standard_normal((20, HIDDEN)).astype(np.float32)
+    bank.forget(4)
+    found = bank.search(queries, 5, None, None)
+    if similarity == "cosine":
+        items = items / np.linalg.norm(items, axis=1, keepdims=True)
+        queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+    scores = queries @ items[bank.targets].T
+    scores[:, bank.gone] = -np.inf
+    best = -np.sort(-scores, axis=1)[:, :5]
+    if index == "flat":
+        np.testing.assert_allclose(found.similarity, best, rtol=1e-5, atol=1e-6)
+    else:
+        assert np.isclose(found.similarity, best, rtol=1e-4, atol=1e-5).mean() > 0.9
+    assert not bank.gone[found.ids[found.mask]].any()
+    bank.save(tmp_path)
+    assert MemoryBank.load(tmp_path).retrieve_by == "target"

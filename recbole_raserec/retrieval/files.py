@@ -15,7 +15,7 @@ _VERSION = 2
 #: Arguments of the bank that are stored with it.
 OPTIONS = {
     "hidden_size": int, "similarity": str, "index": str, "ivf_lists": int, "ivf_probes": int, "seed": int,
-    "scope": str, "min_support": int,
+    "scope": str, "min_support": int, "retrieve_by": str,
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from recbole_raserec.retrieval.index import FlatIndex
 from recbole_raserec.retrieval.search import GuardedSearch, unpack
 
 SIMILARITIES = ("cosine", "dot")
+RETRIEVE_BY = ("sequence", "target")
 
 #: Searches that are begun again when entries were removed meanwhile, before one is made that nobody may disturb.
 _TRIES = 3
@@ -62,6 +63,8 @@ class MemoryBank:
         seed: of their training.
         scope: `history` or `past`, see :class:`LeakageGuard`.
         min_support: users a pattern needs; one that loses them by :meth:`forget` is removed.
+        retrieve_by: what a query is compared with: an entry's key (`sequence`), or the vector of its target (`target`;
+            :meth:`set_target_vectors` gives them).
 
     Raises:
         ConfigError: an argument is out of range.
@@ -77,10 +80,12 @@ class MemoryBank:
         seed: int = 0,
         scope: str = "history",
         min_support: int = 2,
+        retrieve_by: str = "sequence",
     ):
         problems = []
         for name, value, known in (
             ("similarity", similarity, SIMILARITIES), ("index", index, INDEXES), ("memory_scope", scope, SCOPES),
+            ("retrieve_by", retrieve_by, RETRIEVE_BY),
         ):  # fmt: skip
             if value not in known:
                 problems.append(f"{name}: {value!r} is not one of {', '.join(known)}")
@@ -94,6 +99,8 @@ class MemoryBank:
         self.similarity, self.index, self.scope = similarity, index, scope
         self.ivf_lists, self.ivf_probes = int(ivf_lists), int(ivf_probes)
         self.seed, self.min_support = int(seed), int(min_support)
+        self.retrieve_by = retrieve_by
+        self._target_vectors: np.ndarray | None = None
         self.version = 0  # rises with every change
         self._removals = 0  # rises with every removal
         self._lock = threading.RLock()
@@ -237,7 +244,7 @@ class MemoryBank:
         if len(ids):
             self._entries.wipe(ids)
             known = ids[ids < len(self._vectors)]
-            if self.similarity == "dot" and self._vectors:
+            if self._searches_keys_in_place and self._vectors:
                 self._vectors = GrowingArray(self.keys[: len(self._vectors)])
             elif len(known):
                 self._vectors.writable()[known] = 0
@@ -260,6 +267,28 @@ class MemoryBank:
             self._entries.arrays["keys"] = GrowingArray(matrix)
             self.version += 1
             self._reset_index()
+
+    def set_target_vectors(self, vectors: Array) -> None:
+        """Give the vectors of all items [V, H], which queries are compared with under `retrieve_by: target`."""
+        with self._lock:
+            self._target_vectors = self._entries.matrix("target vectors", vectors)
+            if self.retrieve_by == "target":
+                self.version += 1
+                self._reset_index()
+
+    @property
+    def _searches_keys_in_place(self) -> bool:
+        return self.similarity == "dot" and self.retrieve_by == "sequence"
+
+    def _compared(self, start: int) -> np.ndarray:
+        """What queries are compared with, of the entries from `start` on."""
+        if self.retrieve_by == "sequence":
+            return self.keys[start:]
+        if self._target_vectors is None or len(self._target_vectors) <= self.targets.max(initial=0):
+            raise ValueError("retrieve_by: target needs the vectors of all items; call set_target_vectors first.")
+        vectors = self._target_vectors[self.targets[start:]]
+        vectors[self.gone[start:]] = 0
+        return vectors
 
     # -- search -----------------------------------------------------------------------------------------------------
 
@@ -325,9 +354,9 @@ class MemoryBank:
         """A search of what the bank holds now; later additions do not touch it."""
         known, size = len(self._vectors), len(self)
         if known < size:
-            vectors, longest = normalised(self.keys[known:], self.similarity)
+            vectors, longest = normalised(self._compared(known), self.similarity)
             self._longest = max(self._longest, longest)
-            if self.similarity == "dot":
+            if self._searches_keys_in_place:
                 self._vectors = GrowingArray(self.keys)
             else:
                 self._vectors.append(vectors)

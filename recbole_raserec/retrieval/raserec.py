@@ -43,7 +43,7 @@ class RaSeRec(SequentialRecommender):
         self.ram = build_ram(config, backbone.hidden_size)
         self.memory = MemoryBank(
             backbone.hidden_size, config["similarity"], config["index"], config["ivf_lists"], config["ivf_probes"],
-            config["seed"], config["memory_scope"], config["memory_min_support"],
+            config["seed"], config["memory_scope"], config["memory_min_support"], config["retrieve_by"],
         )  # fmt: skip
         self.frequency_weight = float(config["memory_frequency_weight"])
         self._memory_version = -1
@@ -128,13 +128,20 @@ class RaSeRec(SequentialRecommender):
         self.memory.add(
             keys.cpu().numpy(), rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners
         )
+        self.show_items()
         self.forget_known()
 
     def refresh_memory(self, keys: torch.Tensor) -> None:
         """Replace the memory's keys [N, H] after the backbone changed."""
         self.memory.set_keys(keys.cpu().numpy())
         self._keys = None
+        self.show_items()
         self.forget_known()
+
+    def show_items(self) -> None:
+        """Give the memory the item vectors, which it searches with ``retrieve_by: target``."""
+        if self.memory.retrieve_by == "target":
+            self.memory.set_target_vectors(self.item_vectors().detach().cpu().numpy())
 
     def know(self, name: str, queries: Queries) -> None:
         """Keep vectors and neighbours of `queries`: rows asked for again (same user and position) are looked up."""

@@ -20,6 +20,7 @@ from recbole_raserec.registry import get_model
 from recbole_raserec.retrieval.keeper import TRAINING_BUFFERS
 from recbole_raserec.retrieval.knn import raserec_class
 from recbole_raserec.retrieval.memory import MemoryBank
+from recbole_raserec.retrieval.raserec import RaSeRec
 
 FORMAT, VERSION = "recbole-raserec checkpoint", 1
 MANIFEST, IDS, MEMORY = "checkpoint.json", "ids.json", "memory"
@@ -155,4 +156,6 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
     weights = read_weights(directory, manifest)
     weights = {name: value for name, value in weights.items() if name not in TRAINING_BUFFERS}
     load_weights(model, weights, directory / BEST)
+    if isinstance(model, RaSeRec):
+        model.show_items()
     return Checkpoint(model.to(target).eval(), options, vocabulary, manifest)
