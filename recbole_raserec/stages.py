@@ -152,11 +152,9 @@ def _run(
     if keeper is not None:
         keeper.before_evaluation()
     if isinstance(model, KNNRaSeRec) and not finished:
-        quiet = copy.deepcopy(config)
-        quiet["show_progress"] = False
 
         def value() -> float:
-            return evaluate(model, splits.valid, quiet, splits.seen["valid"])[protocol][trainer.valid_metric]
+            return evaluate(model, splits.valid, config, splits.seen["valid"])[protocol][trainer.valid_metric]
 
         best = tune(model, value, config["show_progress"])
         share, tau = float(model.knn_share), float(model.knn_tau)

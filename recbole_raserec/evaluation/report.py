@@ -11,6 +11,7 @@ from typing import Any
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics
 from recbole_raserec.fileio import write_json
+from recbole_raserec.kernels.native import library
 
 PROTOCOL_TITLES = {
     SEEN_KEPT: "seen items kept in the ranking (RecBole's way for sequential models)",
@@ -146,10 +147,12 @@ def protocol_description(
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide the figures; None for one that is not installed."""
+    """Versions of Python and of the packages that decide the figures, and the compiled kernels; None: not there."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name, distributions in _DISTRIBUTIONS.items():
         found[name] = next((version for version in map(_version, distributions) if version), None)
+    kernels = library()
+    found["kernels"] = None if kernels is None else kernels.name.lstrip("_")
     return found
 
 
