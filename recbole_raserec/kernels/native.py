@@ -75,11 +75,8 @@ def _runs(name: str) -> bool:
 def _folders() -> Iterator[Path]:
     """Beside this file; in the installed package, where this file belongs to a source tree."""
     yield Path(__file__).parent
-    try:
-        installed = importlib.metadata.distribution("recbole-raserec").locate_file("recbole_raserec/kernels")
-    except importlib.metadata.PackageNotFoundError:
-        return
-    yield Path(str(installed))
+    for installed in importlib.metadata.distributions(name="recbole-raserec"):
+        yield Path(str(installed.locate_file("recbole_raserec/kernels")))
 
 
 def pointer(x: Optional[torch.Tensor]) -> ctypes.c_void_p:
