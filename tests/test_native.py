@@ -346,6 +346,34 @@ def test_without_a_library_everything_goes_through_torch(monkeypatch):
         native.library.cache_clear()
 
 
+def test_the_installed_library_is_found_from_a_source_tree(monkeypatch, tmp_path):
+    """A source tree has metadata of its own, which come first, and no libraries."""
+
+    class Installed:
+        def __init__(self, root):
+            self.root = root
+
+        def locate_file(self, name):
+            return self.root / name
+
+    found = native.library()
+    real = next(path for folder in native._folders() for path in folder.glob(found.name + ".*"))
+    kernels = tmp_path / "site" / "recbole_raserec" / "kernels"
+    kernels.mkdir(parents=True)
+    (kernels / real.name).write_bytes(real.read_bytes())
+    roots = [Installed(tmp_path / "tree"), Installed(tmp_path / "site")]
+    monkeypatch.setattr(native.importlib.metadata, "distributions", lambda name: roots)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "tree" / "native.py"))
+    native.library.cache_clear()
+    try:
+        again = native.library()
+        assert again is not None
+        assert again.name == found.name
+        assert again is not found
+    finally:
+        native.library.cache_clear()
+
+
 def test_a_broken_or_older_library_is_not_used(monkeypatch, tmp_path):
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
     for name in native.NAMES:
