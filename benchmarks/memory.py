@@ -99,16 +99,22 @@ def exact_search(data_path: str) -> dict[str, Any]:
 
 
 def bare_product(data_path: str) -> dict[str, Any]:
-    """The product alone, into one reused buffer."""
+    """The product alone, into one reused buffer, with the block of queries that is fastest on a sixteenth of them."""
     import torch
 
     keys = torch.from_numpy(vectors(131_413))
-    table, buffer = keys.t(), torch.empty(64, len(keys))
-    started = time.perf_counter()
-    for start in range(0, len(keys), 64):
-        part = keys[start : start + 64]
-        torch.mm(part, table, out=buffer[: len(part)])
-    return {"seconds": time.perf_counter() - started, "note": "64 queries a product"}
+    table = keys.t()
+
+    def seconds(block: int, rows: int) -> float:
+        buffer = torch.empty(block, len(keys))
+        started = time.perf_counter()
+        for start in range(0, rows, block):
+            part = keys[start : min(start + block, rows)]
+            torch.mm(part, table, out=buffer[: len(part)])
+        return time.perf_counter() - started
+
+    block = min((8, 16, 32, 64, 128, 256, 512), key=lambda size: seconds(size, len(keys) // 16))
+    return {"seconds": seconds(block, len(keys)), "note": f"{block} queries a product"}
 
 
 CASES = {
