@@ -18,7 +18,7 @@ from recbole_raserec.kernels.losses import linear_cross_entropy
 from recbole_raserec.recommendation.duorec import DuoRec
 from recbole_raserec.recommendation.sasrec import SASRec
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="no compiled kernels here (no C compiler?)")
+pytestmark = pytest.mark.skipif(native.loaded() is None, reason="no compiled kernels here (no C compiler?)")
 needs_bfloat16 = pytest.mark.skipif(not native.has_cross_entropy(), reason="no AVX512-BF16 here")
 
 SIZES = {"hidden_size": 64, "inner_size": 96, "n_heads": 2}
@@ -30,9 +30,9 @@ def flavour(request, monkeypatch):
     if not native._runs(request.param):
         pytest.skip(f"{request.param} does not run here")
     monkeypatch.setattr(native, "_runs", lambda name: name == request.param)
-    native.library.cache_clear()
-    yield native.library()
-    native.library.cache_clear()
+    native.loaded.cache_clear()
+    yield native.loaded()
+    native.loaded.cache_clear()
 
 
 def models(**changes):
@@ -336,14 +336,14 @@ def test_duorec_trains_on_all_views():
 
 def test_without_a_library_everything_goes_through_torch(monkeypatch):
     monkeypatch.setattr(native, "_runs", lambda name: False)
-    native.library.cache_clear()
+    native.loaded.cache_clear()
     try:
-        assert native.library() is None
+        assert native.loaded() is None
         assert not SASRec(options(**SIZES), Ids()).compiled()
         h, items, targets = torch.randn(5, 16), torch.randn(20, 16), torch.arange(5)
         assert linear_cross_entropy(h, items, targets, precision="auto") == linear_cross_entropy(h, items, targets)
     finally:
-        native.library.cache_clear()
+        native.loaded.cache_clear()
 
 
 def test_the_installed_library_is_found_from_a_source_tree(monkeypatch, tmp_path):
@@ -356,7 +356,7 @@ def test_the_installed_library_is_found_from_a_source_tree(monkeypatch, tmp_path
         def locate_file(self, name):
             return self.root / name
 
-    found = native.library()
+    found = native.loaded()
     real = next(path for folder in native._folders() for path in folder.glob(found.name + ".*"))
     kernels = tmp_path / "site" / "recbole_raserec" / "kernels"
     kernels.mkdir(parents=True)
@@ -364,14 +364,14 @@ def test_the_installed_library_is_found_from_a_source_tree(monkeypatch, tmp_path
     roots = [Installed(tmp_path / "tree"), Installed(tmp_path / "site")]
     monkeypatch.setattr(native.importlib.metadata, "distributions", lambda name: roots)
     monkeypatch.setattr(native, "__file__", str(tmp_path / "tree" / "native.py"))
-    native.library.cache_clear()
+    native.loaded.cache_clear()
     try:
-        again = native.library()
+        again = native.loaded()
         assert again is not None
         assert again.name == found.name
         assert again is not found
     finally:
-        native.library.cache_clear()
+        native.loaded.cache_clear()
 
 
 def test_a_broken_or_older_library_is_not_used(monkeypatch, tmp_path):
@@ -379,12 +379,12 @@ def test_a_broken_or_older_library_is_not_used(monkeypatch, tmp_path):
     for name in native.NAMES:
         (tmp_path / (name + suffix)).write_bytes(b"not a library")
     monkeypatch.setattr(native, "_folders", lambda: iter([tmp_path]))
-    native.library.cache_clear()
-    assert native.library() is None
+    native.loaded.cache_clear()
+    assert native.loaded() is None
     monkeypatch.undo()
     monkeypatch.setattr(native, "INTERFACE", -1)
-    native.library.cache_clear()
-    assert native.library() is None
+    native.loaded.cache_clear()
+    assert native.loaded() is None
     monkeypatch.undo()
-    native.library.cache_clear()
-    assert native.library() is not None
+    native.loaded.cache_clear()
+    assert native.loaded() is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics
 from recbole_raserec.fileio import write_json
-from recbole_raserec.kernels.native import library
+from recbole_raserec.kernels.native import loaded
 
 PROTOCOL_TITLES = {
     SEEN_KEPT: "seen items kept in the ranking (RecBole's way for sequential models)",
@@ -151,7 +151,7 @@ def versions() -> dict[str, str | None]:
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name, distributions in _DISTRIBUTIONS.items():
         found[name] = next((version for version in map(_version, distributions) if version), None)
-    kernels = library()
+    kernels = loaded()
     found["kernels"] = None if kernels is None else kernels.name.lstrip("_")
     return found
 

@@ -33,7 +33,7 @@ class Architecture:
 
     def fits(self) -> bool:
         """Whether the compiled kernels take it: sizes, that of a head included, are multiples of their vectors."""
-        found = native.library()
+        found = native.loaded()
         if found is None or self.size % self.heads:
             return False
         return not (self.size // self.heads % found.width or self.inner % found.width)
@@ -139,7 +139,7 @@ class _Encode(torch.autograd.Function):
         ctx: Any, ragged: Ragged, a: Architecture, dropout: tuple[float, float], keep: bool, table: torch.Tensor,
         positions: torch.Tensor, *weights: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        found = native.library()
+        found = native.loaded()
         assert found is not None
         flat = torch.cat([w.reshape(-1) for w in weights]).float()
         keep = keep and any(ctx.needs_input_grad)
@@ -168,7 +168,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        found = native.library()
+        found = native.loaded()
         assert found is not None
         tensors = ctx.saved_tensors
         table, positions, flat = tensors[5:8]

@@ -45,7 +45,7 @@ class Library:
 
 
 @functools.cache
-def library() -> Optional[Library]:
+def loaded() -> Optional[Library]:
     """The best library this processor can run, or None."""
     for name in NAMES:
         if not _runs(name):
@@ -90,7 +90,7 @@ def pointer(x: Optional[torch.Tensor]) -> ctypes.c_void_p:
 
 def has_cross_entropy() -> bool:
     """Whether :func:`cross_entropy` can be called."""
-    found = library()
+    found = loaded()
     return found is not None and found.bfloat16
 
 
@@ -106,7 +106,7 @@ def cross_entropy(
     Returns:
         losses [B] (unweighted), gradient [B, H] or None, gradient [V, H] or None.
     """
-    found = library()
+    found = loaded()
     assert found is not None
     n, size, n_items = len(h), h.size(1), len(items)
     if items.size(1) != size or targets.shape != (n,) or weights.shape != (n,):
