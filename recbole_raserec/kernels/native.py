@@ -65,7 +65,8 @@ def loaded() -> Optional[Library]:
 
 def _runs(name: str) -> bool:
     """Whether the processor has the instructions of library `name`."""
-    capability = getattr(torch.backends.cpu, "get_cpu_capability", lambda: "")()
+    probe_of = getattr(torch.backends, "cpu", None)  # there since torch 2.1
+    capability = getattr(probe_of, "get_cpu_capability", lambda: "")()
     if name == "_native_avx512":
         probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
         return capability == "AVX512" and bool(probe is not None and probe())
