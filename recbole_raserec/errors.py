@@ -28,3 +28,14 @@ class DatasetError(RaSeRecError):
 
 class CheckpointError(RaSeRecError):
     """A checkpoint or memory is missing, damaged, foreign, or belongs to another configuration."""
+
+
+class MissingExtraError(RaSeRecError, ImportError):
+    """A package that an optional part needs is not installed.
+
+    Args:
+        extra: of this package's extras. package: that is missing. why: what needs it.
+    """
+
+    def __init__(self, extra: str, package: str, why: str):
+        super().__init__(f"{package} is not installed, and {why}: pip install 'recbole-raserec[{extra}]'")

@@ -145,6 +145,7 @@ RETRIEVAL: dict[str, Rule] = {
     "memory_scope": _choice("history", "past"),
     "retrieve_by": _choice("sequence", "target"),
     "memory_refresh": _integer(1),
+    "cache_neighbours": _FLAG,
     "top_k": _integer(1),
     "similarity": _choice("cosine", "dot"),
     "index": _choice("auto", "flat", "ivf", "hnsw", "ivfpq"),
@@ -238,6 +239,7 @@ NOT_TRAINING = (
     | COMPUTED_KEYS
     | frozenset(
         [
+            "cache_neighbours",
             "data_path",
             "checkpoint_dir",
             "backbone_checkpoint",

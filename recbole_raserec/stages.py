@@ -20,6 +20,7 @@ from recbole_raserec.fingerprint import fingerprint
 from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights, resumable
 from recbole_raserec.registry import get_dataset_class, get_model, get_trainer_class
+from recbole_raserec.retrieval.cache import NeighbourCache
 from recbole_raserec.retrieval.keeper import MemoryKeeper
 from recbole_raserec.retrieval.knn import KNNRaSeRec, raserec_class, tune
 from recbole_raserec.serving.checkpoint import MANIFEST, read_ids, read_manifest, read_weights, write_checkpoint
@@ -87,7 +88,8 @@ def fine_tune(config: Any, base: Outcome) -> Outcome:
     backbone = wrap_backbone(base.model, config, splits.dataset)
     model = raserec_class(config)(config, splits.dataset, backbone).to(config["device"])
     train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
-    keeper = MemoryKeeper(model, train, valid, config)
+    cache = NeighbourCache(Path(config["checkpoint_dir"]) / "neighbours") if config["cache_neighbours"] else None
+    keeper = MemoryKeeper(model, train, valid, config, cache)
     stage = _ram_config(config)
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)

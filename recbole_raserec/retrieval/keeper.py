@@ -10,6 +10,7 @@ import torch
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.retrieval.builders import PairBuilder, PatternBuilder
+from recbole_raserec.retrieval.cache import NeighbourCache
 from recbole_raserec.retrieval.queries import Queries, encode_split
 from recbole_raserec.retrieval.raserec import RaSeRec
 
@@ -31,9 +32,14 @@ class MemoryKeeper:
         model: with an empty memory; it receives the memories of `train`.
         train, valid: splits.
         config: the options ``memory*``, and `show_progress`.
+        cache: where exact searches are looked up before they are made; None: always search.
     """
 
-    def __init__(self, model: RaSeRec, train: SequenceDataset, valid: SequenceDataset, config: Any):
+    def __init__(
+        self, model: RaSeRec, train: SequenceDataset, valid: SequenceDataset, config: Any,
+        cache: Optional[NeighbourCache] = None,
+    ):  # fmt: skip
+        self._cache = cache
         self.model, self.train, self.valid = model, train, valid
         self.refresh, self.progress = config["memory_refresh"], bool(config["show_progress"])
         self._queries = {"train": self.encode(train, "training"), "valid": self.encode(valid, "validation")}
@@ -72,7 +78,11 @@ class MemoryKeeper:
 
     def search(self, queries: Queries, what: str) -> Queries:
         """Find the neighbours of `queries` in the model's memory."""
-        queries.search(self.model.memory, self.model.top_k, f"Search {what}" if self.progress else None)
+        memory, top_k, desc = self.model.memory, self.model.top_k, f"Search {what}" if self.progress else None
+        if self._cache is not None and self.model.frozen:
+            self._cache.search(queries, memory, top_k, desc)
+        else:
+            queries.search(memory, top_k, desc)
         return queries
 
     def before_epoch(self, epoch: int) -> None:

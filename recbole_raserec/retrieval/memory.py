@@ -9,7 +9,6 @@ Source: RaSeRec (AAAI 2025 / arXiv 2412.18378), retrieval-augmented module: memo
 from __future__ import annotations
 
 import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from tqdm import tqdm
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.retrieval.arrays import GrowingArray
 from recbole_raserec.retrieval.choice import INDEXES, Index, make_index, resolve_kind
-from recbole_raserec.retrieval.entries import OWNERS, ROWS, Array, Entries, as_numpy, integers, normalised
+from recbole_raserec.retrieval.entries import Array, Entries, as_numpy, integers, normalised
 from recbole_raserec.retrieval.files import OPTIONS, read_entries, write_entries
 from recbole_raserec.retrieval.guard import SCOPES, LeakageGuard
 from recbole_raserec.retrieval.index import FlatIndex
+from recbole_raserec.retrieval.ledger import Ledger
 from recbole_raserec.retrieval.search import GuardedSearch, unpack
 
 SIMILARITIES = ("cosine", "dot")
@@ -48,7 +48,7 @@ class Neighbours:
     mask: np.ndarray
 
 
-class MemoryBank:
+class MemoryBank(Ledger):
     """Entries <prefix, target> and their search, with the leakage guard built in.
 
     An entry's id is the order of its arrival and never changes, also when others are removed; what is removed is
@@ -95,16 +95,12 @@ class MemoryBank:
                 problems.append(f"{name}: {number!r} must be at least 1")
         if problems:
             raise ConfigError(problems)
-        self.hidden_size = int(hidden_size)
+        super().__init__(hidden_size, min_support)
         self.similarity, self.index, self.scope = similarity, index, scope
         self.ivf_lists, self.ivf_probes = int(ivf_lists), int(ivf_probes)
-        self.seed, self.min_support = int(seed), int(min_support)
-        self.retrieve_by = retrieve_by
+        self.seed, self.retrieve_by = int(seed), retrieve_by
         self._target_vectors: np.ndarray | None = None
-        self.version = 0  # rises with every change
-        self._removals = 0  # rises with every removal
-        self._lock = threading.RLock()
-        self._install(Entries(self.hidden_size))
+        self._reset_index()
 
     def _install(self, entries: Entries) -> None:
         self._entries = entries
@@ -117,140 +113,22 @@ class MemoryBank:
         self._longest = 0.0
         self._guard: LeakageGuard | None = None
 
-    def __len__(self) -> int:
-        """Entries ever added, removed ones included: ids are below it."""
-        return len(self._entries)
-
-    @property
-    def live(self) -> int:
-        """Entries that were not removed."""
-        return len(self) - int(self._entries["gone"].sum())
-
-    @property
-    def keys(self) -> np.ndarray:
-        """Encoded prefixes as they were added [N, H] float32, read-only."""
-        return self._entries["keys"]
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Target item of each entry [N] int32, read-only."""
-        return self._entries["targets"]
-
-    @property
-    def users(self) -> np.ndarray:
-        """User each entry comes from [N] int32, read-only; negative: from no single user."""
-        return self._entries["users"]
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Index of the target in its user's history [N] int32, read-only: the prefix has that many items."""
-        return self._entries["positions"]
-
-    @property
-    def times(self) -> np.ndarray:
-        """Time of the target [N] float64, read-only; NaN where unknown."""
-        return self._entries["times"]
-
-    @property
-    def support(self) -> np.ndarray:
-        """Users whose histories hold the entry [N] int32, read-only: 1 for a pair, 0 for a removed entry."""
-        return self._entries["support"]
-
-    @property
-    def gone(self) -> np.ndarray:
-        """Removed entries, bool [N], read-only."""
-        return self._entries["gone"]
-
     @property
     def index_recall(self) -> float | None:
         """Measured recall of the index (1.0 when exact); None before the first search."""
         return None if self._index is None else self._index.recall
 
-    # -- changes ----------------------------------------------------------------------------------------------------
+    def _changed(self) -> None:
+        self._guard = None
 
-    def add(
-        self,
-        keys: Array,
-        targets: Array,
-        users: Array,
-        positions: Array,
-        times: Array | None = None,
-        support: Array | None = None,
-        owners: tuple[Array, Array, Array] | None = None,
-    ) -> np.ndarray:
-        """Append entries.
-
-        Args:
-            keys: encoded prefixes [N, H].
-            targets, users, positions: integers [N]; positions are not negative.
-            times: [N], or None when unknown.
-            support: [N], users whose histories hold the entry; None: 1.
-            owners: of patterns, which users those are: row of this call [M], user [M], and the position in the user's
-                history [M] where the pattern is first complete.
-
-        Returns:
-            ids of the new entries, int64 [N].
-
-        Raises:
-            ValueError: shapes do not fit, or a value is not finite or out of range. The bank is unchanged then.
-        """
-        with self._lock:
-            ids = self._entries.append(keys, targets, users, positions, times, support, owners)
-            self._guard = None
-            self.version += 1
-        return ids
-
-    def merge(self, other: MemoryBank) -> np.ndarray:
-        """Append the live entries of another bank, whose users must be numbered alike: ids int64 [N].
-
-        Raises:
-            ValueError: its keys have another length.
-        """
-        with other._lock:
-            left = np.flatnonzero(~other.gone)
-            row = np.full(len(other), -1)
-            row[left] = np.arange(len(left))
-            rows = {name: other._entries[name][left] for name in ROWS if name != "gone"}
-            owners = [other._entries[name] for name in OWNERS]
-        owned = (row[owners[0]], owners[1], owners[2])
-        return self.add(**rows, owners=owned if len(owned[0]) else None)
-
-    def forget(self, user: int) -> int:
-        """Remove a user's pairs and share in patterns, and patterns that were frequent only with it.
-
-        Returns:
-            the number of entries removed. Nothing of them is left in the bank, in its index, and, after the next
-            :meth:`save`, in its files. A search that is under way is made again.
-        """
-        with self._lock:
-            if user < 0:
-                return 0
-            self._removals += 1
-            self.version += 1
-            self._guard = None
-            return self._remove(self._entries.of_user(int(user), self.min_support))
-
-    def expire(self, older_than: float) -> int:
-        """Remove the entries of an earlier time than `older_than`; those of unknown time stay. Returns their number."""
-        with self._lock:
-            with np.errstate(invalid="ignore"):
-                ids = np.flatnonzero((self.times < older_than) & ~self.gone)
-            self._removals += 1
-            self.version += 1
-            self._guard = None
-            return self._remove(ids)
-
-    def _remove(self, ids: np.ndarray) -> int:
-        if len(ids):
-            self._entries.wipe(ids)
-            known = ids[ids < len(self._vectors)]
-            if self._searches_keys_in_place and self._vectors:
-                self._vectors = GrowingArray(self.keys[: len(self._vectors)])
-            elif len(known):
-                self._vectors.writable()[known] = 0
-            if self._index is not None and not isinstance(self._index, FlatIndex):
-                self._index.remove(known)
-        return len(ids)
+    def _removed(self, ids: np.ndarray) -> None:
+        known = ids[ids < len(self._vectors)]
+        if self._searches_keys_in_place and self._vectors:
+            self._vectors = GrowingArray(self.keys[: len(self._vectors)])
+        elif len(known):
+            self._vectors.writable()[known] = 0
+        if self._index is not None and not isinstance(self._index, FlatIndex):
+            self._index.remove(known)
 
     def set_keys(self, keys: Array) -> None:
         """Replace the keys of all entries [N, H], after the backbone changed; everything else stays.
@@ -267,6 +145,11 @@ class MemoryBank:
             self._entries.arrays["keys"] = GrowingArray(matrix)
             self.version += 1
             self._reset_index()
+
+    @property
+    def target_vectors(self) -> np.ndarray | None:
+        """What :meth:`set_target_vectors` gave, [V, H]."""
+        return self._target_vectors
 
     def set_target_vectors(self, vectors: Array) -> None:
         """Give the vectors of all items [V, H], which queries are compared with under `retrieve_by: target`."""

@@ -143,6 +143,20 @@ class RaSeRec(SequentialRecommender):
         if self.memory.retrieve_by == "target":
             self.memory.set_target_vectors(self.item_vectors().detach().cpu().numpy())
 
+    def use_memory(self, memory: MemoryBank) -> None:
+        """Search this bank from now on; the weights stay as they are.
+
+        Raises:
+            ValueError: its keys have another length than the backbone's user vectors.
+        """
+        if memory.hidden_size != self.backbone.hidden_size:
+            raise ValueError(
+                f"the memory's keys have length {memory.hidden_size}, user vectors {self.backbone.hidden_size}."
+            )
+        self.memory, self._keys = memory, None
+        self.show_items()
+        self.forget_known()
+
     def know(self, name: str, queries: Queries) -> None:
         """Keep vectors and neighbours of `queries`: rows asked for again (same user and position) are looked up."""
         self._known[name] = queries

@@ -142,13 +142,14 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
     options = Options(manifest["options"], device=target)
     ids = read_ids(directory)
     vocabulary = Vocabulary(options, ids["users"], ids["items"])
+    memory: Any = None
     name = manifest["model"]
     try:
         if name == "RaSeRec":
             inner = Options(manifest["backbone_options"], device=target)
             base = get_model(inner["model"])(inner, vocabulary)
             model = raserec_class(options)(options, vocabulary, wrap_backbone(base, inner, vocabulary))
-            model.memory = MemoryBank.load(directory / MEMORY, manifest["fingerprint"])
+            memory = MemoryBank.load(directory / MEMORY, manifest["fingerprint"])
         else:
             model = get_model(name)(options, vocabulary)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -157,5 +158,8 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
     weights = {name: value for name, value in weights.items() if name not in TRAINING_BUFFERS}
     load_weights(model, weights, directory / BEST)
     if isinstance(model, RaSeRec):
-        model.show_items()
+        try:
+            model.use_memory(memory)
+        except ValueError as error:
+            raise CheckpointError(f"{directory / MEMORY} does not belong to this model: {error}") from None
     return Checkpoint(model.to(target).eval(), options, vocabulary, manifest)

@@ -1,0 +1,101 @@
+"""Rows of options times seeds, through the runner: each run once, its figures kept, pages and means made of them."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Callable
+
+from recbole_raserec.evaluation.protocols import PROTOCOLS
+from recbole_raserec.fileio import read_json, replacing, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+METRICS = ("recall@10", "ndcg@10")
+
+Rows = Mapping[str, Sequence[str]]
+#: {label: {seed: record}}
+Results = dict[str, dict[str, dict[str, Any]]]
+
+
+def arguments(doc: str, rows: Rows, dataset: str = "amazon-beauty") -> argparse.ArgumentParser:
+    """The parser of a script over a grid."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", required=True, help="directory of the data sets; ml-100k needs none of it")
+    parser.add_argument("--dataset", default=dataset)
+    parser.add_argument("--checkpoint_dir", default="saved", help="where runs live and finished backbones are found")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2020, 2021, 2022])
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(rows), default=list(rows), metavar="ROW", help="run only these"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run (0: the library's choice)")
+    parser.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="options of every run")
+    parser.add_argument("--output", type=Path, default=None, help="the JSON file; the page goes beside it")
+    return parser
+
+
+def run(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One run through the runner, in a process of its own: its result record, reduced.
+
+    Returns:
+        {"valid" | "test": {protocol: metrics}} of the model in question, the same under "base" if it has a backbone,
+        and "seconds" by stage, "versions".
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "r.json"
+        command = [sys.executable, str(ROOT / "run_recbole_raserec.py"), *options, f"--seed={seed}"]
+        command += [f"--dataset={args.dataset}", f"--data_path={args.data_path}", f"--result_file={result}"]
+        command += [f"--checkpoint_dir={args.checkpoint_dir}", *(f"--{option}" for option in args.options)]
+        command += [f"--threads={args.threads}"] if args.threads else []
+        subprocess.run(command, check=True)
+        record = read_json(result)
+    metrics = record["metrics"]
+    reduced = {phase: metrics.get("ours", metrics["base"])[phase] for phase in ("valid", "test")}
+    if "ours" in metrics:
+        reduced["base"] = metrics["base"]
+    return {**reduced, "seconds": record["seconds"], "versions": record["versions"]}
+
+
+def fill(
+    rows: Rows, args: argparse.Namespace, command: str, page: Callable[[Results], str],
+    make: Callable[[Sequence[str], int, argparse.Namespace], dict[str, Any]] = run,
+) -> Results:  # fmt: skip
+    """Run what `args.output` lacks, seed by seed; write figures and page after each run.
+
+    Args:
+        rows: {label: options}. args: of :func:`arguments`. command: goes into the file.
+        page: Markdown of the results; it is written beside the figures.
+        make: does one run.
+    """
+    results: Results = {label: {} for label in rows}
+    if args.output.exists():
+        for label, runs in read_json(args.output)["rows"].items():
+            results.setdefault(label, {}).update(runs)
+    for seed in args.seeds:
+        for label in args.rows:
+            if str(seed) in results[label]:
+                continue
+            results[label][str(seed)] = make(rows[label], seed, args)
+            write_json(args.output, {"command": command, "rows": results})
+            with replacing(args.output.with_suffix(".md")) as part:
+                Path(part).write_text(page(results), encoding="utf-8")
+    return results
+
+
+def mean(values: Iterable[float], digits: int = 4) -> str:
+    """Mean, and the standard deviation in brackets where there are several."""
+    values = list(values)
+    spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def cells(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """R@10 / N@10 of records {protocol: metrics}, one cell a protocol."""
+    records = list(records)
+    return [
+        " / ".join(mean(record[protocol][metric] for record in records) for metric in METRICS) for protocol in PROTOCOLS
+    ]

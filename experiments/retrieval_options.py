@@ -1,0 +1,117 @@
+"""Stage iii's options one at a time: K, alpha, builders, module, head, scope, index.
+
+    python experiments/retrieval_options.py --data_path=DIR [--dataset=ml-100k] [--rows "K 5" "K 50"]
+
+runs RaSeRec over SASRec with the shipped defaults and one option changed, several seeds, and writes
+results/retrieval_options_<dataset>.json, the tables (.md), and the curves over K and alpha (.png). A run that is
+already in the file is not repeated; backbone, and with a K up to the largest also the neighbours, are found again in
+--checkpoint_dir.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grid import ROOT, Results, arguments, cells, fill, mean
+
+from recbole_raserec.evaluation import plots
+from recbole_raserec.evaluation.protocols import PROTOCOLS
+
+DEFAULT = "default"
+TOP_K, ALPHA = (1, 5, 10, 20, 50, 100), (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+#: The values that `default` stands for.
+DEFAULT_K, DEFAULT_ALPHA = 20, 0.5
+
+#: {table: {label: options}}.
+TABLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "Neighbours": {f"K {k}": (f"--top_k={k}",) for k in sorted(TOP_K, reverse=True) if k != DEFAULT_K},
+    "Share of the user's own vector": {f"alpha {a:g}": (f"--alpha={a:g}",) for a in ALPHA if a != DEFAULT_ALPHA},
+    "Memory": {
+        "patterns": ("--memory=patterns",),
+        "pairs and patterns": ("--memory=both",),
+        "pairs and patterns, weighed by support": ("--memory=both", "--memory_frequency_weight=1"),
+        "pairs, thinned at cosine .95": ("--memory_thin=0.95",),
+    },
+    "Module": {
+        "single": ("--ram=single",),
+        "dual, both channels alike": ("--beta=0.5",),
+    },
+    "Head": {
+        "kNN, nothing trained": ("--head=knn",),
+        "module and kNN": ("--head=both",),
+    },
+    "Retrieval": {
+        "by target": ("--retrieve_by=target",),
+        "inner product": ("--similarity=dot",),
+        "ivf": ("--index=ivf",),
+        "hnsw": ("--index=hnsw",),
+        "ivfpq": ("--index=ivfpq",),
+    },
+    "Protocol": {"nothing later than the query": ("--memory_scope=past",)},
+}
+COMMON = ("--model=RaSeRec", "--backbone=SASRec", "--show_progress=False")
+ROWS = {DEFAULT: COMMON}
+for _group in TABLES.values():
+    ROWS.update({label: (*COMMON, *options) for label, options in _group.items()})
+
+
+def page(dataset: str, results: Results) -> str:
+    """A table for each group of options."""
+    lines = [
+        "# Options of the retrieval stage",
+        "",
+        f"`python experiments/retrieval_options.py --data_path=DIR --dataset={dataset}`: RaSeRec over SASRec, shipped",
+        "defaults (memory of pairs, K 20, alpha .5, dual, exact index) and one option changed; leave-one-out,",
+        "full ranking. Mean over the seeds, standard deviation in brackets; seconds of the module's training.",
+    ]
+    base = [run["base"] for run in results.get(DEFAULT, {}).values()]
+    for title, group in TABLES.items():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| | seeds | validation N@10 | test R@10 / N@10, seen kept | seen removed | module, s |",
+        ]
+        lines.append("|---|---|---|---|---|---|")
+        if base:
+            valid = mean(record["valid"]["seen_kept"]["ndcg@10"] for record in base)
+            lines.append(f"| backbone alone | {len(base)} | {valid} | {' | '.join(cells(r['test'] for r in base))} | |")
+        for label in (DEFAULT, *group):
+            records = list(results.get(label, {}).values())
+            if records:
+                valid = mean(record["valid"]["seen_kept"]["ndcg@10"] for record in records)
+                seconds = mean((record["seconds"]["retrieval"] for record in records), 0)
+                test = " | ".join(cells(record["test"] for record in records))
+                lines.append(f"| {label} | {len(records)} | {valid} | {test} | {seconds} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: Results, path: Any) -> None:
+    """Test NDCG@10 over K and over alpha, both protocols."""
+    base = list(results[DEFAULT].values())
+    for name, values, default in (("K", TOP_K, DEFAULT_K), ("alpha", ALPHA, DEFAULT_ALPHA)):
+        panels, levels = {}, {}
+        for protocol in PROTOCOLS:
+            title = protocol.replace("_", " ")
+            runs = {value: results[DEFAULT if value == default else f"{name} {value:g}"].values() for value in values}
+            panels[title] = {
+                "RaSeRec": {
+                    value: [run["test"][protocol]["ndcg@10"] for run in found] for value, found in runs.items() if found
+                }
+            }
+            levels[title] = {"SASRec": [run["base"]["test"][protocol]["ndcg@10"] for run in base]}
+        plots.lines(plots.plot_beside(path, f"_{name}"), panels, name, "NDCG@10", levels, log=name == "K")
+
+
+def main() -> None:
+    """Run what is missing; write figures, tables and plots."""
+    args = arguments(__doc__ or "", ROWS, "ml-100k").parse_args()
+    args.output = args.output or ROOT / "results" / f"retrieval_options_{args.dataset}.json"
+    command = f"python experiments/retrieval_options.py --data_path=DIR --dataset={args.dataset}"
+    results = fill(ROWS, args, command, lambda found: page(args.dataset, found))
+    if results[DEFAULT]:
+        draw(results, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The experiments' scripts, on the small data set of the repository: what they write, and that they resume."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PNG = b"\x89PNG"
+#: Options that make a run on the small data set take seconds.
+SMALL = ["epochs=2", "ram_epochs=1", "show_progress=False", "hidden_size=16", "n_layers=1", "inner_size=16"]
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Runs a script in a directory of its own and gives its figures and its page."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *arguments):
+        module = importlib.import_module(name)
+        output = tmp_path / "out" / f"{name}.json"
+        argv = [f"{name}.py", f"--data_path={ROOT / 'dataset'}", "--dataset=planted", f"--output={output}"]
+        monkeypatch.setattr(sys, "argv", [*argv, "--options", *SMALL, *arguments])
+        module.main()
+        return json.loads(output.read_text()), output.with_suffix(".md").read_text(), output
+
+    return run
+
+
+def test_options_of_the_retrieval_stage(script):
+    chosen = ["--seeds", "1", "--rows", "default", "K 5", "alpha 0.9"]
+    figures, page, output = script("retrieval_options", *chosen)
+    rows = {label: list(runs) for label, runs in figures["rows"].items() if runs}
+    assert rows == {"default": ["1"], "K 5": ["1"], "alpha 0.9": ["1"]}
+    default, other = (figures["rows"][label]["1"] for label in ("default", "K 5"))
+    assert default["base"] == other["base"]
+    assert default["test"] != other["test"]
+    assert "| K 5 | 1 |" in page
+    assert "| backbone alone | 1 |" in page
+    for name in ("K", "alpha"):
+        assert output.with_name(f"retrieval_options_{name}.png").read_bytes().startswith(PNG)
+    (cached,) = Path("saved").glob("neighbours")
+    assert len(list(cached.iterdir())) >= 2
+
+    before = output.stat().st_mtime_ns
+    assert script("retrieval_options", *chosen)[0] == figures
+    assert output.stat().st_mtime_ns == before  # nothing was run
+
+
+def test_a_memory_that_grows(script):
+    figures, page, output = script("memory_drift", "--seeds", "1")
+    (runs,) = figures["rows"].values()
+    sizes = {name: record.get("memories") for name, record in runs["1"].items()}
+    assert list(sizes) == ["no memory", "60%", "80%", "100%", "100% and validation"]
+    assert sizes["60%"] == pytest.approx(0.6 * sizes["100%"], rel=0.01)
+    assert sizes["100% and validation"] == sizes["100%"] + 600  # users
+    assert page.count("\n| ") == 6
+    assert output.with_suffix(".png").read_bytes().startswith(PNG)
+    # weights fixed, the whole memory: what the run itself reports
+    (manifest,) = Path("saved").glob("RaSeRec-*/checkpoint.json")
+    reported = json.loads(manifest.read_text())["metrics"]["test"]
+    assert {key: runs["1"]["100% and validation"][key] for key in reported} == reported
+
+
+def test_a_time_line_of_positions(script, monkeypatch):
+    module = importlib.import_module("memory_drift")
+    monkeypatch.setattr(module, "POSITIONS", ("planted",))
+    figures, page, _ = script("memory_drift", "--seeds", "1")
+    (runs,) = figures["rows"].values()
+    assert runs["1"]["60%"]["memories"] == pytest.approx(0.6 * runs["1"]["100%"]["memories"], rel=0.1)
+    assert "each user's own history" in page
+
+
+def test_groups_of_targets(script):
+    figures, page, output = script("long_tail", "--seeds", "1")
+    (runs,) = figures["rows"].values()
+    for groups in runs["1"].values():
+        parts = {name: group for name, group in groups.items() if name != "all"}
+        assert 2 <= len(parts) <= 5
+        assert sum(group["targets"] for group in parts.values()) == groups["all"]["targets"] == 600
+        for who in ("base", "ours"):
+            whole = sum(
+                group["targets"] * group[who]["seen_kept"]["ndcg@10"] for group in parts.values()
+            ) / groups["all"]["targets"]  # fmt: skip
+            assert whole == pytest.approx(groups["all"][who]["seen_kept"]["ndcg@10"], abs=2e-6)
+    assert output.with_suffix(".png").read_bytes().startswith(PNG)
+    assert "target popularity" in page
+
+
+def test_quintiles_keep_equal_values_together(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import numpy as np
+
+    quintiles = importlib.import_module("trained").quintiles
+    values = np.array([1] * 50 + [2] * 30 + list(range(3, 23)))
+    groups = quintiles(np.random.default_rng(0).permutation(values))
+    assert sorted(np.concatenate(groups).tolist()) == list(range(100))
+    spans = [
+        (values_.min(), values_.max()) for values_ in (np.random.default_rng(0).permutation(values)[g] for g in groups)
+    ]
+    assert all(a[1] < b[0] for a, b in zip(spans, spans[1:]))
