@@ -22,12 +22,14 @@ class ApproximateIndex:
 
     Attributes:
         recall: share of the exact 20 nearest entries it finds, measured on up to 1,000 of its vectors as queries.
+        trained_on: number of vectors it was built for.
     """
 
     kind = ""
     exact = False
     coarse = False  # whether its scores are only roughly those of the vectors
     recall = 0.0
+    trained_on = 0
     _index: Any
     _size = 0
 
@@ -48,7 +50,7 @@ class ApproximateIndex:
 
     def outgrown(self, size: int) -> bool:
         """Whether `size` is over twice what the index was trained on."""
-        return size > 2 * self._trained_on
+        return size > 2 * self.trained_on
 
     def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`FlatIndex.search`; -1 also where fewer than `fetch` entries were looked at."""
@@ -56,7 +58,7 @@ class ApproximateIndex:
         return self._index.search(queries, fetch)
 
     def _finish(self, vectors: np.ndarray, what: str) -> None:
-        self._trained_on = len(vectors)
+        self.trained_on = len(vectors)
         sample = np.linspace(0, len(vectors) - 1, min(len(vectors), _RECALL_SAMPLE)).astype(np.int64)
         fetch = min(_RECALL_AT, len(vectors))
         scores, _exact = FlatIndex(vectors).search(vectors[sample], fetch)
@@ -96,7 +98,7 @@ class IVFIndex(ApproximateIndex):
                 *(self.kind, size, lists, _MIN_POINTS_PER_LIST, self.lists),
             )
         self.probes = min(probes, self.lists)
-        self._index = self._make(vectors.shape[1], size)
+        self._index = self._make(vectors.shape[1], *self._codes(vectors.shape[1], size))
         self._index.nprobe = self.probes
         self._index.cp.seed = seed
         self._index.cp.min_points_per_centroid = 1  # the number of lists was chosen above; no second warning
@@ -104,7 +106,21 @@ class IVFIndex(ApproximateIndex):
         self.extend(vectors)
         self._finish(vectors, f"{self.lists} lists, {self.probes} probed")
 
-    def _make(self, width: int, size: int) -> Any:
+    @classmethod
+    def empty(cls, width: int, lists: int, probes: int, pieces: int = 0, bits: int = 0) -> IVFIndex:
+        """An index that was not trained and holds nothing; `pieces` and `bits` of a product quantiser."""
+        share_threads()
+        index = cls.__new__(cls)
+        index.lists, index.probes = lists, min(probes, lists)
+        index._index = index._make(width, pieces, bits)
+        index._index.nprobe = index.probes
+        return index
+
+    def _codes(self, width: int, size: int) -> tuple[int, int]:
+        """Pieces a vector is cut into, and bits of each piece's code, for `size` vectors; 0: stored as they are."""
+        return 0, 0
+
+    def _make(self, width: int, pieces: int, bits: int) -> Any:
         self._quantizer = faiss.IndexFlatIP(width)
         return faiss.IndexIVFFlat(self._quantizer, width, self.lists, faiss.METRIC_INNER_PRODUCT)
 
@@ -118,10 +134,13 @@ class IVFPQIndex(IVFIndex):
     kind = "ivfpq"
     coarse = True
 
-    def _make(self, width: int, size: int) -> Any:
-        self._quantizer = faiss.IndexFlatIP(width)
+    def _codes(self, width: int, size: int) -> tuple[int, int]:
         pieces = next(m for m in range(max(1, width // 2), 0, -1) if width % m == 0)
         bits = 8 if size >= 256 * _MIN_POINTS_PER_LIST else max(1, (size // _MIN_POINTS_PER_LIST).bit_length() - 1)
+        return pieces, bits
+
+    def _make(self, width: int, pieces: int, bits: int) -> Any:
+        self._quantizer = faiss.IndexFlatIP(width)
         index = faiss.IndexIVFPQ(self._quantizer, width, self.lists, pieces, bits, faiss.METRIC_INNER_PRODUCT)
         index.pq.cp.min_points_per_centroid = 1
         return index

@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,12 @@ def write_arrays(directory: Path, kind: str, version: int, arrays: Mapping[str, 
 
 
 def read_arrays(
-    directory: Path, kind: str, version: int, expected: Mapping[str, str], verify: bool = True
+    directory: Path,
+    kind: str,
+    version: int,
+    expected: Mapping[str, str],
+    verify: bool = True,
+    optional: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, np.ndarray], Any]:
     """Read what :func:`write_arrays` wrote: (read-only memory-mapped arrays by name, meta).
 
@@ -108,6 +114,7 @@ def read_arrays(
         directory: where it was written.
         kind, version: must be those it was written with.
         expected: dtype string of each array that must be there.
+        optional: of each array that may be there.
         verify: compare each array file's SHA-256 (reads the files once). Without it only size, shape and dtype
             are compared, and the data are not touched.
 
@@ -116,9 +123,10 @@ def read_arrays(
     """
     manifest = _read_manifest(directory, kind, version)
     entries = manifest["arrays"]
-    if set(entries) != set(expected):
+    if not set(expected) <= set(entries) <= set(expected) | set(optional):
         raise _bad(directory / MANIFEST, f"it lists the arrays {sorted(entries)}, expected are {sorted(expected)}")
-    return {name: _open(directory, name, entries[name], expected[name], verify) for name in expected}, manifest["meta"]
+    kinds = {**optional, **expected}
+    return {name: _open(directory, name, entries[name], kinds[name], verify) for name in entries}, manifest["meta"]
 
 
 def _read_manifest(directory: Path, kind: str, version: int) -> dict[str, Any]:

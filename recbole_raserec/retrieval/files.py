@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.retrieval.arrays import read_arrays, write_arrays
 from recbole_raserec.retrieval.entries import OWNERS, ROWS, Entries
+from recbole_raserec.retrieval.index_state import ARRAYS, State
 
 _KIND = "RaSeRec memory"
 _VERSION = 2
@@ -19,19 +20,26 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def write_entries(path: Path, entries: Entries, options: dict[str, Any], fingerprint: Any) -> None:
-    """Store entries and the bank's options, see :func:`write_arrays`."""
+#: Arrays of an index and their description.
+Stored = Optional[tuple[State, Any]]
+
+
+def write_entries(path: Path, entries: Entries, options: dict[str, Any], fingerprint: Any, index: Stored) -> None:
+    """Store entries, the bank's options and what its index has learned, see :func:`write_arrays`."""
     arrays = {name: array.values for name, array in entries.arrays.items()}
-    write_arrays(path, _KIND, _VERSION, arrays, {**options, "fingerprint": fingerprint})
+    learned, about = index or ({}, None)
+    write_arrays(
+        path, _KIND, _VERSION, {**arrays, **learned}, {**options, "fingerprint": fingerprint, "index_state": about}
+    )
 
 
-def read_entries(path: Path, fingerprint: Any, verify: bool) -> tuple[Entries, dict[str, Any]]:
-    """What :func:`write_entries` wrote: entries over memory-mapped arrays, and the options.
+def read_entries(path: Path, fingerprint: Any, verify: bool) -> tuple[Entries, dict[str, Any], Stored]:
+    """What :func:`write_entries` wrote: entries over memory-mapped arrays, the options, and the index's arrays.
 
     Raises:
         CheckpointError: missing, damaged, foreign, or of another fingerprint (unless None is expected).
     """
-    arrays, meta = read_arrays(path, _KIND, _VERSION, {**ROWS, **OWNERS}, verify)
+    arrays, meta = read_arrays(path, _KIND, _VERSION, {**ROWS, **OWNERS}, verify, ARRAYS)
     if not isinstance(meta, dict) or any(type(meta.get(name)) is not kind for name, kind in OPTIONS.items()):
         raise CheckpointError(f"{path}: its description is incomplete ({meta!r}). Delete it and build it again.")
     if fingerprint is not None and meta.get("fingerprint") != fingerprint:
@@ -39,6 +47,7 @@ def read_entries(path: Path, fingerprint: Any, verify: bool) -> tuple[Entries, d
             f"{path} was built with another model or data set: its fingerprint is {meta.get('fingerprint')!r}, "
             f"expected {fingerprint!r}. Name another directory, or delete it and build it again."
         )
+    learned = {name: arrays.pop(name) for name in ARRAYS if name in arrays}
     size, owners, width = len(arrays["gone"]), len(arrays["owner_users"]), meta["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {name: (owners if name in OWNERS else size,) for name in arrays}
     shapes["keys"] = (size, width)
@@ -47,4 +56,5 @@ def read_entries(path: Path, fingerprint: Any, verify: bool) -> tuple[Entries, d
     entries = arrays["owner_entries"]
     if owners and not 0 <= int(entries.min()) <= int(entries.max()) < size:
         raise CheckpointError(f"{path}: its patterns name entries it does not have. Delete it and build it again.")
-    return Entries(width, arrays), {name: meta[name] for name in OPTIONS}
+    stored = (learned, meta.get("index_state")) if learned else None
+    return Entries(width, arrays), {name: meta[name] for name in OPTIONS}, stored

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.retrieval.arrays import GrowingArray
 from recbole_raserec.retrieval.choice import INDEXES, Index, make_index, resolve_kind
-from recbole_raserec.retrieval.entries import Array, Entries, as_numpy, integers, normalised
-from recbole_raserec.retrieval.files import OPTIONS, read_entries, write_entries
+from recbole_raserec.retrieval.entries import Array, as_numpy, integers, normalised
+from recbole_raserec.retrieval.files import OPTIONS, Stored, read_entries, write_entries
 from recbole_raserec.retrieval.guard import SCOPES, LeakageGuard
 from recbole_raserec.retrieval.index import FlatIndex
+from recbole_raserec.retrieval.index_state import restore, scrub, state_of
 from recbole_raserec.retrieval.ledger import Ledger
 from recbole_raserec.retrieval.search import GuardedSearch, unpack
 
@@ -100,14 +101,12 @@ class MemoryBank(Ledger):
         self.ivf_lists, self.ivf_probes = int(ivf_lists), int(ivf_probes)
         self.seed, self.retrieve_by = int(seed), retrieve_by
         self._target_vectors: np.ndarray | None = None
-        self._reset_index()
-
-    def _install(self, entries: Entries) -> None:
-        self._entries = entries
+        self._path: Path | None = None
         self._reset_index()
 
     def _reset_index(self) -> None:
         self._index: Index | None = None
+        self._stored: Stored = None  # what a stored index had learned
         # Keys as they are searched: with `dot` the keys themselves, not a second copy of them.
         self._vectors = GrowingArray(np.empty((0, self.hidden_size), np.float32))
         self._longest = 0.0
@@ -127,6 +126,8 @@ class MemoryBank(Ledger):
             self._vectors = GrowingArray(self.keys[: len(self._vectors)])
         elif len(known):
             self._vectors.writable()[known] = 0
+        if self._stored is not None:
+            self._stored = scrub(self._stored[0], ids), self._stored[1]
         if self._index is not None and not isinstance(self._index, FlatIndex):
             self._index.remove(known)
 
@@ -244,6 +245,8 @@ class MemoryBank(Ledger):
             else:
                 self._vectors.append(vectors)
         vectors = self._vectors.values
+        if self._index is None and self._stored is not None:
+            self._index = self._restore(vectors)
         stale = self._index is None or self._index.kind != resolve_kind(self.index, size) or self._index.outgrown(size)
         if self._index is None or stale:
             self._index = make_index(self.index, vectors, self.ivf_lists, self.ivf_probes, self.seed)
@@ -260,6 +263,17 @@ class MemoryBank(Ledger):
             self._guard = LeakageGuard(self.users, self.positions, needed, gone, self.times, self.scope)
         return GuardedSearch(self._index, vectors, self._longest, self._guard)
 
+    def _restore(self, vectors: np.ndarray) -> Index:
+        """The index of a stored bank."""
+        assert self._stored is not None
+        try:
+            index = restore(*self._stored, vectors, self.ivf_probes)
+        except ValueError as error:
+            raise CheckpointError(f"{self._path} is damaged: {error}. Delete it and build it again.") from None
+        index.remove(np.flatnonzero(self.gone[: len(index)]))
+        self._stored = None
+        return index
+
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save(self, directory: str | os.PathLike, fingerprint: Any = None) -> None:
@@ -271,7 +285,7 @@ class MemoryBank(Ledger):
         """
         options = {name: getattr(self, name) for name in OPTIONS}
         with self._lock:
-            write_entries(Path(directory), self._entries, options, fingerprint)
+            write_entries(Path(directory), self._entries, options, fingerprint, self._stored or state_of(self._index))
 
     @classmethod
     def load(cls, directory: str | os.PathLike, fingerprint: Any = None, verify: bool = True) -> MemoryBank:
@@ -286,10 +300,13 @@ class MemoryBank(Ledger):
             CheckpointError: missing, damaged, foreign, or of another fingerprint.
         """
         path = Path(directory)
-        entries, options = read_entries(path, fingerprint, verify)
+        entries, options, index = read_entries(path, fingerprint, verify)
         try:
             bank = cls(**options)
         except ConfigError as error:
             raise CheckpointError(f"{path} cannot be used: {error}. Delete it and build it again.") from None
-        bank._install(entries)
+        bank._entries = entries
+        bank._reset_index()
+        if index is not None:
+            bank._stored, bank._path = index, path
         return bank
