@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from recbole_raserec.retrieval import choice as index_module
-from recbole_raserec.retrieval.approximate import IVFIndex
+from recbole_raserec.retrieval.approximate import HNSWIndex, IVFIndex
 from recbole_raserec.retrieval.choice import make_index
 from recbole_raserec.retrieval.guard import LeakageGuard
 from recbole_raserec.retrieval.index import FlatIndex
@@ -152,3 +152,16 @@ def test_both_import_orders_work_and_share_the_thread_count(first):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().endswith("fine"), done.stderr
+
+
+def test_hnsw_looks_wider_until_it_finds_enough(caplog):
+    caplog.set_level(logging.INFO)
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((4000, 32)).astype(np.float32)  # no clusters: hard for a graph
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    narrow, wide = HNSWIndex(vectors, links=4, effort=4), HNSWIndex(vectors, links=32, effort=512)
+    said = [record.getMessage() for record in caplog.records]
+    assert [message.split(" links, ")[1].split()[0] for message in said] == ["4", "8", "16", "32", "64", "512"]
+    assert narrow.recall < 0.95 <= wide.recall
+    easy = HNSWIndex(vectors_of(2000), effort=64)
+    assert easy.recall >= 0.95
