@@ -15,6 +15,8 @@ from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.fileio import read_json, replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Data sets whose timestamp is the position in the user's history.
+POSITIONS = ("amazon-beauty", "amazon-toys-games", "amazon-sports-outdoors")
 METRICS = ("recall@10", "ndcg@10")
 
 Rows = Mapping[str, Sequence[str]]

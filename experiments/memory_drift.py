@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from grid import ROOT, Results, arguments, cells, fill
+from grid import POSITIONS, ROOT, Results, arguments, cells, fill
 from trained import Trained, add_rows, bank_like, load
 
 from recbole_raserec.evaluation import plots
@@ -23,8 +23,6 @@ from recbole_raserec.evaluation.protocols import PROTOCOLS
 
 ROWS = {"RaSeRec over SASRec": ("--model=RaSeRec", "--backbone=SASRec")}
 SHARES = (0.6, 0.8, 1.0)
-#: Data sets whose timestamps are positions.
-POSITIONS = ("amazon-beauty", "amazon-toys-games", "amazon-sports-outdoors")
 
 
 def moments(trained: Trained, dataset: str, pairs: int) -> tuple[np.ndarray, dict[float, float]]:
