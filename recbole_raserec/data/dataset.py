@@ -14,6 +14,9 @@ from recbole_raserec.data.sequences import SequenceStore
 #: Column of every batch: index of the target in its user's full history, so the untruncated prefix length.
 POSITION = "sequence_position"
 
+#: Column of splits with regenerated rows: the row of the store that holds the window; elsewhere that is the user.
+SEQUENCE = "sequence_row"
+
 
 class SequenceDataset(FastLoading):
     """Drop-in for RecBole's ``SequentialDataset`` whose prefix windows are indices into one sorted copy of the log.
@@ -26,11 +29,13 @@ class SequenceDataset(FastLoading):
         store: the users' sequences (full log: the split happens on the windows, see :meth:`windows`).
         trim: cut a batch to its longest window instead of ``MAX_ITEM_LIST_LENGTH`` (set by the loader for models
             that give the same result on the trimmed batch).
+        original: of a training split with regenerated rows, the split without them; None elsewhere.
     """
 
     store: SequenceStore
     inter_feat: Any
     trim: bool = False
+    original: Any = None
 
     def data_augmentation(self) -> None:
         self._aug_presets()
@@ -69,7 +74,7 @@ class SequenceDataset(FastLoading):
 
     def _with_windows(self, rows: Interaction) -> Interaction:
         """Add the list fields of `rows`: [B, L] each, L the longest window (`trim`) or ``MAX_ITEM_LIST_LENGTH``."""
-        users, positions = rows[self.uid_field].numpy(), rows[POSITION].numpy()
+        users, positions = rows[self._owner(rows)].numpy(), rows[POSITION].numpy()
         if users.ndim == 0:
             users, positions = users[None], positions[None]
         width = None if self.trim else self.max_item_list_len
@@ -88,14 +93,22 @@ class SequenceDataset(FastLoading):
         return getattr(self, f"{field}_list_field", "")
 
     def windows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The windows of this split: users [N], positions [N], targets [N] (int64), in row order."""
+        """The windows of this split: users [N], positions [N], targets [N] (int64), in row order.
+
+        Of regenerated rows, which no user has, the row of the store stands in the user's place.
+        """
         feat = self.inter_feat
-        return feat[self.uid_field].numpy(), feat[POSITION].numpy(), feat[self.iid_field].numpy()
+        return feat[self._owner(feat)].numpy(), feat[POSITION].numpy(), feat[self.iid_field].numpy()
+
+    def _owner(self, rows: Interaction) -> str:
+        return SEQUENCE if SEQUENCE in rows.interaction else self.uid_field
 
     def inter_matrix(self, form: str = "coo", value_field: Any = None) -> Any:
         """Sparse user-item matrix of the split's targets and of the first item of each user's first window."""
         if not self.is_lazy:
             return super().inter_matrix(form, value_field)
+        if self.original is not None:
+            return self.original.inter_matrix(form, value_field)
         feat = self.inter_feat
         first = feat[feat[POSITION] == 1]
         heads = self._log[torch.from_numpy(self.store.offsets[first[self.uid_field].numpy()])]

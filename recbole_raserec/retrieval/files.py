@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.retrieval.arrays import read_arrays, write_arrays
 from recbole_raserec.retrieval.entries import OWNERS, ROWS, Entries
 from recbole_raserec.retrieval.index_state import ARRAYS, State
+from recbole_raserec.stored_arrays import read_arrays, write_arrays
 
 _KIND = "RaSeRec memory"
 _VERSION = 2

@@ -1,0 +1,153 @@
+"""Regenerated sequences, and the hook that lets them join a training split; validation, test, ids stay as they are."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from recbole.data.interaction import Interaction
+
+from recbole_raserec.data.dataset import POSITION, SEQUENCE, SequenceDataset, _Rows
+from recbole_raserec.data.sequences import SequenceStore
+from recbole_raserec.errors import CheckpointError, DatasetError
+from recbole_raserec.stored_arrays import read_arrays, write_arrays
+
+#: Where a sequence comes from.
+ORIGINS = ("original", "pattern", "generated")
+
+#: Column of a training batch: the row's weight in the loss.
+WEIGHT = "row_weight"
+
+_KIND, _VERSION = "regenerated sequences", 1
+_ARRAYS = {"items": "<i8", "offsets": "<i8", "users": "<i8", "origin": "|u1"}
+_WEIGHTS = {"weights": "<f4"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Regenerated:
+    """Sequences that join the original ones.
+
+    Attributes:
+        items: int64 [N]. offsets: int64 [S + 1].
+        users: int64 [S], whose sequence a generated one was written for; 0 for a mined pattern.
+        origin: uint8 [S], index into :data:`ORIGINS`.
+        weights: float32 [N] or None, of each item as a target in the loss.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    users: np.ndarray
+    origin: np.ndarray
+    weights: Optional[np.ndarray] = None
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def save(self, directory: Path, fingerprint: str) -> None:
+        """Store in `directory`, atomically."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if self.weights is not None:
+            arrays["weights"] = self.weights
+        write_arrays(Path(directory), _KIND, _VERSION, arrays, {"fingerprint": fingerprint})
+
+    @classmethod
+    def load(cls, directory: Path, n_users: int, n_items: int, fingerprint: Optional[str] = None) -> Regenerated:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged, foreign, of another fingerprint, or of other users and items.
+        """
+        path = Path(directory)
+        arrays, meta = read_arrays(path, _KIND, _VERSION, _ARRAYS, optional=_WEIGHTS)
+        if fingerprint is not None and (not isinstance(meta, dict) or meta.get("fingerprint") != fingerprint):
+            raise CheckpointError(f"{path} was made from other data or options; name another directory, or delete it.")
+        found = cls(**{name: np.array(values) for name, values in arrays.items()})
+        if not found._fits(n_users, n_items):
+            raise CheckpointError(f"{path} does not hold sequences of this data set's users and items; delete it.")
+        return found
+
+    def _fits(self, n_users: int, n_items: int) -> bool:
+        """Whether the arrays describe sequences of so many users and items."""
+        size, offsets = len(self), self.offsets
+        if offsets.shape != (size + 1,) or self.origin.shape != (size,) or self.items.ndim != 1:
+            return False
+        if offsets[0] != 0 or offsets[-1] != len(self.items) or (np.diff(offsets) < 1).any():
+            return False
+        if size and not (self.users.min() >= 0 and self.users.max() < n_users and self.origin.max() < len(ORIGINS)):
+            return False
+        if size and not (self.items.min() > 0 and self.items.max() < n_items):
+            return False
+        return self.weights is None or (
+            self.weights.shape == self.items.shape and bool(np.isfinite(self.weights).all())
+        )
+
+
+class RegeneratedDataset(SequenceDataset):
+    """A SequenceDataset whose training split has regenerated rows behind its own.
+
+    Attributes:
+        regenerated: set it before ``build()``; None: nothing is added.
+    """
+
+    regenerated: Optional[Regenerated] = None
+
+    def build(self) -> list[Any]:
+        built = super().build()
+        if self.regenerated is not None and len(built) > 1:
+            built[0] = joined(built[0], self.regenerated)
+        return built
+
+
+def joined(train: SequenceDataset, extra: Regenerated) -> SequenceDataset:
+    """A copy of a training split with the windows of `extra` as further rows; `original` of it is the split itself.
+
+    Every prefix of a regenerated sequence is a row, as of an original one. It belongs to the user it was written for
+    (mined patterns: to the padding user 0), so that models with user vectors find one; its window stands in the store
+    behind those of the users, under the column :data:`~recbole_raserec.data.dataset.SEQUENCE`. Fields other than user
+    and item are 0, the time is the position.
+
+    Raises:
+        DatasetError: the split was read ready-made from benchmark files.
+    """
+    if not train.is_lazy:
+        raise DatasetError("regeneration: benchmark files have no histories to regenerate; use an interaction log.")
+    part, store, feat = copy.copy(train), train.store, train.inter_feat
+    lengths = np.diff(extra.offsets)
+    owner = np.repeat(np.arange(len(extra)), lengths)
+    position = np.arange(len(extra.items)) - extra.offsets[owner]
+    times = None if store.times is None else np.concatenate([store.times, position])
+    part.store = SequenceStore(
+        np.concatenate([store.users(), store.n_users + owner]), np.concatenate([store.items, extra.items]),
+        store.n_users + len(extra), store.n_items, times,
+    )  # fmt: skip
+    known = {train.uid_field: extra.users[owner], train.iid_field: extra.items, train.time_field: position}
+    part._log = _grown(train._log, known, len(owner))
+    rows = position > 0
+    sequence = {SEQUENCE: store.n_users + owner, POSITION: position}
+    sequence[train.item_list_length_field] = np.minimum(position, train.max_item_list_len)
+    known = {name: values[rows] for name, values in {**known, **sequence}.items()}
+    columns = dict(feat.interaction)
+    columns[SEQUENCE] = columns[train.uid_field]
+    if extra.weights is not None:
+        columns[WEIGHT] = torch.ones(len(feat))
+        known[WEIGHT] = extra.weights[rows]
+    part.inter_feat = _Rows(_grown(columns, known, int(rows.sum())), part)
+    part.original = train
+    return part
+
+
+def _grown(columns: Any, known: dict[Any, np.ndarray], size: int) -> Interaction:
+    """Columns with `size` more rows: the known ones, and 0 elsewhere."""
+    grown = {}
+    for name in columns:
+        values = columns[name]
+        if name in known:
+            more = torch.from_numpy(np.ascontiguousarray(known[name])).to(values.dtype)
+        else:
+            more = values.new_zeros((size, *values.shape[1:]))
+        grown[name] = torch.cat([values, more])
+    return Interaction(grown)
