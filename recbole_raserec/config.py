@@ -32,6 +32,7 @@ from recbole_raserec.options import (
     COMPUTED_KEYS,
     NESTED,
     NOT_TRAINING,
+    REGENERATION,
     RETRIEVAL,
     RETRIEVAL_MODEL,
     TRANSFORM_KEYS,
@@ -239,6 +240,10 @@ class Config(RecBoleConfig):
         sequential = self.model_class.type == ModelType.SEQUENTIAL
         self._problems += check_values(final, rules_for(self._names, sequential), self._origins, defaults)
         retrieval = self.model == RETRIEVAL_MODEL
+        if not sequential and final.get("regeneration"):
+            self._problems.append(
+                f"regeneration: {shown(final['regeneration'])}, but {self.model} reads no sequences; leave it out"
+            )
         self._problems += check_together(final, lambda name: keys is None or name in keys, retrieval)
         if sequential and isinstance(final.get("train_neg_sample_args"), dict) and self._learns_by_softmax(final):
             value = shown(final["train_neg_sample_args"])
@@ -312,12 +317,39 @@ class Config(RecBoleConfig):
         options = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
         return type(self)(self.final_config_dict["backbone"], self.dataset, config_dict=Parsed(options), argv=[])
 
+    def without_regeneration(self) -> Config:
+        """The same configuration with `regeneration: false`."""
+        options = {name: value for name, value in self.external_config_dict.items() if name not in REGENERATION}
+        options = {name: value for name, value in options.items() if name not in ("model", "dataset", "config_files")}
+        return type(self)(self.model, self.dataset, config_dict=Parsed(options), argv=[])
+
+    def for_embeddings(self) -> Config:
+        """The configuration of the SASRec whose item vectors the regenerator starts from.
+
+        The options that were given hold for it too, where SASRec knows them; without any for another model, it is a
+        run of ``--model=SASRec`` of the same data, and its checkpoint is shared with that.
+        """
+        if self.model == "SASRec":
+            return self.without_regeneration()
+        known = type(self)("SASRec", self.dataset, config_dict=Parsed({}), argv=[])
+        dropped = {"model", "dataset", "config_files", "loss_type", "train_neg_sample_args", *RETRIEVAL, *REGENERATION}
+        options = {
+            name: value
+            for name, value in self.external_config_dict.items()
+            if name not in dropped and (known._known_keys() is None or name in (known._known_keys() or ()))
+        }
+        return type(self)("SASRec", self.dataset, config_dict=Parsed(options), argv=[])
+
     def training_options(self) -> dict[str, Any]:
         """The options that decide what the trained weights are, JSON-able, sorted by name: for fingerprints.
 
         Paths are left out, `backbone_checkpoint` too: a fingerprint of the retrieval stage has to hold the backbone's.
         """
         options = {name: value for name, value in self.explain().items() if name not in NOT_TRAINING}
+        if not options.get("regeneration"):  # off: the fingerprint of a run that knows nothing of it
+            options = {
+                name: value for name, value in options.items() if name not in {*REGENERATION, "memory_regenerated"}
+            }
         protocol = dict(options["eval_args"])
         protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
         return {**options, "eval_args": protocol}

@@ -145,6 +145,7 @@ RETRIEVAL: dict[str, Rule] = {
     "memory_scope": _choice("history", "past"),
     "retrieve_by": _choice("sequence", "target"),
     "memory_refresh": _integer(1),
+    "memory_regenerated": _FLAG,
     "cache_neighbours": _FLAG,
     "top_k": _integer(1),
     "similarity": _choice("cosine", "dot"),
@@ -166,6 +167,25 @@ RETRIEVAL: dict[str, Rule] = {
     "ram_epochs": _integer(1),
     "ram_stopping_step": _integer(0),
     "ram_valid_metric": _TEXT,
+}
+
+#: Options of dataset regeneration; all but the first count only where that is on.
+REGENERATION: dict[str, Rule] = {
+    "regeneration": _FLAG,
+    "regenerated_data": _optional(_TEXT),
+    "regen_pretrained": _FLAG,
+    **dict.fromkeys(("regen_span", "regen_pattern_length"), _integer(2)),
+    **dict.fromkeys(
+        ("regen_min_support", "regen_pairs", "regen_hidden_size", "regen_layers", "regen_heads"), _integer(1)
+    ),
+    **dict.fromkeys(("regen_inner_size", "regen_conditions", "regen_epochs", "regen_batch_pairs"), _integer(1)),
+    "regen_stopping_step": _integer(1),
+    "regen_dropout": _DROPOUT,
+    "regen_learning_rate": number(0, open_low=True),
+    "regen_held_out": number(0, 1, open_high=True),
+    **dict.fromkeys(("regen_entropy", "regen_temperature"), number(0)),
+    **dict.fromkeys(("regen_tau_decay", "regen_tau_least"), number(0, 1, open_low=True)),
+    "regen_gamma": number(0, 1),
 }
 
 #: Options that hold options; a key left out keeps the value of the file below.
@@ -274,7 +294,7 @@ def rules_for(models: Iterable[str], sequential: bool) -> dict[str, Rule]:
     models = set(models)
     rules = dict(COMMON)
     if sequential:
-        rules.update(SEQUENTIAL)
+        rules.update({**SEQUENTIAL, **REGENERATION})
     if models & {"SASRec", "DuoRec"}:
         rules.update(ENCODER)
     if "DuoRec" in models:

@@ -19,9 +19,11 @@ from recbole_raserec.evaluation.report import (
     protocol_description,
     result_record,
     results_table,
+    stages_table,
     write_result,
 )
 from recbole_raserec.recommendation.backbone import REFUSED, SUPPORTED
+from recbole_raserec.regenerate import regenerate
 from recbole_raserec.stages import Outcome, fine_tune, train_model
 
 
@@ -62,13 +64,25 @@ def run_recbole_raserec(
     init_logger(config)
     ensure_dataset(config)
 
-    if config["model"] == "RaSeRec":
-        base = train_model(config.for_backbone(), checkpoint=config["backbone_checkpoint"])  # stage ii
-        ours: Optional[Outcome] = fine_tune(config, base)  # stage iii
+    stages: dict[str, Outcome] = {}
+    if not config["regeneration"]:
+        plain, data = config, None
     else:
-        base, ours = train_model(config), None
+        plain, data = config.without_regeneration(), regenerate(config)  # stage i
+    if config["model"] == "RaSeRec":
+        base = stages["base"] = train_model(plain.for_backbone(), config["backbone_checkpoint"])  # stage ii
+        if data is not None:
+            stages["base + (i)"] = base_i = train_model(config.for_backbone(), regenerated=data)
+            stages["base + (iii)"] = fine_tune(plain, base)
+            stages["base + (i) + (iii)"] = fine_tune(config, base_i)
+        else:
+            stages["base + (iii)"] = fine_tune(config, base)  # stage iii
+    else:
+        stages["base"] = train_model(plain)
+        if data is not None:
+            stages["base + (i)"] = train_model(config, regenerated=data)
 
-    return _report(config, base, ours, time.perf_counter() - started)
+    return _report(config, stages, data, time.perf_counter() - started)
 
 
 def _check(config: Any) -> None:
@@ -83,31 +97,47 @@ def _check(config: Any) -> None:
         problems.append(
             f"backbone: {config['backbone']} {REFUSED[config['backbone']]}; choose one of {', '.join(SUPPORTED)}."
         )
+    if config["regeneration"] and config["backbone_checkpoint"]:
+        problems.append(
+            f"backbone_checkpoint: {config['backbone_checkpoint']} was trained already, and regeneration trains anew; "
+            "leave one of the two out."
+        )
     if problems:
         raise ConfigError(problems)
 
 
-def _report(config: Any, base: Outcome, ours: Optional[Outcome], seconds: float) -> dict[str, Any]:
-    stages = {"recommendation": base.seconds}
-    metrics = {"base": base.metrics}
+def _report(config: Any, stages: dict[str, Outcome], data: Any, seconds: float) -> dict[str, Any]:
+    """Write and print the figures; `stages` from the base to the whole pipeline, `data` of stage i or None."""
+    base, *more = stages.values()
+    ours = more[-1] if more else None
+    times = {"recommendation": base.seconds}
+    metrics: dict[str, Any] = {"base": base.metrics}
     if ours is not None:
-        stages["retrieval"] = ours.seconds
         metrics["ours"] = ours.metrics
-    stages["this_run"] = seconds
+    if config["model"] == "RaSeRec" and ours is not None:
+        times["retrieval"] = ours.seconds
+    if data is not None:
+        times["regeneration"] = data.seconds
+        times["recommendation_regenerated"] = stages["base + (i)"].seconds
+        metrics["stages"] = {name: outcome.metrics for name, outcome in stages.items()}
+    times["this_run"] = seconds
     record = result_record(
         model=config["model"],
-        backbone=base.name if ours else None,
+        backbone=base.name if config["model"] == "RaSeRec" else None,
         dataset=config["dataset"],
         seed=config["seed"],
         metrics=metrics,
-        protocol=protocol_description(config, validation_in_memory=ours is not None),
-        seconds=stages,
+        protocol=protocol_description(config, validation_in_memory=config["model"] == "RaSeRec"),
+        seconds=times,
         options=config.explain(),
     )
     if config["result_file"]:
         write_result(config["result_file"], record)
     if ours is None:
         print("\n" + results_table({base.name: base.metrics["test"]}))
+    elif data is not None:
+        rows = {name.replace("base", base.name): outcome.metrics["test"] for name, outcome in stages.items()}
+        print("\n" + stages_table(rows))
     else:
         print("\n" + comparison_table(base.metrics["test"], ours.metrics["test"], (base.name, config["model"])))
     logger = getLogger()

@@ -13,6 +13,7 @@ from recbole.utils import ModelType, init_seed
 
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loader import BucketLoader, RowLoader
+from recbole_raserec.data.regenerated import regenerated_class
 from recbole_raserec.data.splits import Splits, prepare
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED, evaluate
@@ -48,23 +49,24 @@ class Outcome:
     fingerprint: str
 
 
-def train_model(config: Any, checkpoint: Optional[str] = None) -> Outcome:
+def train_model(config: Any, checkpoint: Optional[str] = None, regenerated: Any = None) -> Outcome:
     """Stage ii: train the configured model, continue its training, or reuse what a run with the same fingerprint left.
 
     Args:
         config: the model's configuration.
         checkpoint: checkpoint directory whose weights are used instead of training.
+        regenerated: of stage i (:class:`~recbole_raserec.regenerate.RegeneratedData`); it joins the training split.
 
     Raises:
         CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
     """
-    splits = prepare_data(config)
+    splits = prepare_data(config, None if regenerated is None else regenerated.data)
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
     options = config.training_options()
     if checkpoint:
         return _from_checkpoint(config, splits, model, Path(checkpoint))
-    mark = fingerprint(options, splits.fingerprint)
+    mark = fingerprint(options, splits.fingerprint, *([] if regenerated is None else [regenerated.fingerprint]))
     directory = _directory(config, mark)
     protocol = SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
     return _run(config, splits, model, splits.train, directory, mark, protocol, {"options": config.explain()})
@@ -88,8 +90,10 @@ def fine_tune(config: Any, base: Outcome) -> Outcome:
     backbone = wrap_backbone(base.model, config, splits.dataset)
     model = raserec_class(config)(config, splits.dataset, backbone).to(config["device"])
     train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
+    joined = train if train.original is not None else None  # with regenerated rows
+    train = train if joined is None else joined.original
     cache = NeighbourCache(Path(config["checkpoint_dir"]) / "neighbours") if config["cache_neighbours"] else None
-    keeper = MemoryKeeper(model, train, valid, config, cache)
+    keeper = MemoryKeeper(model, train, valid, config, cache, joined if config["memory_regenerated"] else None)
     stage = _ram_config(config)
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
@@ -104,8 +108,8 @@ def fine_tune(config: Any, base: Outcome) -> Outcome:
     return _run(stage, splits, model, loader, _directory(config, mark), mark, SEEN_KEPT, manifest, keeper, test)
 
 
-def prepare_data(config: Any) -> Splits:
-    """Data set, loaders and seen items as the configured model needs them."""
+def prepare_data(config: Any, regenerated: Any = None) -> Splits:
+    """Data set, loaders and seen items as the configured model needs them; `regenerated` joins the training split."""
     model_class = get_model(config["model"])
     same_target = getattr(model_class, "needs_same_target", None)
     packed = config["training"] == "packed" and hasattr(model_class, "encode_positions")
@@ -114,7 +118,10 @@ def prepare_data(config: Any) -> Splits:
             [f"training: packed predicts by cross entropy; set loss_type: CE (it is {config['loss_type']})"]
         )
     partners = same_target is not None and same_target(config)
-    return prepare(config, get_dataset_class(config), trims(model_class), partners, packed)
+    kind = get_dataset_class(config)
+    if regenerated is not None:
+        kind = regenerated_class(kind)
+    return prepare(config, kind, trims(model_class), partners, packed, regenerated)
 
 
 def _directory(config: Any, mark: str) -> Path:

@@ -63,6 +63,7 @@ CHANGES = {
     "memory_scope": "past",
     "retrieve_by": "target",
     "memory_refresh": 2,
+    "memory_regenerated": False,
     "cache_neighbours": False,
     "top_k": 5,
     "similarity": "dot",
@@ -96,8 +97,8 @@ def test_options_of_the_retrieval_stage_leave_the_backbone_alone(name):
     before, after = (Config("RaSeRec", "ml-100k", config_dict=given, argv=[]) for given in ({}, {name: CHANGES[name]}))
     assert before.for_backbone().training_options() == after.for_backbone().training_options()
     changed = before.training_options() != after.training_options()
-    # the former is a path: its content counts, not its name
-    assert changed == (name not in ("backbone_checkpoint", "cache_neighbours"))
+    # the first is a path: its content counts, not its name; the last counts with regeneration only
+    assert changed == (name not in ("backbone_checkpoint", "cache_neighbours", "memory_regenerated"))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,20 @@ class RegeneratedDataset(SequenceDataset):
         return built
 
 
+def regenerated_class(kind: Any) -> Any:
+    """The data set class that does for `kind`, a sequential one, what :class:`RegeneratedDataset` does."""
+    if kind is SequenceDataset:
+        return RegeneratedDataset
+
+    def build(self: Any) -> list[Any]:
+        built = kind.build(self)
+        if self.regenerated is not None and len(built) > 1:
+            built[0] = densely_joined(built[0], self.regenerated)
+        return built
+
+    return type(f"Regenerated{kind.__name__}", (kind,), {"regenerated": None, "build": build})
+
+
 def joined(train: SequenceDataset, extra: Regenerated) -> SequenceDataset:
     """A copy of a training split with the windows of `extra` as further rows; `original` of it is the split itself.
 
@@ -136,6 +150,33 @@ def joined(train: SequenceDataset, extra: Regenerated) -> SequenceDataset:
         columns[WEIGHT] = torch.ones(len(feat))
         known[WEIGHT] = extra.weights[rows]
     part.inter_feat = _Rows(_grown(columns, known, int(rows.sum())), part)
+    part.original = train
+    return part
+
+
+def densely_joined(train: Any, extra: Regenerated) -> Any:
+    """The same for a data set of RecBole with windows as dense tensors (DIEN's): rows of the same columns.
+
+    A list column of items other than the history (DIEN's negatives) holds random items.
+    """
+    part, feat = copy.copy(train), train.inter_feat
+    lengths, longest = np.diff(extra.offsets), train.max_item_list_len
+    owner = np.repeat(np.arange(len(extra)), lengths)
+    position = np.arange(len(extra.items)) - extra.offsets[owner]
+    rows = np.flatnonzero(position)
+    kept = np.minimum(position[rows], longest)
+    columns = np.arange(longest)
+    inside = columns < kept[:, None]
+    place = np.where(inside, (rows - kept)[:, None] + columns, 0)
+    known = {
+        train.uid_field: extra.users[owner][rows], train.iid_field: extra.items[rows],
+        train.item_list_length_field: kept, train.item_id_list_field: np.where(inside, extra.items[place], 0),
+    }  # fmt: skip
+    negatives = getattr(train, "neg_item_list_field", None)
+    if negatives in feat.interaction:
+        drawn = np.random.default_rng(train.config["seed"]).integers(1, train.item_num, inside.shape)
+        known[negatives] = np.where(inside, drawn, 0)
+    part.inter_feat = _grown(feat.interaction, known, len(rows))
     part.original = train
     return part
 

@@ -41,7 +41,14 @@ class Splits:
         return {name: [str(token) for token in self.dataset.field2id_token[field]] for name, field in fields.items()}
 
 
-def prepare(config: Any, dataset_class: Any, trim: bool, same_target: bool = False, packed: bool = False) -> Splits:
+def prepare(
+    config: Any,
+    dataset_class: Any,
+    trim: bool,
+    same_target: bool = False,
+    packed: bool = False,
+    regenerated: Any = None,
+) -> Splits:
     """Read, filter and split the data set as RecBole does, and put this package's loaders on it.
 
     Args:
@@ -49,9 +56,12 @@ def prepare(config: Any, dataset_class: Any, trim: bool, same_target: bool = Fal
         dataset_class: see :func:`recbole_raserec.registry.get_dataset_class`.
         trim: the model gives the same result on batches cut to their longest row.
         same_target: the model's loss reads same-target windows (DuoRec).
+        regenerated: sequences that join the training split; `dataset_class` must know the attribute.
         packed: train on all positions of a sequence in one pass.
     """
     dataset = dataset_class(config)
+    if regenerated is not None:
+        dataset.regenerated = regenerated
     log = dataset.inter_feat
     digest = data_fingerprint(dataset)
     log_users, log_items = np.asarray(log[dataset.uid_field]), np.asarray(log[dataset.iid_field])

@@ -57,6 +57,15 @@ def comparison_table(
     return _table([(names[0], base), (names[1], ours)], True, style, width, digits)
 
 
+def stages_table(results: Mapping[str, Results], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
+    """One row for each stage of the pipeline, and the improvement of the last over the first in percent.
+
+    Raises:
+        ValueError: the rows do not have the same protocols and metrics, or the style is unknown.
+    """
+    return _table(list(results.items()), True, style, width, digits)
+
+
 def results_table(results: Mapping[str, Results], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
     """One row a model, one block a protocol; `results` is {model: {protocol: metrics}}, one model or more.
 
@@ -172,7 +181,7 @@ def _table(results: Sequence[tuple[str, Results]], compare: bool, style: str, wi
         rows = [["model", *map(_metric_title, metrics)]]
         rows += [[name, *(f"{of[protocol][key]:.{digits}f}" for key in metrics)] for name, of in results]
         if compare:
-            base, ours = (of[protocol] for _, of in results)
+            base, ours = results[0][1][protocol], results[-1][1][protocol]
             rows.append([IMPROVEMENT, *(_percent(improvement(base[key], ours[key])) for key in metrics)])
         title = PROTOCOL_TITLES.get(protocol, protocol)
         blocks.append(_markdown(title, rows) if style == "markdown" else _text(title, rows, width))

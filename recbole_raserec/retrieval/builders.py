@@ -10,7 +10,7 @@ import torch
 
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.patterns import Patterns, mine_patterns
-from recbole_raserec.retrieval.queries import Queries
+from recbole_raserec.retrieval.queries import Queries, encode_windows
 
 #: Values of the option `memory`.
 KINDS = ("pairs", "patterns", "both")
@@ -111,6 +111,38 @@ class PatternBuilder:
             )  # fmt: skip
         backbone.train(was_training)
         return found
+
+
+class RegeneratedBuilder:
+    """``memory_regenerated: true``: <prefix, next item> of the sequences that regeneration generated.
+
+    A generated sequence was written from all of its user's training history: it stands at that history's last place,
+    so that the guard bars it from every training query of the user. Mined patterns come by `memory: patterns`.
+
+    Args:
+        joined: the training split with regenerated rows.
+        min_length, max_length: items of the prefix; None: any.
+    """
+
+    def __init__(self, joined: SequenceDataset, min_length: int = 1, max_length: Optional[int] = None):
+        store, feat = joined.store, joined.inter_feat
+        rows, positions, targets = joined.windows()
+        users = feat[joined.uid_field].numpy()
+        last = np.zeros(store.n_users, dtype=np.int64)
+        own_users, own_positions, _ = joined.original.windows()
+        np.maximum.at(last, own_users, own_positions)
+        keep = (rows != users) & (users > 0) & (positions >= min_length)
+        if max_length is not None:
+            keep &= positions <= max_length
+        self._store, self._longest = store, joined.max_item_list_len
+        self._windows = rows[keep], positions[keep]
+        users = users[keep]
+        times = None if store.times is None else store.times[store.offsets[users] + last[users]]
+        self.rows = Rows(targets[keep], users, last[users], times)
+
+    def keys(self, backbone: Any, queries: Queries) -> torch.Tensor:
+        """The keys [N, H]: the backbone's encodings of the prefixes."""
+        return encode_windows(backbone, self._store, *self._windows, self._longest, queries.h.device)
 
 
 def _when_frequent(

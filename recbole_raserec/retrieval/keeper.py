@@ -9,7 +9,7 @@ import torch
 
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.retrieval.builders import PairBuilder, PatternBuilder
+from recbole_raserec.retrieval.builders import PairBuilder, PatternBuilder, RegeneratedBuilder
 from recbole_raserec.retrieval.cache import NeighbourCache
 from recbole_raserec.retrieval.queries import Queries, encode_split
 from recbole_raserec.retrieval.raserec import RaSeRec
@@ -33,11 +33,12 @@ class MemoryKeeper:
         train, valid: splits.
         config: the options ``memory*``, and `show_progress`.
         cache: where exact searches are looked up before they are made; None: always search.
+        joined: the training split with regenerated rows, if the generated ones are to become memories.
     """
 
     def __init__(
         self, model: RaSeRec, train: SequenceDataset, valid: SequenceDataset, config: Any,
-        cache: Optional[NeighbourCache] = None,
+        cache: Optional[NeighbourCache] = None, joined: Optional[SequenceDataset] = None,
     ):  # fmt: skip
         self._cache = cache
         self.model, self.train, self.valid = model, train, valid
@@ -45,13 +46,15 @@ class MemoryKeeper:
         self._queries = {"train": self.encode(train, "training"), "valid": self.encode(valid, "validation")}
         queries, kind = self._queries["train"], config["memory"]
         bounds = config["memory_min_length"], config["memory_max_length"]
-        self._builders: list[Union[PairBuilder, PatternBuilder]] = []
+        self._builders: list[Union[PairBuilder, PatternBuilder, RegeneratedBuilder]] = []
         if kind in ("pairs", "both"):
             self._builders.append(PairBuilder(queries, *bounds, float(config["memory_thin"] or 0)))
         if kind in ("patterns", "both"):
             desc = "Mine patterns" if self.progress else None
             span, support = config["memory_span"], config["memory_min_support"]
             self._builders.append(PatternBuilder(train, span, support, *bounds, desc))
+        if joined is not None:
+            self._builders.append(RegeneratedBuilder(joined, *bounds))
         for builder in self._builders:
             model.remember_rows(builder.keys(model.backbone, queries), builder.rows)
         if not len(model.memory):

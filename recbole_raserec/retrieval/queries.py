@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.data.sequences import SequenceStore
 
 #: Position tokens per encoding batch.
 TOKENS = 1 << 16
@@ -76,7 +77,6 @@ class Queries:
         return self.h[rows], self.ids[rows, :top_k], self.mask[rows, :top_k]
 
 
-@torch.no_grad()
 def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Optional[str] = None) -> Queries:
     """Encode every window of a split, in batches of like length; the backbone is put into evaluation mode for it.
 
@@ -85,6 +85,18 @@ def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Opt
     """
     users, positions, targets = dataset.windows()
     store, longest = dataset.store, dataset.max_item_list_len
+    h = encode_windows(backbone, store, users, positions, longest, device, desc)
+    times = None if store.times is None else store.times[store.offsets[users] + positions]
+    return Queries(users, positions, targets, times, h, longest)
+
+
+@torch.no_grad()
+def encode_windows(
+    backbone: Any, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
+    desc: Optional[str] = None,
+) -> torch.Tensor:  # fmt: skip
+    """The backbone's vectors [N, H] of the last `longest` items before `positions` [N] in the rows `users` [N] of a
+    store, in batches of like length."""
     h = torch.empty(len(users), backbone.hidden_size, device=device)
     was_training = backbone.training
     backbone.eval()
@@ -107,5 +119,4 @@ def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Opt
             start += len(part)
             bar.update(len(part))
     backbone.train(was_training)
-    times = None if store.times is None else store.times[store.offsets[users] + positions]
-    return Queries(users, positions, targets, times, h, longest)
+    return h

@@ -1,0 +1,185 @@
+"""Stage i as a resumable step: patterns, pairs, regenerator, generated patterns, and the set of what joins the data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.utils import init_seed
+
+from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.data.regenerated import Regenerated
+from recbole_raserec.data.splits import Splits
+from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, MissingExtraError
+from recbole_raserec.fileio import read_json, replacing, sha256, write_json
+from recbole_raserec.fingerprint import fingerprint
+from recbole_raserec.options import REGENERATION
+from recbole_raserec.regeneration import report
+from recbole_raserec.regeneration.combine import combine
+from recbole_raserec.regeneration.inference import generate
+from recbole_raserec.regeneration.regenerator import Regenerator
+from recbole_raserec.regeneration.sources import make_pairs, pieces, training_sequences
+from recbole_raserec.regeneration.training import STATE, Schedule, fit
+from recbole_raserec.stages import prepare_data, train_model
+from recbole_raserec.stored_arrays import MANIFEST
+
+REPORT = "report.json"
+
+#: Raised when the same options and data would give another regenerated set than before.
+REGENERATION_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RegeneratedData:
+    """A finished stage i.
+
+    Attributes:
+        data: what joins the training split. directory: where it lies. fingerprint: of its content's origin.
+        seconds: it took, over all its runs. report: see :func:`recbole_raserec.regeneration.report.describe`.
+    """
+
+    data: Regenerated
+    directory: Path
+    fingerprint: str
+    seconds: float
+    report: dict[str, Any]
+
+
+def regenerate(config: Any) -> RegeneratedData:
+    """Stage i: regenerate the training set, continue an interrupted run, or reuse what one with the same options, data
+    and seed left.
+
+    Args:
+        config: of a sequential model, with `regeneration` on.
+
+    Raises:
+        ConfigError: `regen_heads` does not divide the vectors. DatasetError: no pattern is frequent.
+        CheckpointError: a stored part is damaged or foreign.
+    """
+    if config["regenerated_data"]:
+        return _given(config, Path(config["regenerated_data"]))
+    options = {name: config[name] for name in sorted(REGENERATION)}
+    source = train_model(config.for_embeddings()) if config["regen_pretrained"] else None
+    splits = source.splits if source is not None else prepare_data(config.for_embeddings())
+    parts = [splits.fingerprint, source.fingerprint if source is not None else ""]
+    base = {
+        **options,
+        "seed": config["seed"],
+        "longest": config["MAX_ITEM_LIST_LENGTH"],
+        "version": REGENERATION_VERSION,
+    }
+    mark = fingerprint({**base, "eval_args": config.training_options()["eval_args"]}, *parts)
+    directory = Path(config["checkpoint_dir"]) / f"regeneration-{config['dataset']}-{mark[:12]}"
+    users, items = splits.dataset.user_num, splits.dataset.item_num
+    if config["resume"] is not False and (directory / MANIFEST).exists() and (directory / REPORT).exists():
+        getLogger().info(f"Regeneration: reusing {directory}")
+        found = read_json(directory / REPORT)
+        return RegeneratedData(
+            Regenerated.load(directory, users, items, mark), directory, mark, found["seconds"], found
+        )
+    vectors = source.model.item_embedding.weight.detach()[:items] if source is not None else None
+    return _run(config, splits, vectors, directory, mark)
+
+
+def _run(config: Any, splits: Splits, vectors: Any, directory: Path, mark: str) -> RegeneratedData:
+    train = splits.train._dataset
+    if not isinstance(train, SequenceDataset) or not train.is_lazy:
+        raise DatasetError("regeneration: benchmark files have no histories to regenerate; use an interaction log.")
+    started, progress = time.perf_counter(), bool(config["show_progress"])
+    whole = training_sequences(train)
+    read = pieces(whole, config["MAX_ITEM_LIST_LENGTH"])
+    pairs = make_pairs(
+        read, whole, config["regen_span"], config["regen_min_support"], config["regen_pattern_length"],
+        config["regen_pairs"], config["seed"], "" if progress else None,
+    )  # fmt: skip
+    if not len(pairs):
+        raise DatasetError(
+            f"regeneration: no pattern within {config['regen_span']} items occurs in {config['regen_min_support']} of "
+            f"the {len(whole)} training sequences; lower regen_min_support or raise regen_span."
+        )
+    getLogger().info(f"regeneration: {len(pairs.patterns)} patterns, {len(pairs)} pairs of {len(read)} sequences")
+    init_seed(config["seed"], config["reproducibility"])
+    model = _build(config, train.store.n_items, vectors).to(config["device"])
+    directory.mkdir(parents=True, exist_ok=True)
+    prepared = time.perf_counter() - started
+    if config["resume"] is False:
+        (directory / STATE).unlink(missing_ok=True)
+    history = fit(model, pairs, _schedule(config), directory, progress)
+    started = time.perf_counter()
+    generated = generate(
+        model, read, config["regen_gamma"], config["regen_temperature"], config["seed"],
+        desc="Generate patterns" if progress else None,
+    )  # fmt: skip
+    data = combine(whole, read, pairs.patterns, generated)
+    seconds = prepared + sum(epoch["seconds"] for epoch in history["epochs"]) + time.perf_counter() - started
+    tokens = splits.vocabulary()["items"]
+    found = {
+        **report.describe(whole, data, train.store.n_items, tokens), "dataset": config["dataset"],
+        "options": {name: config[name] for name in sorted(REGENERATION)}, "seed": config["seed"],
+        "patterns_mined": len(pairs.patterns), "pairs": len(pairs), "training": history, "seconds": seconds,
+    }  # fmt: skip
+    data.save(directory, mark)
+    write_report(directory, found)
+    getLogger().info(f"Regenerated data: {directory}\n{report.text(found)}")
+    return RegeneratedData(data, directory, mark, seconds, found)
+
+
+def write_report(directory: Path, found: dict[str, Any]) -> None:
+    """The report as text, plot (where matplotlib is there) and, last, JSON."""
+    with replacing(directory / "report.txt") as part:
+        part.write_text(report.text(found) + "\n", encoding="utf-8")
+    with contextlib.suppress(MissingExtraError):
+        report.draw(found, directory / "report.png")
+    write_json(directory / REPORT, found)
+
+
+def _build(config: Any, n_items: int, vectors: Any) -> Regenerator:
+    size, heads = config["regen_hidden_size"] if vectors is None else vectors.shape[1], config["regen_heads"]
+    if size % heads:
+        raise ConfigError(
+            [f"regen_heads: {heads} does not divide vectors of length {size}; choose 1 or 2, or another."]
+        )
+    model = Regenerator(
+        n_items, size, heads, config["regen_layers"], config["regen_inner_size"], config["regen_dropout"],
+        config["regen_conditions"], config["MAX_ITEM_LIST_LENGTH"], config["regen_pattern_length"],
+    )  # fmt: skip
+    if vectors is not None:
+        model.use_item_vectors(vectors.to("cpu", torch.float32))
+    return model
+
+
+def _schedule(config: Any) -> Schedule:
+    return Schedule(
+        epochs=config["regen_epochs"],
+        patience=config["regen_stopping_step"],
+        learning_rate=config["regen_learning_rate"],
+        batch_pairs=config["regen_batch_pairs"],
+        held_out=config["regen_held_out"],
+        entropy_weight=config["regen_entropy"],
+        tau_decay=config["regen_tau_decay"],
+        tau_least=config["regen_tau_least"],
+        seed=config["seed"],
+    )
+
+
+def _given(config: Any, directory: Path) -> RegeneratedData:
+    """A set that was made before, named by the user."""
+    splits = prepare_data(config.without_regeneration())
+    try:
+        data = Regenerated.load(directory, splits.dataset.user_num, splits.dataset.item_num)
+        found = read_json(directory / REPORT)
+    except CheckpointError as error:
+        raise CheckpointError(f"regenerated_data: {error}") from None
+    mark = fingerprint({"regenerated": [sha256(path) for path in sorted(directory.glob("*.npy"))]}, splits.fingerprint)
+    return RegeneratedData(data, directory, mark, float(found.get("seconds", 0.0)), found)
+
+
+def extra_rows(data: Regenerated) -> int:
+    """Training rows that `data` adds."""
+    return int(np.maximum(np.diff(data.offsets) - 1, 0).sum())
