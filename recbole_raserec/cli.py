@@ -1,4 +1,4 @@
-"""The command ``recbole-raserec``: `run` (the default) and `prepare`.
+"""The command ``recbole-raserec``: `run` (the default), `prepare` and `regenerate`.
 
 Nothing heavy is imported before it is needed: ``--help`` and a wrong option answer at once.
 """
@@ -19,12 +19,14 @@ from recbole_raserec.errors import ConfigError, RaSeRecError
 USAGE = """\
 usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
        recbole-raserec prepare --input=FILE --format=FORMAT --output=DIR --name=NAME
+       recbole-raserec regenerate --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
        recbole-raserec --version
 
-  run      train and evaluate a model (the default)
-  prepare  turn raw data into the atomic files that `run` reads
+  run         train and evaluate a model (the default)
+  prepare     turn raw data into the atomic files that `run` reads
+  regenerate  regenerate a training set (DR4SR) and write it as atomic files
 
-`recbole-raserec run --help` and `recbole-raserec prepare --help` list the options."""
+`recbole-raserec COMMAND --help` lists the options of a command."""
 
 RUN_HELP = """\
 usage: recbole-raserec run --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
@@ -48,6 +50,21 @@ Every option of RecBole can be given as --OPTION=VALUE and wins over the files. 
   --seed=N
   --checkpoint_dir=DIR       where results of finished and unfinished stages are kept
   --result_file=FILE         write the figures as JSON"""
+
+REGENERATE_HELP = """\
+usage: recbole-raserec regenerate --dataset=DATASET --output=DIR [--name=NAME] [--OPTION=VALUE ...]
+
+Mines the patterns of the training split, trains the regenerator on them, lets it write new ones, and puts all of it
+behind the original rows: DIR/NAME/NAME.train.inter, with .valid.inter, .test.inter, NAME.yaml (the options under which
+RecBole alone reads them) and a report. The same command continues an interrupted run.
+
+  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
+  --output=DIR               directory of data sets to write into
+  --name=NAME                of the new data set (default: DATASET-regenerated)
+  --regen_gamma=X            share of steps that choose among a sequence's own items, 0 to 1
+  --regen_conditions=N       patterns written for a sequence
+  --regen_...                the others stand, with a comment each, in properties/overall.yaml
+  --data_path, --seed, --checkpoint_dir, --threads, --config_files as of `recbole-raserec run`"""
 
 PREPARE_HELP = """\
 formats:
@@ -80,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for an error of this package (one message on stderr), 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "prepare": _prepare}
+    commands = {"run": _run, "prepare": _prepare, "regenerate": _regenerate}
     if words[:1] in (["-h"], ["--help"], ["help"]):
         print(USAGE)
         return 0
@@ -101,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "the same command continues from the last finished epoch" if command == "run" else "nothing was written"
+        again = "the same command continues from the last finished epoch"
+        hint = "nothing was written" if command == "prepare" else again
         print(f"\nInterrupted: {hint}.", file=sys.stderr)
         return 130
     return 0
@@ -115,6 +133,23 @@ def _run(words: list[str]) -> None:
     from recbole_raserec.quick_start import run_recbole_raserec
 
     run_recbole_raserec(model=model, dataset=dataset, config_file_list=files, config_dict=None, argv=options)
+
+
+def _regenerate(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(REGENERATE_HELP)
+        return
+    model, dataset, files, options = parse_run(words)
+    pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
+    own = {key: value for _, key, value in pairs if key in ("output", "name")}
+    if not own.get("output"):
+        raise ConfigError(["output: is not given; name the directory to write into, for example --output=dataset"])
+    rest = [option for option, key, _ in pairs if key not in own]
+    from pathlib import Path
+
+    from recbole_raserec.regenerate import regenerate_dataset
+
+    print(regenerate_dataset(dataset, Path(own["output"]), own.get("name"), model, files, None, rest))
 
 
 def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:

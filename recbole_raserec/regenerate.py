@@ -7,14 +7,17 @@ import dataclasses
 import time
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
-from recbole.utils import init_seed
+from recbole.utils import init_logger, init_seed
 
+from recbole_raserec.allocator import keep_freed_memory
+from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.regenerated import Regenerated
+from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.data.splits import Splits
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, MissingExtraError
 from recbole_raserec.fileio import read_json, replacing, sha256, write_json
@@ -22,6 +25,7 @@ from recbole_raserec.fingerprint import fingerprint
 from recbole_raserec.options import REGENERATION
 from recbole_raserec.regeneration import report
 from recbole_raserec.regeneration.combine import combine
+from recbole_raserec.regeneration.files import write_benchmark
 from recbole_raserec.regeneration.inference import generate
 from recbole_raserec.regeneration.regenerator import Regenerator
 from recbole_raserec.regeneration.sources import make_pairs, pieces, training_sequences
@@ -128,6 +132,41 @@ def _run(config: Any, splits: Splits, vectors: Any, directory: Path, mark: str) 
     write_report(directory, found)
     getLogger().info(f"Regenerated data: {directory}\n{report.text(found)}")
     return RegeneratedData(data, directory, mark, seconds, found)
+
+
+def regenerate_dataset(
+    dataset: Optional[str], output: Path, name: Optional[str] = None, model: Optional[str] = None,
+    config_file_list: Optional[list[str]] = None, config_dict: Optional[dict[str, Any]] = None,
+    argv: Optional[list[str]] = None,
+) -> Path:  # fmt: skip
+    """Stage i alone: the regenerated data set as RecBole's atomic files, with the report beside them.
+
+    Args:
+        dataset: to regenerate. output: directory of data sets; the folder `name` of it is written.
+        name: of the new data set; default: that of the old one and ``-regenerated``.
+        model, config_file_list, config_dict, argv: as of :func:`recbole_raserec.quick_start.run_recbole_raserec`; the
+            model decides nothing but which options are known.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError: as that function does.
+    """
+    keep_freed_memory()
+    given = {**(config_dict or {}), "regeneration": True}
+    config = Config(model or "SASRec", dataset, config_file_list, given, argv)
+    if config["threads"]:
+        torch.set_num_threads(int(config["threads"]))
+    init_seed(config["seed"], config["reproducibility"])
+    init_logger(config)
+    ensure_dataset(config)
+    made = regenerate(config)
+    splits = prepare_data(config.without_regeneration())
+    desc = "Write" if config["show_progress"] else None
+    folder = write_benchmark(splits, made.data, output, name or f"{config['dataset']}-regenerated", desc)
+    write_report(folder, made.report)
+    return folder
 
 
 def write_report(directory: Path, found: dict[str, Any]) -> None:

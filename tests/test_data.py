@@ -154,3 +154,25 @@ def test_amazon_beauty_splits_as_published(real_data, workdir):
     sizes = [len(data._dataset) for data in (splits.train, splits.valid, splits.test)]
     assert sizes == [131_413, 22_363, 22_363]
     assert splits.seen["test"].nnz - splits.seen["valid"].nnz == 22_363  # 5-core data without repeats
+
+
+def test_masking_models_get_batches_of_like_weight(small_config):
+    """BERT4Rec's loss is a mean over a batch's masked items; of windows of one item none counts."""
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([np.full(400, 3), rng.integers(3, 60, 60)])
+    log = [(user, int(rng.integers(0, 25)), time) for user, length in enumerate(lengths) for time in range(length)]
+    config = small_config("BERT4Rec", log=log, MAX_ITEM_LIST_LENGTH=50, train_batch_size=64)
+    train = SequenceDataset(config).build()[0]
+    loader = BucketLoader(config, train, None, shuffle=True)
+    batches = list(loader.batches())
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(train)))
+    window = train.inter_feat["item_length"].numpy()
+    weights = np.array([(window[rows] - 1).sum() for rows in batches])
+    assert weights.min() > 0.5 * weights.mean()
+    assert weights.max() < 1.6 * weights.mean()
+    assert abs(len(batches) - len(loader)) <= 0.1 * len(loader) + 1
+    spans = [np.ptp(window[rows]) for rows in batches]
+    assert np.median(spans) < 10  # of like length all the same
+    for rows in batches:
+        loss_rows = loader.collate_fn(rows)
+        assert (loss_rows["MASK_INDEX"] > 0).any()

@@ -73,9 +73,10 @@ def run(directory, model="RaSeRec", dataset="planted", **options):
     kept = {"trained": []}
     report, train_epoch = quick_start._report, ResumableTrainer._train_epoch
 
-    def reporting(config, base, ours, seconds):
-        kept.update(base=base, ours=ours)
-        return report(config, base, ours, seconds)
+    def reporting(config, stages, data, seconds):
+        base, *more = stages.values()
+        kept.update(base=base, ours=more[-1] if more else None, stages=stages, data=data)
+        return report(config, stages, data, seconds)
 
     def training(self, data, epoch_idx, *args, **kwargs):
         kept["trained"].append((self.config["model"], epoch_idx))

@@ -13,6 +13,9 @@ from recbole.data.interaction import Interaction
 #: Batches that are sorted by length together. Each such block is a uniform random sample of the epoch.
 BLOCK = 64
 
+#: Windows up to this length are not told apart where a batch needs items to mask.
+SHORT = 5
+
 SAME_TARGET = "same_target_"
 
 
@@ -21,7 +24,10 @@ class BucketLoader(TrainDataLoader):
 
     An epoch is a uniform permutation of the rows, cut into blocks of :data:`BLOCK` batches; within a block rows are
     sorted by window length, cut into batches, and the batches are put into random order. Every row is seen once an
-    epoch. Needs a :class:`~recbole_raserec.data.dataset.SequenceDataset`, whose `trim` it switches on.
+    epoch. With RecBole's `transform: mask_itemseq` (BERT4Rec), whose loss is a mean over the masked items of a batch, a
+    batch holds a constant number of items that can be masked instead of a constant number of rows: otherwise those of
+    short windows would weigh many times more, and a batch of the shortest has none. Needs a
+    :class:`~recbole_raserec.data.dataset.SequenceDataset`, whose `trim` it switches on.
 
     Args:
         same_target: add to each batch, under the prefix :data:`SAME_TARGET`, the window of another row with the same
@@ -35,6 +41,8 @@ class BucketLoader(TrainDataLoader):
         super().__init__(config, dataset, sampler, shuffle=shuffle)
         self.bucket = bucket
         self._lengths = dataset.inter_feat[dataset.item_list_length_field].numpy()
+        # RecBole never counts a masked first item.
+        self._maskable = np.maximum(self._lengths - 1, 0) if config["transform"] == "mask_itemseq" else None
         self._partners = SameTarget(dataset.inter_feat[dataset.iid_field].numpy()) if same_target else None
         dataset.trim = True
 
@@ -55,10 +63,22 @@ class BucketLoader(TrainDataLoader):
             return
         for start in range(0, len(order), BLOCK * self.step):
             block = order[start : start + BLOCK * self.step]
-            block = block[np.argsort(self._lengths[block], kind="stable")]
-            starts = np.arange(0, len(block), self.step)
-            for batch in torch.randperm(len(starts), generator=self.generator).numpy():
-                yield block[starts[batch] : starts[batch] + self.step]
+            if self._maskable is None:
+                block = block[np.argsort(self._lengths[block], kind="stable")]
+                parts = np.split(block, np.arange(self.step, len(block), self.step))
+            else:
+                parts = self._by_maskable(block)
+            for batch in torch.randperm(len(parts), generator=self.generator).tolist():
+                yield parts[batch]
+
+    def _by_maskable(self, block: np.ndarray) -> list[np.ndarray]:
+        """`block` in batches of as many maskable items as :attr:`step` rows have on average, short windows mixed."""
+        assert self._maskable is not None
+        block = block[np.argsort(np.maximum(self._lengths[block], SHORT), kind="stable")]
+        budget = max(self._maskable.mean() * self.step, 1.0)
+        batch = (np.cumsum(self._maskable[block]) // budget).astype(np.int64)
+        last = max(round(self._maskable[block].sum() / budget), 1) - 1  # what is left over joins the last
+        return np.split(block, np.flatnonzero(np.diff(np.minimum(batch, last))) + 1)
 
     def collate_fn(self, index: Any) -> Interaction:
         index = np.asarray(index)

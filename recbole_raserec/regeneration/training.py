@@ -180,4 +180,5 @@ def _resume(model: Regenerator, optimizer: Any, directory: Path) -> tuple[list[d
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return list(meta["history"]), int(meta["steps"])
     except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
-        raise CheckpointError(f"{path} does not fit this run ({error}); delete {directory} to start anew.") from None
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise CheckpointError(f"{path} does not fit this run ({reason}); delete {directory} to start anew.") from None
