@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.regeneration.inference import LEAST, Decoder, generate, uniform
+from recbole_raserec.regeneration.inference import LEAST, Decoder, best_two, generate, uniform
 from recbole_raserec.regeneration.regenerator import Regenerator, first_occurrences
 from recbole_raserec.regeneration.sources import Pairs, Sequences, make_pairs, pieces
 from recbole_raserec.regeneration.training import BEST, STATE, Schedule, epoch_batches, fit, held_out_loss, split
@@ -145,7 +145,7 @@ def test_greedy_decoding_against_one_by_one(gamma, seed):
     model = model_of(seed)
     rows = random_rows(seed, 25)
     found = generate(model, sequences_of(rows), gamma, batch_size=7)
-    exact = Decoder(model, gamma).model
+    exact = Decoder(model, gamma).exact
     for row, patterns in zip(rows, found):
         for way in range(3):
             with torch.no_grad():
@@ -176,6 +176,37 @@ def test_what_generated_patterns_keep_to(seed, gamma, temperature, batch_size):
                 assert len(items) >= LEAST
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([5, 128, 300, 512]))
+def test_best_two_against_sorting(seed, columns):
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.integers(-4, 5, (7, columns)).astype(np.float64))  # with ties
+    logits[rng.random((7, columns)) < 0.3] = -torch.inf
+    place, best, second = best_two(logits)
+    for row in range(7):
+        ordered = sorted(logits[row].tolist(), reverse=True)
+        assert (float(best[row]), float(second[row])) == (ordered[0], ordered[1])
+        assert int(place[row]) == logits[row].tolist().index(ordered[0])
+
+
+def test_close_choices_are_made_in_float64():
+    """Two items whose vectors differ by less than float32 can tell in a product."""
+    model = model_of()
+    with torch.no_grad():
+        model.items.weight[7] = model.items.weight[5] * (1 + 2e-7)
+    rows = sequences_of([[5, 7], [7, 5], [5, 7, 3]] * 20)
+    found = generate(model, rows, 1.0, batch_size=7)
+    exact = Decoder(model, 1.0).exact
+    for row, patterns in zip([[5, 7], [7, 5], [5, 7, 3]], found):
+        for way in range(3):
+            with torch.no_grad():
+                assert patterns[way][patterns[way] > 0].tolist() == decoded_one_by_one(exact, row, way, True)
+    decoder = Decoder(model, 1.0)
+    coins = torch.ones(1, 3, 4, dtype=torch.bool)
+    assert decoder._rough.run(torch.tensor([[5, 7]]), coins, torch.zeros(1, 3, 4))[1].any()
+    assert not decoder._rough.run(torch.tensor([[3, 9]]), coins, torch.zeros(1, 3, 4))[1].any()
+
+
 def test_a_sequence_is_written_for_alike_whatever_stands_beside_it():
     """Coins and draws belong to the sequence's number, results to its items."""
     model = model_of()
@@ -202,7 +233,7 @@ def test_drawing_follows_the_distribution():
     count = 4000
     found = generate(model, sequences_of([[3, 5, 7, 9]] * count), 1.0, 1.5, 0)
     with torch.no_grad():
-        logits = logits_one_by_one(Decoder(model, 1.0).model, [3, 5, 7, 9], 1, [])[[3, 5, 7, 9]]
+        logits = logits_one_by_one(Decoder(model, 1.0).exact, [3, 5, 7, 9], 1, [])[[3, 5, 7, 9]]
     wanted = torch.softmax(logits / 1.5, dim=0).numpy()
     counts = np.array([(found[:, 1, 0] == item).mean() for item in (3, 5, 7, 9)])
     np.testing.assert_allclose(counts, wanted, atol=4 * np.sqrt(0.25 / count))

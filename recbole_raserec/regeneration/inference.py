@@ -3,9 +3,10 @@
 At each step a coin decides: with probability gamma the next item is chosen among the sequence's own (restrictive),
 otherwise among all (generative); never one that the pattern has already. The public code always tosses restrictive.
 
-All sequences of a batch and all K conditions are decoded together, a step at a time, on kept keys and values, in
-float64: in float32 the last bits of a product depend on the size of the batch, and with them, now and then, an item.
-Coins and draws are functions of (seed, sequence, condition, step). So the patterns do not depend on the batch size.
+All sequences of a batch and all K conditions are decoded together, a step at a time, on kept keys and values. The last
+bits of a product depend on the size of the batch, and with them, in float32, now and then an item. So a sequence with
+any choice closer than float32 can tell is decoded again in float64 (draws always are), and coins and draws are
+functions of (seed, sequence, condition, step): the patterns do not depend on the batch size.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ import torch
 from tqdm import tqdm
 
 from recbole_raserec.regeneration.layers import KeyValue
-from recbole_raserec.regeneration.regenerator import Regenerator, Source
+from recbole_raserec.regeneration.regenerator import Regenerator
 from recbole_raserec.regeneration.sources import Sequences
 
 #: Items a pattern has at least; a single one has no prefix.
 LEAST = 2
 
 _COIN, _DRAW = 0, 1
+
+_ROWS = 256  # rows whose logits over all items are held at a time
+_BLOCK = 128  # columns of a block of logits, see best_two
+#: Rounding of a logit in float32, as a share of |h| |item|: four times what is seen.
+_UNSURE = 2e-5
 
 
 class Decoder:
@@ -36,8 +42,10 @@ class Decoder:
     """
 
     def __init__(self, model: Regenerator, gamma: float, temperature: float = 0.0, seed: int = 0):
-        self.model = copy.deepcopy(model).double().eval()
+        self.exact = copy.deepcopy(model).double().eval().requires_grad_(False)
         self.gamma, self.temperature, self.seed = float(gamma), float(temperature), int(seed)
+        self._rough = _Steps(copy.deepcopy(model).float().eval(), 0.0) if not temperature else None
+        self._fine = _Steps(self.exact, self.temperature)
 
     @torch.no_grad()
     def decode(self, items: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
@@ -50,70 +58,122 @@ class Decoder:
             int64 [B, K, pattern_length], padded with 0; at least two items each, unless the sequence has too few for
             restrictive steps.
         """
-        model, count, length = self.model, len(items), self.model.pattern_length
+        restrictive = torch.from_numpy(self._uniform(numbers, _COIN) < self.gamma).to(items.device)
+        draws = torch.from_numpy(self._uniform(numbers, _DRAW)).to(items.device)
+        if self._rough is None:
+            return self._fine.run(items, restrictive, draws)[0]
+        found, close = self._rough.run(items, restrictive, draws)
+        again = close.any(1).nonzero().squeeze(1)
+        if len(again):
+            found[again] = self._fine.run(items[again], restrictive[again], draws[again])[0]
+        return found
+
+    def _uniform(self, numbers: np.ndarray, stream: int) -> np.ndarray:
+        return uniform(self.seed, numbers, self.exact.conditions, self.exact.pattern_length, stream)
+
+
+class _Steps:
+    """The decoding in one precision.
+
+    Args:
+        model: regenerator in evaluation mode. temperature: as of :class:`Decoder`.
+    """
+
+    def __init__(self, model: Regenerator, temperature: float):
+        self.model, self.temperature = model.requires_grad_(False), temperature
+        table = model.items.weight[: model.n_items]
+        width = -(-model.n_items // _BLOCK) * _BLOCK
+        self._table = torch.zeros(model.size, width, dtype=table.dtype, device=table.device)
+        self._table[:, : model.n_items] = table.t()
+        self._logits = torch.empty(_ROWS, width, dtype=table.dtype, device=table.device)
+        # What a difference of logits must exceed to be sure, per length of h: rounding of the products and of h.
+        self._unsure = _UNSURE * float(table.norm(dim=1).max()) if table.dtype == torch.float32 else 0.0
+
+    def run(
+        self, items: torch.Tensor, restrictive: torch.Tensor, draws: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patterns [B, K, length] of sequences [B, S], and bool [B, K] where a choice was too close to tell.
+
+        Args:
+            restrictive: bool [B, K, length]. draws: [B, K, length].
+        """
+        model, length, ways = self.model, self.model.pattern_length, self.model.conditions
         source = model.encode(items)
-        ways = model.conditions
-        owner = torch.arange(count, device=items.device).repeat_interleave(ways)
+        owner = torch.arange(len(items), device=items.device).repeat_interleave(ways)
         keys_values = model.keys_values(source.spaces.flatten(0, 1))
         mask = (items > 0)[owner][:, None, None]
-        coins, draws = (
-            torch.from_numpy(uniform(self.seed, numbers, ways, length, stream)).reshape(-1, length).to(items.device)
-            for stream in (_COIN, _DRAW)
-        )
-        written = torch.zeros(count * ways, length, dtype=torch.int64, device=items.device)
-        token = torch.full((count * ways,), model.start, device=items.device)
+        restrictive, draws = restrictive.flatten(0, 1), draws.flatten(0, 1)
+        written = torch.zeros(len(owner), length, dtype=torch.int64, device=items.device)
+        close = torch.zeros(len(owner), dtype=torch.bool, device=items.device)
+        token = torch.full((len(owner),), model.start, device=items.device)
         past: list[Optional[KeyValue]] = [None] * len(keys_values)
-        open_ = torch.ones(count * ways, dtype=torch.bool, device=items.device)
+        going = torch.ones(len(owner), dtype=torch.bool, device=items.device)
         for step in range(length):
             x = model.pattern_norm(model.items(token) + model.pattern_positions.weight[step])[:, None]
             for number, layer in enumerate(model.decoder_layers()):
                 x, past[number] = layer.step(x, past[number], keys_values[number], mask)
-            restrictive = coins[:, step] < self.gamma
+            h = x[:, 0]
+            end = h @ model.items.weight[model.end]
             token = torch.full_like(token, model.end)
-            for rows, choose in ((restrictive, self._among_own), (~restrictive, self._among_all)):
-                rows = (rows & open_).nonzero().squeeze(1)
-                if len(rows):
-                    token[rows] = choose(x[rows, 0], source, owner[rows], written[rows], draws[rows, step], step)
-            open_ &= token != model.end
-            if not bool(open_.any()):
+            own = (restrictive[:, step] & going).nonzero().squeeze(1)
+            for rows in own.split(_ROWS):
+                own_items = source.items[owner[rows]]  # [R, S]
+                logits = (model.items(own_items) @ h[rows][:, :, None]).squeeze(2)
+                used = (own_items[:, :, None] == written[rows, None]).any(2)
+                logits = logits.masked_fill(used | ~source.candidates[owner[rows]], -torch.inf)
+                place, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
+                last = own_items.shape[1]
+                picked = own_items.gather(1, place.clamp(max=last - 1)[:, None]).squeeze(1)
+                token[rows] = torch.where(place < last, picked, model.end)
+                close[rows] |= unsure
+            free = (~restrictive[:, step] & going).nonzero().squeeze(1)
+            for rows in free.split(_ROWS):
+                logits = self._logits[: len(rows)]
+                torch.mm(h[rows], self._table, out=logits)
+                logits[:, model.n_items :] = -torch.inf
+                logits.scatter_(1, written[rows], -torch.inf)  # unwritten places are 0, the padding
+                logits[:, 0] = -torch.inf
+                place, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
+                token[rows] = torch.where(place < model.n_items, place, model.end)
+                close[rows] |= unsure
+            going &= token != model.end
+            if not bool(going.any()):
                 break
-            written[:, step] = torch.where(open_, token, 0)
-        return written.view(count, ways, length)
+            written[:, step] = torch.where(going, token, 0)
+        return written.view(len(items), ways, length), close.view(len(items), ways)
 
-    def _among_own(
-        self, h: torch.Tensor, source: Source, owner: torch.Tensor, written: torch.Tensor, draw: torch.Tensor, step: int
-    ) -> torch.Tensor:
-        """The next item of rows [R], or the end, among the items of their sequences."""
-        items = source.items[owner]  # [R, S]
-        logits = (self.model.items(items) @ h[:, :, None]).squeeze(2)
-        used = (items[:, :, None] == written[:, None]).any(2)
-        logits = logits.masked_fill(used | ~source.candidates[owner], -torch.inf)
-        place = self._choose(logits, h, draw, step)
-        own = items.gather(1, place.clamp(max=items.shape[1] - 1)[:, None]).squeeze(1)
-        return torch.where(place < items.shape[1], own, self.model.end)
-
-    def _among_all(
-        self, h: torch.Tensor, source: Source, owner: torch.Tensor, written: torch.Tensor, draw: torch.Tensor, step: int
-    ) -> torch.Tensor:
-        """The next item of rows [R], or the end, among all items."""
-        table = self.model.items.weight[: self.model.n_items]
-        logits = h @ table.t()  # [R, V]
-        logits[:, 0] = -torch.inf
-        logits.scatter_(1, written, -torch.inf)  # unwritten places are 0, the padding
-        place = self._choose(logits, h, draw, step)
-        return torch.where(place < self.model.n_items, place, self.model.end)
-
-    def _choose(self, logits: torch.Tensor, h: torch.Tensor, draw: torch.Tensor, step: int) -> torch.Tensor:
-        """Column of `logits` [R, C] that is taken; C: the end."""
-        end = h @ self.model.items.weight[self.model.end]
-        best = logits.amax(dim=1)
+    def _choose(
+        self, logits: torch.Tensor, h: torch.Tensor, end: torch.Tensor, draw: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Column of `logits` [R, C] that is taken, C or more: the end; and whether that was too close to tell."""
+        place, best, second = best_two(logits)
         if step < LEAST:  # no end yet, if there is any item at all
             end = torch.where(torch.isneginf(best), end, -torch.inf)
-        if not self.temperature:
-            return torch.where(end > best, logits.shape[1], logits.argmax(dim=1))
-        weights = torch.softmax(torch.cat([logits, end[:, None]], dim=1) / self.temperature, dim=1).cumsum(dim=1)
-        # the last column that has any weight ends at the total
-        return torch.searchsorted(weights, (draw * weights[:, -1])[:, None], right=True).squeeze(1)
+        if self.temperature:
+            every = torch.cat([logits, end[:, None]], dim=1)
+            weights = torch.softmax(every / self.temperature, dim=1).cumsum(dim=1)
+            drawn = torch.searchsorted(weights, (draw * weights[:, -1])[:, None], right=True).squeeze(1)
+            return drawn, torch.zeros_like(drawn, dtype=torch.bool)
+        gap = torch.where(end > best, end - best, best - torch.maximum(second, end))
+        return torch.where(end > best, logits.shape[1], place), gap <= self._unsure * h.norm(dim=1)
+
+
+def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Column of the best of each row [R, C] (the first of equal ones), its value, and the value of the next: [R] each.
+
+    One pass of maxima over blocks of columns, then a look into the best block: several times faster than an argmax.
+    """
+    rows, columns = logits.shape
+    block = _BLOCK if columns % _BLOCK == 0 else columns
+    blocks = logits.view(rows, columns // block, block)
+    peaks = blocks.amax(dim=2)
+    best, number = peaks.max(dim=1)
+    number = (peaks == best[:, None]).int().argmax(dim=1)
+    inside = blocks[torch.arange(rows, device=logits.device), number]  # [R, block]
+    column = (inside == best[:, None]).int().argmax(dim=1)
+    inside = inside.scatter(1, column[:, None], -torch.inf)
+    peaks = peaks.scatter(1, number[:, None], -torch.inf)
+    return number * block + column, best, torch.maximum(inside.amax(dim=1), peaks.amax(dim=1))
 
 
 def generate(
