@@ -171,7 +171,7 @@ RETRIEVAL: dict[str, Rule] = {
 
 #: Options of dataset regeneration; all but the first count only where that is on.
 REGENERATION: dict[str, Rule] = {
-    "regeneration": _FLAG,
+    "regeneration": Rule("true, false or personalised", lambda value: value in (True, False, "personalised")),
     "regenerated_data": _optional(_TEXT),
     "regen_pretrained": _FLAG,
     **dict.fromkeys(("regen_span", "regen_pattern_length"), _integer(2)),
@@ -186,6 +186,9 @@ REGENERATION: dict[str, Rule] = {
     **dict.fromkeys(("regen_entropy", "regen_temperature"), number(0)),
     **dict.fromkeys(("regen_tau_decay", "regen_tau_least"), number(0, 1, open_low=True)),
     "regen_gamma": number(0, 1),
+    **dict.fromkeys(("regen_personal_epochs", "regen_personal_every"), _integer(1)),
+    "regen_personal_terms": _integer(0),
+    **dict.fromkeys(("regen_personal_rate", "regen_personal_learning_rate"), number(0, open_low=True)),
 }
 
 #: Options that hold options; a key left out keeps the value of the file below.

@@ -22,8 +22,10 @@ from recbole_raserec.evaluation.report import (
     stages_table,
     write_result,
 )
+from recbole_raserec.personalise import personalise
 from recbole_raserec.recommendation.backbone import REFUSED, SUPPORTED
 from recbole_raserec.regenerate import regenerate
+from recbole_raserec.registry import get_model
 from recbole_raserec.stages import Outcome, fine_tune, train_model
 
 
@@ -69,17 +71,20 @@ def run_recbole_raserec(
         plain, data = config, None
     else:
         plain, data = config.without_regeneration(), regenerate(config)  # stage i
+        personal = config["regeneration"] == "personalised"
     if config["model"] == "RaSeRec":
         base = stages["base"] = train_model(plain.for_backbone(), config["backbone_checkpoint"])  # stage ii
         if data is not None:
+            data = personalise(config.for_backbone(), data, base) if personal else data
             stages["base + (i)"] = base_i = train_model(config.for_backbone(), regenerated=data)
             stages["base + (iii)"] = fine_tune(plain, base)
             stages["base + (i) + (iii)"] = fine_tune(config, base_i)
         else:
             stages["base + (iii)"] = fine_tune(config, base)  # stage iii
     else:
-        stages["base"] = train_model(plain)
+        base = stages["base"] = train_model(plain)
         if data is not None:
+            data = personalise(config, data, base) if personal else data
             stages["base + (i)"] = train_model(config, regenerated=data)
 
     return _report(config, stages, data, time.perf_counter() - started)
@@ -96,6 +101,12 @@ def _check(config: Any) -> None:
     if config["model"] == "RaSeRec" and config["backbone"] in REFUSED:
         problems.append(
             f"backbone: {config['backbone']} {REFUSED[config['backbone']]}; choose one of {', '.join(SUPPORTED)}."
+        )
+    target = config["backbone"] if config["model"] == "RaSeRec" else config["model"]
+    if config["regeneration"] == "personalised" and not hasattr(get_model(target), "weighted_loss"):
+        problems.append(
+            f"regeneration: personalised weighs rows in the loss of SASRec and DuoRec, not in that of {target}; "
+            "write regeneration: true, or choose one of the two."
         )
     if config["regeneration"] and config["backbone_checkpoint"]:
         problems.append(

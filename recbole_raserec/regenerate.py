@@ -68,7 +68,8 @@ def regenerate(config: Any) -> RegeneratedData:
     """
     if config["regenerated_data"]:
         return _given(config, Path(config["regenerated_data"]))
-    options = {name: config[name] for name in sorted(REGENERATION)}
+    options = {name: config[name] for name in sorted(REGENERATION) if not name.startswith("regen_personal")}
+    del options["regeneration"]  # whether the rows are weighed comes later
     source = train_model(config.for_embeddings()) if config["regen_pretrained"] else None
     splits = source.splits if source is not None else prepare_data(config.for_embeddings())
     parts = [splits.fingerprint, source.fingerprint if source is not None else ""]

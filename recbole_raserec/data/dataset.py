@@ -18,6 +18,10 @@ POSITION = "sequence_position"
 SEQUENCE = "sequence_row"
 
 
+#: Column of a training batch: the row's weight in the loss.
+WEIGHT = "row_weight"
+
+
 class SequenceDataset(FastLoading):
     """Drop-in for RecBole's ``SequentialDataset`` whose prefix windows are indices into one sorted copy of the log.
 

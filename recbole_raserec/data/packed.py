@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
+from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.loader import BLOCK, SAME_TARGET, BucketLoader
 from recbole_raserec.data.sequences import SequenceStore
 
@@ -101,7 +102,7 @@ class PackedLoader(BucketLoader):
     Each epoch deals the targets of a window out to `packed_copies` rows anew, see :func:`plan_epoch`: the targets of
     one sequence then fall into different batches, as they do with one window per target.
     A batch holds ``item_id_list`` [U, L], ``item_length`` [U] and :data:`PACKED_TARGETS` [U, L]; with `same_target`
-    also a window per target, in row-major order of the targets.
+    also a window per target, in row-major order of the targets; where rows have weights, those of the targets [U, L].
     """
 
     def __init__(
@@ -111,6 +112,8 @@ class PackedLoader(BucketLoader):
         super().__init__(config, dataset, sampler, shuffle, bucket, same_target)
         users, positions, self._row_targets = dataset.windows()
         self._windows = PackedWindows(dataset.store, users, positions, dataset.max_item_list_len)
+        feat = dataset.inter_feat
+        self._weights = feat[WEIGHT].numpy() if WEIGHT in feat.interaction else None
         self._copies = (config["packed_copies"] or 1) if shuffle else 1
         self._plan = plan_epoch(self._windows, 1)
 
@@ -152,6 +155,10 @@ class PackedLoader(BucketLoader):
             dataset.item_list_length_field: torch.from_numpy(length),
             PACKED_TARGETS: torch.from_numpy(targets),
         }
+        if self._weights is not None:
+            weights = np.zeros(item_seq.shape, dtype=np.float32)
+            weights[line, windows.column[slot]] = self._weights[windows.row[slot]]
+            fields[WEIGHT] = torch.from_numpy(weights)
         if self._partners is not None:
             other = dataset[self._partners.sample(windows.row[slot], self.generator)]
             for field in (dataset.item_id_list_field, dataset.item_list_length_field):

@@ -11,16 +11,13 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_raserec.data.dataset import POSITION, SEQUENCE, SequenceDataset, _Rows
+from recbole_raserec.data.dataset import POSITION, SEQUENCE, WEIGHT, SequenceDataset, _Rows
 from recbole_raserec.data.sequences import SequenceStore
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.stored_arrays import read_arrays, write_arrays
 
 #: Where a sequence comes from.
 ORIGINS = ("original", "pattern", "generated")
-
-#: Column of a training batch: the row's weight in the loss.
-WEIGHT = "row_weight"
 
 _KIND, _VERSION = "regenerated sequences", 1
 _ARRAYS = {"items": "<i8", "offsets": "<i8", "users": "<i8", "origin": "|u1"}

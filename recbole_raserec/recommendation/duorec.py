@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from recbole_raserec.data.loader import SAME_TARGET
-from recbole_raserec.kernels.losses import info_nce, linear_cross_entropy
-from recbole_raserec.recommendation.sasrec import SASRec
+from recbole_raserec.kernels.losses import info_nce
+from recbole_raserec.recommendation.sasrec import SASRec, row_weights
 
 #: Contrast forms that need the window of another row with the same target.
 SUPERVISED = ("su", "us", "us_x")
@@ -53,7 +53,7 @@ class DuoRec(SASRec):
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
         h, targets = self.encode_batch(interaction)  # [B, H], [B]
-        loss = linear_cross_entropy(h, self.item_vectors(), targets, precision=self.softmax_precision)
+        loss = self.weighted_loss(h, targets, row_weights(interaction))
         if self.contrast in ("un", "us"):
             loss = loss + self.lmd * self._nce(h, self.encode_batch(interaction)[0])
         if self.contrast in ("su", "us"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
+from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.packed import PACKED_TARGETS
 from recbole_raserec.kernels.dropout import use_fast_dropout
 from recbole_raserec.kernels.encoder import Architecture, Ragged, encode
@@ -96,8 +97,11 @@ class SASRec(RecBoleSASRec):
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
-        h, targets = self.encode_batch(interaction)
-        return linear_cross_entropy(h, self.item_vectors(), targets, precision=self.softmax_precision)
+        return self.weighted_loss(*self.encode_batch(interaction), row_weights(interaction))
+
+    def weighted_loss(self, h: torch.Tensor, targets: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy of user vectors [N, H] over all items, as a mean weighted by `weights` [N] (None: alike)."""
+        return linear_cross_entropy(h, self.item_vectors(), targets, weights, self.softmax_precision)
 
     def encode_batch(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """User vectors [N, H] and target items [N] of a training batch: N rows of windows, or, packed, all targets."""
@@ -110,6 +114,14 @@ class SASRec(RecBoleSASRec):
             ragged = Ragged.of_rows(item_seq, interaction[self.ITEM_SEQ_LEN], predicted)
             return self._encode(ragged), targets[predicted]
         return self.encode_positions(item_seq)[predicted], targets[predicted]
+
+
+def row_weights(interaction: Any) -> Optional[torch.Tensor]:
+    """Weights of the rows that `encode_batch` gives for this batch, [N]; None where the data have none."""
+    if WEIGHT not in interaction.columns:
+        return None
+    weights = interaction[WEIGHT]
+    return weights[interaction[PACKED_TARGETS] > 0] if PACKED_TARGETS in interaction.columns else weights
 
 
 def _layer(layer: Any, query: torch.Tensor, hidden: torch.Tensor, *, causal: bool = False, key_length: Any = None):

@@ -1,0 +1,214 @@
+"""The data-set personaliser (DR4SR+, arXiv 2405.17795): what a regenerated row is worth to a target model.
+
+A small network reads the model's vector of a row and gives a score. The scores weigh the rows in the model's training
+loss (inner problem); they are good if the model so trained predicts the original data well (outer problem). The
+gradient of the outer loss with respect to the scorer goes through the trained weights by implicit differentiation::
+
+    dL_out/dphi = - p . d(dL_in/dtheta)/dphi,    p = (d2 L_in / dtheta2)^-1 dL_out/dtheta
+
+The inverse is a truncated Neumann series. Its Hessian-vector products, and the mixed derivative, are central
+differences of gradients and of losses: the model's kernels are asked for first derivatives alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+Tensors = Sequence[torch.Tensor]
+
+#: Length of a step of the central differences, over that of the direction.
+_STEP = 1e-2
+
+
+class Personaliser(nn.Module):
+    """Scores rows by the target model's vectors of them.
+
+    Args:
+        size: length H of the vectors.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.hidden, self.choice = nn.Linear(size, size), nn.Linear(size, 2)
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Drop and keep: [B, H] -> [B, 2]."""
+        return self.choice(F.relu(self.hidden(h)))
+
+    def score(self, h: torch.Tensor) -> torch.Tensor:
+        """Probability of keeping a row, [B]."""
+        return torch.softmax(self.logits(h), dim=1)[:, 1]
+
+    def sample(self, h: torch.Tensor, tau: float) -> torch.Tensor:
+        """A relaxed draw of it (Gumbel-softmax), [B]."""
+        return F.gumbel_softmax(self.logits(h), tau=tau)[:, 1]
+
+
+def implicit_direction(
+    parameters: Tensors, outer: Callable[[], torch.Tensor], inner: Callable[[], torch.Tensor], terms: int, rate: float
+) -> list[torch.Tensor]:
+    """p above: ``rate * sum_{j <= terms} (I - rate H)^j g`` with H of `inner` and g the gradient of `outer`.
+
+    Args:
+        parameters: theta; left as they are. outer, inner: losses as functions of their present values, without noise.
+        terms: of the series beyond the first. rate: below 2 over the largest eigenvalue of H, or it diverges.
+    """
+    part = [g.clone() for g in _gradient(parameters, outer)]
+    total = [g.clone() for g in part]
+    for _ in range(terms):
+        product = hessian_product(parameters, inner, part)
+        part = [x - rate * y for x, y in zip(part, product)]
+        total = [x + y for x, y in zip(total, part)]
+    return [rate * x for x in total]
+
+
+def hessian_product(parameters: Tensors, loss: Callable[[], torch.Tensor], direction: Tensors) -> list[torch.Tensor]:
+    """The Hessian of `loss` times `direction`, by central differences of gradients."""
+    step = _step(direction)
+    ends = []
+    for sign in (1, -1):
+        with shifted(parameters, direction, sign * step):
+            ends.append([g.clone() for g in _gradient(parameters, loss)])
+    return [(a - b) / (2 * step) for a, b in zip(*ends)]
+
+
+@torch.no_grad()
+def row_slopes(parameters: Tensors, direction: Tensors, row_losses: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Slope of each row's loss along `direction`, [B], by central differences."""
+    step = _step(direction)
+    ends = []
+    for sign in (1, -1):
+        with shifted(parameters, direction, sign * step):
+            ends.append(row_losses().clone())
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+def scorer_loss(weights: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
+    """A number whose gradient with respect to the scorer is that of the outer loss.
+
+    The inner loss is the weighted mean of the rows' losses, so that ``p . dL_in/dtheta`` is the weighted mean of their
+    slopes along p.
+
+    Args:
+        weights: [B], of the scorer. slopes: [B].
+    """
+    return -(weights * slopes).sum() / weights.sum().clamp(min=1e-12)
+
+
+@contextlib.contextmanager
+def shifted(parameters: Tensors, direction: Tensors, step: float) -> Iterator[None]:
+    """Inside, the parameters are moved by `step` times `direction`; then they are what they were, to the bit."""
+    kept = [x.detach().clone() for x in parameters]
+    with torch.no_grad():
+        for x, d in zip(parameters, direction):
+            x.add_(d, alpha=step)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, old in zip(parameters, kept):
+                x.copy_(old)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bilevel:
+    """How the scorer learns.
+
+    Attributes:
+        steps: inner steps of the target model. every: inner steps between two steps of the scorer. terms, rate: of the
+            series. learning_rate: of the scorer. tau: of its Gumbel-softmax. model_rate: learning rate of the model.
+    """
+
+    steps: int
+    every: int = 10
+    terms: int = 3
+    rate: float = 0.1
+    learning_rate: float = 1e-3
+    tau: float = 0.5
+    model_rate: float = 1e-3
+
+
+def learn(
+    model: Any, scorer: Personaliser, inner: Iterator[Any], outer: Iterator[Any], plan: Bilevel,
+    extra: Callable[[Any], torch.Tensor], report: Callable[[float], None],
+) -> None:  # fmt: skip
+    """Train the scorer, the model beside it.
+
+    Args:
+        model: SASRec or DuoRec of this package, near its optimum on the original data; it goes on training.
+        inner: endless batches of original and regenerated rows. outer: endless batches of original rows.
+        extra: batch -> bool [B], the regenerated rows of it; the others weigh 1. report: called with the outer loss.
+    """
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    model_steps = torch.optim.Adam(parameters, lr=plan.model_rate)
+    scorer_steps = torch.optim.Adam(scorer.parameters(), lr=plan.learning_rate)
+    for step in range(plan.steps):
+        batch = next(inner)
+        rows = extra(batch)
+        model.train()
+        h, targets = model.encode_batch(batch)
+        with torch.no_grad():
+            weights = torch.where(rows, scorer.sample(h.detach(), plan.tau), 1.0)
+        loss = model.weighted_loss(h, targets, weights)
+        model_steps.zero_grad(set_to_none=True)
+        loss.backward()
+        model_steps.step()
+        if (step + 1) % plan.every == 0 and bool(rows.any()):
+            original = next(outer)
+            report(_scorer_step(model, scorer, scorer_steps, parameters, batch, rows, original, plan))
+    model.eval()
+
+
+def _scorer_step(
+    model: Any, scorer: Personaliser, optimizer: Any, parameters: Tensors, batch: Any, rows: torch.Tensor,
+    original: Any, plan: Bilevel,
+) -> float:  # fmt: skip
+    """One step of the scorer; returns the outer loss."""
+    model.eval()
+    precision, model.softmax_precision = (
+        model.softmax_precision,
+        "float32",
+    )  # differences of rounded gradients are noise
+    with torch.no_grad():
+        h, targets = model.encode_batch(batch)
+    weights = torch.where(rows, scorer.sample(h, plan.tau), torch.ones_like(h[:, 0]))
+    fixed = weights.detach()
+    outer_loss = 0.0
+
+    def outer() -> torch.Tensor:
+        nonlocal outer_loss
+        loss = model.weighted_loss(*model.encode_batch(original), None)
+        outer_loss = float(loss.detach())
+        return loss
+
+    def inner() -> torch.Tensor:
+        return model.weighted_loss(*model.encode_batch(batch), fixed)
+
+    def row_losses() -> torch.Tensor:
+        return F.cross_entropy(model.encode_batch(batch)[0] @ model.item_vectors().t(), targets, reduction="none")
+
+    direction = implicit_direction(parameters, outer, inner, plan.terms, plan.rate)
+    loss = scorer_loss(weights, row_slopes(parameters, direction, row_losses))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    model.softmax_precision = precision
+    return outer_loss
+
+
+def _gradient(parameters: Tensors, loss: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    with torch.enable_grad():
+        found = torch.autograd.grad(loss(), list(parameters), allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(parameters, found)]
+
+
+def _step(direction: Tensors) -> float:
+    length = float(torch.stack([d.double().square().sum() for d in direction]).sum().sqrt())
+    return _STEP / max(length, 1e-30)
