@@ -59,6 +59,11 @@ COMMON: dict[str, Any] = {
     "use_gpu": False,
     "seed": 2020,
 }
+#: With --regeneration: a quick stage i, its rows behind the training split of every sequential model.
+REGENERATED: dict[str, Any] = {
+    "regeneration": True, "regen_pretrained": False, "regen_epochs": 1, "regen_hidden_size": 16, "regen_heads": 1,
+    "regen_layers": 1, "regen_inner_size": 16,
+}  # fmt: skip
 _INTER = ["user_id", "item_id", "rating", "timestamp"]
 _ITEM = {"inter": _INTER, "item": ["item_id", "class"]}
 _KG = {
@@ -190,7 +195,7 @@ def run_model(name: str, data_path: Path, work: Path, options: Optional[dict[str
     return {"seconds": seconds, **{protocol: figures[protocol]["ndcg@10"] for protocol in (SEEN_KEPT, SEEN_REMOVED)}}
 
 
-def _child(name: str, data_path: Path, work: Path, answer: Path) -> None:
+def _child(name: str, data_path: Path, work: Path, answer: Path, options: dict[str, Any]) -> None:
     """The process of one model: its output goes to a file, its result or error to `answer`."""
     work.mkdir(parents=True, exist_ok=True)
     os.chdir(work)
@@ -198,19 +203,19 @@ def _child(name: str, data_path: Path, work: Path, answer: Path) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     try:
-        result = {"works": True, **run_model(name, data_path, work)}
+        result = {"works": True, **run_model(name, data_path, work, options)}
     except BaseException as error:
         traceback.print_exc()
         result = {"works": False, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     write_json(answer, result)
 
 
-def run_apart(name: str, data_path: Path, work: Path, timeout: float) -> dict[str, Any]:
+def run_apart(name: str, data_path: Path, work: Path, timeout: float, options: dict[str, Any]) -> dict[str, Any]:
     """:func:`run_model` in a process of its own, ended after `timeout` seconds: {"works": bool, ...}."""
     # A forked process has RecBole's modules already, whose import takes longer than many a model.
     context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
     answer = work / "answer.json"
-    process = context.Process(target=_child, args=(name, data_path, work, answer))
+    process = context.Process(target=_child, args=(name, data_path, work, answer, options))
     process.start()
     process.join(timeout)
     if process.is_alive():
@@ -225,11 +230,12 @@ def sweep(
 ) -> dict[str, Any]:
     """Run the models, add each result to the file `figures` as it comes, and return all of them."""
     results = known_results(figures, settings)
+    options = {name: value for name, value in settings["options"].items() if name in REGENERATED}
     data_path = work / "data"
     write_cut(data_path, settings["users"])
 
     def one(name: str) -> None:
-        results[name] = run_apart(name, data_path, work / name, timeout)
+        results[name] = run_apart(name, data_path, work / name, timeout, options)
         write_json(figures, {"settings": settings, "models": {key: results[key] for key in sorted(results)}})
         verdict = "works" if results[name]["works"] else results[name]["error"]
         print(f"{name:12} {results[name].get('seconds', ''):>6} {verdict}", flush=True)
@@ -273,16 +279,24 @@ def table(results: dict[str, Any], settings: dict[str, Any]) -> str:
     """The page with the table."""
     models = {name: kind for name, kind in all_models().items() if name in results}
     works = sum(results[name]["works"] for name in models)
+    regenerated = settings["options"].get("regeneration")
+    if regenerated:
+        title, what = "# RecBole's sequential models on regenerated data", "Each sequential model"
+        how, flag = " with `regeneration: true` (mined and generated patterns as training rows)", " --regeneration"
+    else:
+        title, what = "# RecBole's models through this runner", "Each sequential and each general model"
+        how = flag = ""
     lines = [
-        "# RecBole's models through this runner",
+        title,
         "",
-        f"Each sequential and each general model of RecBole {settings['recbole']}, and this package's own, trained for",
-        f"one epoch by `run_recbole_raserec` on the last {LONGEST} interactions of the first {settings['users']} users",
-        f"of ml-100k (5-core, leave-one-out, all items ranked): **{works} of {len(models)} work**. A model works if it",
-        "trains, is evaluated and saved, and gives the same figures when its finished run is taken up again; the",
-        "figures themselves, after one epoch on a cut, say nothing of its worth. Remade by",
+        f"{what} of RecBole {settings['recbole']}, and this package's own, trained for",
+        f"one epoch by `run_recbole_raserec`{how} on the last {LONGEST} interactions of the first",
+        f"{settings['users']} users of ml-100k (5-core, leave-one-out, all items ranked):",
+        f"**{works} of {len(models)} work**. A model works if it trains, is evaluated and saved, and gives the same figures",
+        "when its finished run is taken up again; the figures themselves, after one epoch on a cut, say nothing of its worth.",
+        "Remade by",
         "",
-        f"    python experiments/recbole_models.py --users={settings['users']}",
+        f"    python experiments/recbole_models.py --users={settings['users']}{flag}",
         "",
         "- NDCG@10 on the test split, with the seen items kept in the ranking and removed from it.",
         "- Seconds: processor time of the run, data set and evaluation included.",
@@ -307,13 +321,16 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("--users", type=int, default=100, help="users of the cut")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds a model may take")
-    parser.add_argument("--output", default=str(ROOT / "docs" / "recbole_models"), help="without .md and .json")
+    parser.add_argument("--regeneration", action="store_true", help="the sequential ones, on regenerated data")
+    parser.add_argument("--output", help="without .md and .json; default: a page of docs/")
     parser.add_argument("--work", help="keep checkpoints and the output of each model in this directory")
     args = parser.parse_args(argv)
 
-    settings = {"recbole": recbole.__version__, "users": args.users, "options": COMMON}
+    options = REGENERATED if args.regeneration else {}
+    args.output = args.output or str(ROOT / "docs" / ("regenerated_models" if options else "recbole_models"))
+    settings = {"recbole": recbole.__version__, "users": args.users, "options": {**COMMON, **options}}
     figures, page = Path(f"{args.output}.json").resolve(), Path(f"{args.output}.md").resolve()
-    known = all_models()
+    known = {name: kind for name, kind in all_models().items() if not options or kind == "sequential"}
     asked = [name for name in args.models.split(",") if name]
     unknown = [name for name in asked if name not in known]
     if unknown:

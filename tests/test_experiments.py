@@ -21,11 +21,11 @@ def script(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     monkeypatch.chdir(tmp_path)
 
-    def run(name, *arguments):
+    def run(name, *arguments, small=SMALL):
         module = importlib.import_module(name)
         output = tmp_path / "out" / f"{name}.json"
         argv = [f"{name}.py", f"--data_path={ROOT / 'dataset'}", "--dataset=planted", f"--output={output}"]
-        monkeypatch.setattr(sys, "argv", [*argv, "--options", *SMALL, *arguments])
+        monkeypatch.setattr(sys, "argv", [*argv, "--options", *small, *arguments])
         module.main()
         return json.loads(output.read_text()), output.with_suffix(".md").read_text(), output
 
@@ -104,3 +104,28 @@ def test_quintiles_keep_equal_values_together(monkeypatch):
         (values_.min(), values_.max()) for values_ in (np.random.default_rng(0).permutation(values)[g] for g in groups)
     ]
     assert all(a[1] < b[0] for a, b in zip(spans, spans[1:]))
+
+
+def test_the_regenerator_against_baselines(script):
+    quick = [option for option in SMALL if not option.startswith("ram")]
+    quick += ["regen_epochs=2", "regen_layers=1", "regen_inner_size=16", "regen_heads=1"]
+    figures, page, _ = script("regenerator", "--seeds", "1", small=quick)
+    assert list(figures["rows"]) == ["from SASRec's item vectors", "from scratch"]
+    for runs in figures["rows"].values():
+        record = runs["1"]
+        assert all(0 < record[name] < 50 for name in ("regenerator", "unigram", "copy"))
+        assert record["gamma 1"]["distinct"] >= 1
+    assert "| from scratch | 1 |" in page
+
+
+def test_what_a_pair_costs_under_the_baselines(monkeypatch):
+    """A source of two items, patterns of exactly two: the first choice is the only open one."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import math
+
+    cost = importlib.import_module("regenerator")._cost
+    ends = {0: 0.0, 1: 0.0, 2: 1.0}
+    assert cost((7, 9), [7, 9], ends, lambda item, place: 1.0) == pytest.approx(math.log(0.5))
+    assert cost((7, 9), [7, 8, 9], ends, lambda item, place: 1.0) == pytest.approx(math.log(1 / 3) + math.log(1 / 2))
+    behind = cost((9, 7), [7, 9], ends, lambda item, place: 1.0 if place >= 0 else 1e-3)
+    assert behind == pytest.approx(math.log(0.5))  # one item left, wherever it stands
