@@ -49,8 +49,9 @@ def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict
         read, whole, config["regen_span"], config["regen_min_support"], config["regen_pattern_length"],
         config["regen_pairs"], config["seed"],
     )  # fmt: skip
-    model = _build(config, train.store.n_items, None)
-    model.load_state_dict(read_tensors(Path(made.directory) / BEST)[0])
+    weights = read_tensors(Path(made.directory) / BEST)[0]
+    model = _build(config, train.store.n_items, weights["items.weight"][: train.store.n_items])
+    model.load_state_dict(weights)
     model.eval()
     schedule = _schedule(config)
     learn, held = split(pairs, schedule.held_out, schedule.seed)
