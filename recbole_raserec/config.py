@@ -13,8 +13,9 @@ import torch
 from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType
 
+from recbole_raserec.derived_config import DerivedConfigs
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.option_checks import check_names, check_together, check_values, nearest, shown
+from recbole_raserec.option_checks import check_names, check_together, check_values
 from recbole_raserec.option_sources import (
     LISTED_KEYS,
     PROPERTIES,
@@ -28,16 +29,13 @@ from recbole_raserec.option_sources import (
     parse_value,
     read_yaml,
 )
+from recbole_raserec.option_text import nearest, shown
 from recbole_raserec.options import (
     COMPUTED_KEYS,
     NESTED,
-    NOT_TRAINING,
-    REGENERATION,
-    RETRIEVAL,
     RETRIEVAL_MODEL,
     TRANSFORM_KEYS,
     WITHOUT_NEGATIVES,
-    plain,
     rules_for,
 )
 
@@ -52,7 +50,7 @@ _LABELLED = (ModelType.CONTEXT, ModelType.DECISIONTREE)
 _PROTOCOL = ("eval_args", "metrics", "topk", "valid_metric")
 
 
-class Config(RecBoleConfig):
+class Config(DerivedConfigs, RecBoleConfig):
     """RecBole's Config for the models of this package and of RecBole.
 
     Precedence, highest first: command line, `config_dict`, config files (the last named first), the YAML files of this
@@ -297,63 +295,3 @@ class Config(RecBoleConfig):
         super()._init_device()
         if not self.final_config_dict["use_gpu"]:
             self.final_config_dict["device"] = torch.device("cpu")
-
-    # ------------------------------------------------------------------ for the pipeline
-
-    def for_backbone(self) -> Config:
-        """The configuration of the backbone of a RaSeRec run, the same as of a run of that model alone.
-
-        It is made from the options as they were given, without those of the retrieval stage: changing one of these
-        leaves the backbone's configuration, and so its checkpoint, what it was. An option of the backbone with the name
-        of one of that stage (FOSSIL's `alpha`) keeps its default. Values set on this object after it was made are not
-        carried over.
-
-        Raises:
-            ValueError: the model of this configuration has no backbone.
-        """
-        if self.model != RETRIEVAL_MODEL:
-            raise ValueError(f"{self.model} has no backbone; only {RETRIEVAL_MODEL} has one.")
-        dropped = {"model", "dataset", "config_files", *RETRIEVAL}
-        options = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
-        return type(self)(self.final_config_dict["backbone"], self.dataset, config_dict=Parsed(options), argv=[])
-
-    def without_regeneration(self) -> Config:
-        """The same configuration with `regeneration: false`."""
-        options = {name: value for name, value in self.external_config_dict.items() if name not in REGENERATION}
-        options = {name: value for name, value in options.items() if name not in ("model", "dataset", "config_files")}
-        return type(self)(self.model, self.dataset, config_dict=Parsed(options), argv=[])
-
-    def for_embeddings(self) -> Config:
-        """The configuration of the SASRec whose item vectors the regenerator starts from.
-
-        The options that were given hold for it too, where SASRec knows them; without any for another model, it is a
-        run of ``--model=SASRec`` of the same data, and its checkpoint is shared with that.
-        """
-        if self.model == "SASRec":
-            return self.without_regeneration()
-        known = type(self)("SASRec", self.dataset, config_dict=Parsed({}), argv=[])
-        dropped = {"model", "dataset", "config_files", "loss_type", "train_neg_sample_args", *RETRIEVAL, *REGENERATION}
-        options = {
-            name: value
-            for name, value in self.external_config_dict.items()
-            if name not in dropped and (known._known_keys() is None or name in (known._known_keys() or ()))
-        }
-        return type(self)("SASRec", self.dataset, config_dict=Parsed(options), argv=[])
-
-    def training_options(self) -> dict[str, Any]:
-        """The options that decide what the trained weights are, JSON-able, sorted by name: for fingerprints.
-
-        Paths are left out, `backbone_checkpoint` too: a fingerprint of the retrieval stage has to hold the backbone's.
-        """
-        options = {name: value for name, value in self.explain().items() if name not in NOT_TRAINING}
-        if not options.get("regeneration"):  # off: the fingerprint of a run that knows nothing of it
-            options = {
-                name: value for name, value in options.items() if name not in {*REGENERATION, "memory_regenerated"}
-            }
-        protocol = dict(options["eval_args"])
-        protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
-        return {**options, "eval_args": protocol}
-
-    def explain(self) -> dict[str, Any]:
-        """All final options, JSON-able, sorted by name."""
-        return {name: plain(self.final_config_dict[name]) for name in sorted(self.final_config_dict)}

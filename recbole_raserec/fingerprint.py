@@ -11,6 +11,9 @@ import numpy as np
 #: Raised when the same options and data would train to something else than before.
 TRAINING_VERSION = 2
 
+#: The same for one model alone.
+MODEL_VERSIONS = {"BERT4Rec": 1}
+
 
 def data_fingerprint(dataset: Any) -> str:
     """Hash of the filtered, remapped interaction log and of the external ids behind it.

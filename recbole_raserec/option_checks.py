@@ -11,7 +11,8 @@ from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType
 
 from recbole_raserec.option_sources import all_keys, model_keys
-from recbole_raserec.options import COMPUTED_KEYS, NESTED, REMEDIES, Rule, nearest, number, shown
+from recbole_raserec.option_text import nearest, shown
+from recbole_raserec.options import COMPUTED_KEYS, NESTED, REMEDIES, Rule, number
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:

@@ -17,7 +17,8 @@ from recbole.utils import dataset_arguments, evaluation_arguments, general_argum
 
 from recbole_raserec import registry
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS, nearest, shown
+from recbole_raserec.option_text import nearest, shown
+from recbole_raserec.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS
 
 _HERE = Path(__file__).resolve().parent
 #: The shipped YAML files: beside the modules once installed, one level up in a checkout.

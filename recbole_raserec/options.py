@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Callable
 
 #: The model whose configuration holds a second model's, its backbone.
@@ -305,29 +303,3 @@ def rules_for(models: Iterable[str], sequential: bool) -> dict[str, Rule]:
     if RETRIEVAL_MODEL in models:
         rules.update(RETRIEVAL)
     return rules
-
-
-def nearest(word: object, words: Iterable[str]) -> str | None:
-    """The most similar of `words`, whatever the case; None when nothing is near."""
-    by_lower = {candidate.lower(): candidate for candidate in sorted(words)}
-    found = difflib.get_close_matches(str(word).lower(), list(by_lower), n=1, cutoff=0.6)
-    return by_lower[found[0]] if found else None
-
-
-def shown(value: Any) -> str:
-    """The value as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def plain(value: Any) -> Any:
-    """The value in JSON's types."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value)

@@ -42,15 +42,17 @@ def personalise(config: Any, made: RegeneratedData, base: Outcome) -> Regenerate
     options = {name: config[name] for name in sorted(REGENERATION)}
     mark = fingerprint({**options, "seed": config["seed"]}, made.fingerprint, base.fingerprint)
     directory = Path(config["checkpoint_dir"]) / f"personalised-{config['dataset']}-{mark[:12]}"
-    train = base.splits.train._dataset
+    train, vocabulary = base.splits.train._dataset, base.splits.vocabulary()
     if config["resume"] is not False and (directory / MANIFEST).exists() and (directory / REPORT).exists():
         getLogger().info(f"Personalised weights: reusing {directory}")
         found = read_json(directory / REPORT)
         data = Regenerated.load(directory, train.user_num, train.item_num, mark)
+        data = dataclasses.replace(data, vocabulary=vocabulary)
         return RegeneratedData(data, directory, mark, found["seconds"], found)
     init_seed(config["seed"], config["reproducibility"])
     started = time.perf_counter()
-    both = joined(train, made.data)
+    rows = made.data.with_ids_of(vocabulary)
+    both = joined(train, rows)
     model = copy.deepcopy(base.model)
     scorer = Personaliser(model.item_vectors().shape[1]).to(config["device"])
     inner, outer = (BucketLoader(config, data, None, shuffle=True) for data in (both, train))
@@ -73,8 +75,8 @@ def personalise(config: Any, made: RegeneratedData, base: Outcome) -> Regenerate
             model, scorer, batches(inner, True), batches(outer, False), plan,
             lambda batch: batch[SEQUENCE] >= n_users, losses.append,
         )  # fmt: skip
-    weights = _weights(model, scorer, both, made.data, device)
-    data = dataclasses.replace(made.data, weights=weights)
+    weights = _weights(model, scorer, both, rows, device)
+    data = dataclasses.replace(rows, weights=weights)
     seconds = made.seconds + time.perf_counter() - started
     tail = losses[len(losses) // 2 :]
     found = {**made.report, "seconds": seconds, "weights": {

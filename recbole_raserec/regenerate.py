@@ -84,10 +84,9 @@ def regenerate(config: Any) -> RegeneratedData:
     users, items = splits.dataset.user_num, splits.dataset.item_num
     if config["resume"] is not False and (directory / MANIFEST).exists() and (directory / REPORT).exists():
         getLogger().info(f"Regeneration: reusing {directory}")
-        found = read_json(directory / REPORT)
-        return RegeneratedData(
-            Regenerated.load(directory, users, items, mark), directory, mark, found["seconds"], found
-        )
+        found, data = read_json(directory / REPORT), Regenerated.load(directory, users, items, mark)
+        data = dataclasses.replace(data, vocabulary=splits.vocabulary())
+        return RegeneratedData(data, directory, mark, found["seconds"], found)
     vectors = source.model.item_embedding.weight.detach()[:items] if source is not None else None
     return _run(config, splits, vectors, directory, mark)
 
@@ -121,7 +120,7 @@ def _run(config: Any, splits: Splits, vectors: Any, directory: Path, mark: str) 
         model, read, config["regen_gamma"], config["regen_temperature"], config["seed"],
         desc="Generate patterns" if progress else None,
     )  # fmt: skip
-    data = combine(whole, read, pairs.patterns, generated)
+    data = dataclasses.replace(combine(whole, read, pairs.patterns, generated), vocabulary=splits.vocabulary())
     seconds = prepared + sum(epoch["seconds"] for epoch in history["epochs"]) + time.perf_counter() - started
     tokens = splits.vocabulary()["items"]
     found = {
@@ -164,8 +163,9 @@ def regenerate_dataset(
     ensure_dataset(config)
     made = regenerate(config)
     splits = prepare_data(config.without_regeneration())
+    data = made.data.with_ids_of(splits.vocabulary())
     desc = "Write" if config["show_progress"] else None
-    folder = write_benchmark(splits, made.data, output, name or f"{config['dataset']}-regenerated", desc)
+    folder = write_benchmark(splits, data, output, name or f"{config['dataset']}-regenerated", desc)
     write_report(folder, made.report)
     return folder
 
@@ -210,9 +210,10 @@ def _schedule(config: Any) -> Schedule:
 
 def _given(config: Any, directory: Path) -> RegeneratedData:
     """A set that was made before, named by the user."""
-    splits = prepare_data(config.without_regeneration())
+    splits = prepare_data(config.for_embeddings())
     try:
         data = Regenerated.load(directory, splits.dataset.user_num, splits.dataset.item_num)
+        data = dataclasses.replace(data, vocabulary=splits.vocabulary())
         found = read_json(directory / REPORT)
     except CheckpointError as error:
         raise CheckpointError(f"regenerated_data: {error}") from None

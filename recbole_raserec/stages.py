@@ -17,7 +17,7 @@ from recbole_raserec.data.regenerated import regenerated_class
 from recbole_raserec.data.splits import Splits, prepare
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED, evaluate
-from recbole_raserec.fingerprint import fingerprint
+from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
 from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights, resumable
 from recbole_raserec.registry import get_dataset_class, get_model, get_trainer_class
@@ -66,7 +66,9 @@ def train_model(config: Any, checkpoint: Optional[str] = None, regenerated: Any 
     options = config.training_options()
     if checkpoint:
         return _from_checkpoint(config, splits, model, Path(checkpoint))
-    mark = fingerprint(options, splits.fingerprint, *([] if regenerated is None else [regenerated.fingerprint]))
+    parts = [] if regenerated is None else [regenerated.fingerprint]
+    parts += [str(MODEL_VERSIONS[config["model"]])] if config["model"] in MODEL_VERSIONS else []
+    mark = fingerprint(options, splits.fingerprint, *parts)
     directory = _directory(config, mark)
     protocol = SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
     return _run(config, splits, model, splits.train, directory, mark, protocol, {"options": config.explain()})

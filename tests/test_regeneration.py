@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,51 @@ def test_stored_and_read_again(tmp_path):
     for users, items in ((2, 6), (3, 5)):
         with pytest.raises(CheckpointError, match="users and items"):
             Regenerated.load(tmp_path, users, items)
+
+
+def test_the_same_rows_in_another_numbering():
+    old = {"users": ["[PAD]", "a", "b"], "items": ["[PAD]", "x", "y", "z"]}
+    new = {"users": ["[PAD]", "b"], "items": ["[PAD]", "z", "x", "w"]}
+    data = Regenerated(
+        np.array([1, 3, 1, 2, 3, 1]), np.array([0, 2, 4, 6]), np.array([1, 0, 2]), np.array([2, 1, 2], np.uint8),
+        np.arange(6, dtype=np.float32), old,
+    )  # fmt: skip
+    assert data.with_ids_of(dict(old)) is data
+    found = data.with_ids_of(new)
+    assert as_rows(found) == [(2, 1), (1, 2)]  # the row with y is gone
+    assert found.users.tolist() == [0, 1]  # a is nobody
+    assert found.origin.tolist() == [2, 2]
+    assert found.weights.tolist() == [0, 1, 4, 5]
+    assert found.vocabulary == new
+
+
+def test_a_model_with_item_features_gets_its_own_numbers(small_config):
+    from recbole.data.dataset import SequentialDataset
+
+    assert SequentialDataset
+    options = {"regeneration": True, "regen_pretrained": False, "regen_epochs": 1, "regen_hidden_size": 8}
+    config = small_config("GRU4RecF", selected_features=["kind"], load_col={
+        "inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "kind"],
+    }, **options)  # fmt: skip
+    folder = Path(config["data_path"])
+    rows = "".join(f"i{item}\tk{item % 3}\n" for item in [77, *reversed(range(25))])  # one that nobody had
+    (folder / "tiny.item").write_text("item_id:token\tkind:token\n" + rows)
+    regenerate(config)
+    made = regenerate(config)  # found again
+    plain = prepare_data(config.without_regeneration())
+    assert plain.vocabulary()["items"] != made.data.vocabulary["items"]
+    with_it = prepare_data(config, made.data).train._dataset
+    first = len(plain.train._dataset)
+    tokens = plain.vocabulary()["items"]
+    wanted = [
+        made.data.vocabulary["items"][item]
+        for start, stop in zip(made.data.offsets, made.data.offsets[1:])
+        for item in made.data.items[start + 1 : stop]
+    ]
+    found = [tokens[item] for item in with_it.inter_feat["item_id"][first:].tolist()]
+    assert found == wanted
+    outcome = train_model(config, regenerated=made)
+    assert outcome.seconds >= 0
 
 
 BROKEN = {

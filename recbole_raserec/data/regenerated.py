@@ -33,6 +33,7 @@ class Regenerated:
         users: int64 [S], whose sequence a generated one was written for; 0 for a mined pattern.
         origin: uint8 [S], index into :data:`ORIGINS`.
         weights: float32 [N] or None, of each item as a target in the loss.
+        vocabulary: external ids behind `users` and `items` ("users", "items"), or None; it is not stored.
     """
 
     items: np.ndarray
@@ -40,6 +41,7 @@ class Regenerated:
     users: np.ndarray
     origin: np.ndarray
     weights: Optional[np.ndarray] = None
+    vocabulary: Optional[dict[str, list[str]]] = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -62,10 +64,34 @@ class Regenerated:
         arrays, meta = read_arrays(path, _KIND, _VERSION, _ARRAYS, optional=_WEIGHTS)
         if fingerprint is not None and (not isinstance(meta, dict) or meta.get("fingerprint") != fingerprint):
             raise CheckpointError(f"{path} was made from other data or options; name another directory, or delete it.")
-        found = cls(**{name: np.array(values) for name, values in arrays.items()})
+        parts: dict[str, Any] = {name: np.array(values) for name, values in arrays.items()}
+        found = cls(**parts)
         if not found._fits(n_users, n_items):
             raise CheckpointError(f"{path} does not hold sequences of this data set's users and items; delete it.")
         return found
+
+    def with_ids_of(self, vocabulary: dict[str, list[str]]) -> Regenerated:
+        """The same sequences in the numbering of another data set of the same log.
+
+        A model that reads item features numbers items in another order than one that does not. Sequences with an item
+        which the other data set does not have are left out; a user it does not have becomes nobody.
+        """
+        if self.vocabulary is None or self.vocabulary == vocabulary:
+            return self
+        number = {name: {token: i for i, token in enumerate(tokens)} for name, tokens in vocabulary.items()}
+        maps = {
+            name: np.array([number[name].get(token, 0) for token in tokens], dtype=np.int64)
+            for name, tokens in self.vocabulary.items()
+        }
+        items, lengths = maps["items"][self.items], np.diff(self.offsets)
+        owner = np.repeat(np.arange(len(self)), lengths)
+        fine = np.ones(len(self), dtype=bool)
+        fine[owner[items == 0]] = False
+        inside = fine[owner]
+        return Regenerated(
+            items[inside], np.concatenate([[0], np.cumsum(lengths[fine])]), maps["users"][self.users[fine]],
+            self.origin[fine], None if self.weights is None else self.weights[inside], vocabulary,
+        )  # fmt: skip
 
     def _fits(self, n_users: int, n_items: int) -> bool:
         """Whether the arrays describe sequences of so many users and items."""

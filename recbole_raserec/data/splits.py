@@ -37,8 +37,13 @@ class Splits:
 
     def vocabulary(self) -> dict[str, list[str]]:
         """External ids in the order of the internal ones (index 0: padding)."""
-        fields = {"users": self.dataset.uid_field, "items": self.dataset.iid_field}
-        return {name: [str(token) for token in self.dataset.field2id_token[field]] for name, field in fields.items()}
+        return vocabulary_of(self.dataset)
+
+
+def vocabulary_of(dataset: Any) -> dict[str, list[str]]:
+    """See :meth:`Splits.vocabulary`."""
+    fields = {"users": dataset.uid_field, "items": dataset.iid_field}
+    return {name: [str(token) for token in dataset.field2id_token[field]] for name, field in fields.items()}
 
 
 def prepare(
@@ -61,7 +66,7 @@ def prepare(
     """
     dataset = dataset_class(config)
     if regenerated is not None:
-        dataset.regenerated = regenerated
+        dataset.regenerated = regenerated.with_ids_of(vocabulary_of(dataset))
     log = dataset.inter_feat
     digest = data_fingerprint(dataset)
     log_users, log_items = np.asarray(log[dataset.uid_field]), np.asarray(log[dataset.iid_field])

@@ -1,0 +1,76 @@
+"""What the pipeline asks of a configuration: those of its other stages, and the options that decide a result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recbole_raserec.option_sources import Parsed
+from recbole_raserec.option_text import plain
+from recbole_raserec.options import NOT_TRAINING, REGENERATION, RETRIEVAL, RETRIEVAL_MODEL
+
+
+class DerivedConfigs:
+    """Part of :class:`recbole_raserec.config.Config`."""
+
+    def for_backbone(self: Any) -> Any:
+        """The configuration of the backbone of a RaSeRec run, the same as of a run of that model alone.
+
+        It is made from the options as they were given, without those of the retrieval stage: changing one of these
+        leaves the backbone's configuration, and so its checkpoint, what it was. An option of the backbone with the name
+        of one of that stage (FOSSIL's `alpha`) keeps its default. Values set on this object after it was made are not
+        carried over.
+
+        Raises:
+            ValueError: the model of this configuration has no backbone.
+        """
+        if self.model != RETRIEVAL_MODEL:
+            raise ValueError(f"{self.model} has no backbone; only {RETRIEVAL_MODEL} has one.")
+        dropped = {"model", "dataset", "config_files", *RETRIEVAL}
+        options = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
+        return type(self)(self.final_config_dict["backbone"], self.dataset, config_dict=Parsed(options), argv=[])
+
+    def without_regeneration(self: Any) -> Any:
+        """The same configuration with `regeneration: false`."""
+        options = {name: value for name, value in self.external_config_dict.items() if name not in REGENERATION}
+        options = {name: value for name, value in options.items() if name not in ("model", "dataset", "config_files")}
+        return type(self)(self.model, self.dataset, config_dict=Parsed(options), argv=[])
+
+    def for_embeddings(self: Any) -> Any:
+        """The configuration of the SASRec whose item vectors the regenerator starts from.
+
+        The options that were given hold for it too, where SASRec knows them; without any for another model, it is a
+        run of ``--model=SASRec`` of the same data, and its checkpoint is shared with that.
+        """
+        if self.model == "SASRec":
+            return self.without_regeneration()
+        known = type(self)("SASRec", self.dataset, config_dict=Parsed({}), argv=[])
+        dropped = {"model", "dataset", "config_files", "loss_type", "train_neg_sample_args", *RETRIEVAL, *REGENERATION}
+        dropped |= {"additional_feat_suffix", "preload_weight"}
+        columns = self.final_config_dict.get("load_col")
+        interactions = {"load_col": {"inter": columns["inter"]}} if columns and "inter" in columns else {}
+        options = {
+            name: value
+            for name, value in self.external_config_dict.items()
+            if name not in dropped and (known._known_keys() is None or name in (known._known_keys() or ()))
+        }
+        if "load_col" in options:  # item features, knowledge graphs: not for SASRec
+            options.update(interactions)
+        return type(self)("SASRec", self.dataset, config_dict=Parsed(options), argv=[])
+
+    def training_options(self: Any) -> dict[str, Any]:
+        """The options that decide what the trained weights are, JSON-able, sorted by name: for fingerprints.
+
+        Paths are left out, `backbone_checkpoint` too: a fingerprint of the retrieval stage has to hold the backbone's.
+        """
+        options = {name: value for name, value in self.explain().items() if name not in NOT_TRAINING}
+        if not options.get("regeneration"):  # off: the fingerprint of a run that knows nothing of it
+            options = {
+                name: value for name, value in options.items() if name not in {*REGENERATION, "memory_regenerated"}
+            }
+        protocol = dict(options["eval_args"])
+        protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
+        return {**options, "eval_args": protocol}
+
+    def explain(self: Any) -> dict[str, Any]:
+        """All final options, JSON-able, sorted by name."""
+        return {name: plain(self.final_config_dict[name]) for name in sorted(self.final_config_dict)}
