@@ -17,7 +17,7 @@ import numpy as np
 from grid import ROOT, Results, arguments, fill, mean
 from trained import load, quintiles
 
-from recbole_raserec.evaluation import plots
+from recbole_raserec import plots
 from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT
 
 ROWS = {"RaSeRec over SASRec": ("--model=RaSeRec", "--backbone=SASRec")}

@@ -18,7 +18,7 @@ import numpy as np
 from grid import POSITIONS, ROOT, Results, arguments, cells, fill
 from trained import Trained, add_rows, bank_like, load
 
-from recbole_raserec.evaluation import plots
+from recbole_raserec import plots
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 
 ROWS = {"RaSeRec over SASRec": ("--model=RaSeRec", "--backbone=SASRec")}
@@ -86,7 +86,10 @@ def draw(results: Results, path: Any) -> None:
     for protocol in PROTOCOLS:
         for label, runs in results.items():
             names = list(next(iter(runs.values())))
-            points = {name: [run[name][protocol]["ndcg@10"] for run in runs.values()] for name in names}
+            points = {
+                name.replace(" and ", "\nand "): [run[name][protocol]["ndcg@10"] for run in runs.values()]
+                for name in names
+            }
             panels.setdefault(protocol.replace("_", " "), {})[label] = points
     plots.bars(path, panels, "memory", "NDCG@10")
 

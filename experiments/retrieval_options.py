@@ -14,7 +14,7 @@ from typing import Any
 
 from grid import POSITIONS, ROOT, Results, arguments, cells, fill, mean
 
-from recbole_raserec.evaluation import plots
+from recbole_raserec import plots
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 
 DEFAULT = "default"

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from recbole_raserec import plots
 from recbole_raserec.errors import MissingExtraError
-from recbole_raserec.evaluation import plots
 
 POINTS = {1: [0.1, 0.2], 10: [0.2, 0.3], 100: [0.25]}
 

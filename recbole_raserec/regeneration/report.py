@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from recbole_raserec import plots
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated
-from recbole_raserec.evaluation import plots
 from recbole_raserec.regeneration.sources import Sequences
 
 #: Examples of each origin in the report.

@@ -85,7 +85,8 @@ def _finish(axis: Any, title: str, xlabel: str, ylabel: str) -> None:
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    if len(axis.get_legend_handles_labels()[1]) > 1:
+        axis.legend(fontsize=8)
 
 
 def _write(figure: Any, path: str | os.PathLike) -> None:
