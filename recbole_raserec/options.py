@@ -172,6 +172,7 @@ REGENERATION: dict[str, Rule] = {
     "regeneration": Rule("true, false or personalised", lambda value: value in (True, False, "personalised")),
     "regenerated_data": _optional(_TEXT),
     "regen_pretrained": _FLAG,
+    "regen_rows": _choice("both", "patterns", "generated"),
     **dict.fromkeys(("regen_span", "regen_pattern_length"), _integer(2)),
     **dict.fromkeys(
         ("regen_min_support", "regen_pairs", "regen_hidden_size", "regen_layers", "regen_heads"), _integer(1)

@@ -66,10 +66,19 @@ def regenerate(config: Any) -> RegeneratedData:
         ConfigError: `regen_heads` does not divide the vectors. DatasetError: no pattern is frequent.
         CheckpointError: a stored part is damaged or foreign.
     """
-    if config["regenerated_data"]:
-        return _given(config, Path(config["regenerated_data"]))
+    given = config["regenerated_data"]
+    made = _given(config, Path(given)) if given else _regenerate(config)
+    origin = {"patterns": "pattern", "generated": "generated"}.get(config["regen_rows"])
+    if origin is None:
+        return made
+    mark = fingerprint({"only": origin}, made.fingerprint)
+    return dataclasses.replace(made, data=made.data.only(origin), fingerprint=mark)
+
+
+def _regenerate(config: Any) -> RegeneratedData:
     options = {name: config[name] for name in sorted(REGENERATION) if not name.startswith("regen_personal")}
-    del options["regeneration"]  # whether the rows are weighed comes later
+    for name in ("regeneration", "regen_rows"):  # whether they are weighed, and which are taken, comes later
+        del options[name]
     source = train_model(config.for_embeddings()) if config["regen_pretrained"] else None
     splits = source.splits if source is not None else prepare_data(config.for_embeddings())
     parts = [splits.fingerprint, source.fingerprint if source is not None else ""]

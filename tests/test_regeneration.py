@@ -189,6 +189,21 @@ def test_a_model_with_item_features_gets_its_own_numbers(small_config):
     assert outcome.seconds >= 0
 
 
+def test_one_origin_alone(tiny):
+    whole = tiny("SASRec", regeneration=True)
+    for rows, origin in (("patterns", "pattern"), ("generated", "generated")):
+        part = tiny("SASRec", regeneration=True, regen_rows=rows)
+        wanted = [
+            row for row, number in zip(as_rows(whole.data.data), whole.data.data.origin) if ORIGINS[number] == origin
+        ]
+        assert as_rows(part.data.data) == wanted != []
+        assert part.data.directory == whole.data.directory  # nothing was made anew
+        assert part.record["metrics"]["ours"] != whole.record["metrics"]["ours"]
+        assert len(part.stages["base + (i)"].splits.train._dataset) < len(
+            whole.stages["base + (i)"].splits.train._dataset
+        )
+
+
 BROKEN = {
     "offsets that fall": {"offsets": np.array([0, 6, 5])},
     "an empty sequence": {"offsets": np.array([0, 0, 5])},

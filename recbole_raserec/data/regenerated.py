@@ -70,6 +70,16 @@ class Regenerated:
             raise CheckpointError(f"{path} does not hold sequences of this data set's users and items; delete it.")
         return found
 
+    def only(self, origin: str) -> Regenerated:
+        """The sequences of one origin."""
+        fine = self.origin == ORIGINS.index(origin)
+        lengths = np.diff(self.offsets)
+        inside = np.repeat(fine, lengths)
+        return Regenerated(
+            self.items[inside], np.concatenate([[0], np.cumsum(lengths[fine])]), self.users[fine], self.origin[fine],
+            None if self.weights is None else self.weights[inside], self.vocabulary,
+        )  # fmt: skip
+
     def with_ids_of(self, vocabulary: dict[str, list[str]]) -> Regenerated:
         """The same sequences in the numbering of another data set of the same log.
 
