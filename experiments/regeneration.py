@@ -3,7 +3,8 @@
     python experiments/regeneration.py --data_path=DIR [--dataset=amazon-beauty] [--rows "SASRec, gamma 0.1"]
 
 runs each model with and without `regeneration: true` (shipped defaults, early stopping on validation NDCG@10), and
-writes results/regeneration_<dataset>.json and the table (.md). Regenerator and item vectors are shared by the runs of a seed.
+writes results/regeneration_<dataset>.json and the table (.md). Regenerator and item vectors are shared by the runs of a
+seed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def page(dataset: str, results: Results) -> str:
         "# Regenerated training data",
         "",
         f"`python experiments/regeneration.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking,",
-        "shipped defaults, early stopping on validation NDCG@10 (seen items kept). Mean over the seeds, standard deviation in",
+        "shipped defaults, early stopping on validation NDCG@10 (seen kept). Mean over the seeds, standard deviation in",
         "brackets; R@10 / N@10 on the test targets; improvement of the mean R@10 and N@10 over the same model's base.",
         "",
         "| | seeds | validation N@10 | test, seen kept | seen removed | improvement, kept | removed |",
