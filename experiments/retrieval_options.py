@@ -62,44 +62,61 @@ def page(dataset: str, results: Results) -> str:
         "",
         f"`python experiments/retrieval_options.py --data_path=DIR --dataset={dataset}`: RaSeRec over SASRec, shipped",
         "defaults (memory of pairs, K 20, alpha .5, dual, exact index) and one option changed; leave-one-out,",
-        "full ranking. Mean over the seeds, standard deviation in brackets; seconds of the module's training.",
+        "full ranking. Mean over the seeds, standard deviation in brackets; rows with fewer seeds have the first of them.",
+        "Gain: of the test N@10 over the default's with the same seeds, seen kept / removed. Seconds of the module's",
+        "training, on one of two busy cores.",
     ]
     base = [run["base"] for run in results.get(DEFAULT, {}).values()]
     for title, group in TABLES.items():
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| | seeds | validation N@10 | test R@10 / N@10, seen kept | seen removed | module, s |",
-        ]
-        lines.append("|---|---|---|---|---|---|")
+        lines += ["", f"## {title}", ""]
+        lines += ["| | seeds | validation N@10 | test R@10 / N@10, seen kept | seen removed | gain | module, s |"]
+        lines.append("|---|---|---|---|---|---|---|")
         if base:
             valid = mean(record["valid"]["seen_kept"]["ndcg@10"] for record in base)
-            lines.append(f"| backbone alone | {len(base)} | {valid} | {' | '.join(cells(r['test'] for r in base))} | |")
+            lines.append(
+                f"| backbone alone | {len(base)} | {valid} | {' | '.join(cells(r['test'] for r in base))} | | |"
+            )
         for label in (DEFAULT, *group):
-            records = list(results.get(label, {}).values())
-            if records:
+            runs = results.get(label, {})
+            if runs:
+                records = list(runs.values())
                 valid = mean(record["valid"]["seen_kept"]["ndcg@10"] for record in records)
                 seconds = mean((record["seconds"]["retrieval"] for record in records), 0)
                 test = " | ".join(cells(record["test"] for record in records))
-                lines.append(f"| {label} | {len(records)} | {valid} | {test} | {seconds} |")
+                gain = "" if label == DEFAULT else _gain(results, label)
+                lines.append(f"| {label} | {len(records)} | {valid} | {test} | {gain} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 
+def _gain(results: Results, label: str) -> str:
+    """Of the mean test N@10 over the default's, seed by seed the same runs."""
+    seeds = [seed for seed in results[label] if seed in results[DEFAULT]]
+    parts = []
+    for protocol in PROTOCOLS:
+        ours, theirs = (
+            sum(results[row][seed]["test"][protocol]["ndcg@10"] for seed in seeds) for row in (label, DEFAULT)
+        )
+        parts.append(f"{100 * (ours / theirs - 1):+.1f} %" if theirs else "-")
+    return " / ".join(parts)
+
+
 def draw(results: Results, path: Any) -> None:
-    """Test NDCG@10 over K and over alpha, both protocols."""
-    base = list(results[DEFAULT].values())
+    """Test NDCG@10 over K and over alpha, both protocols; of the seeds that all values have."""
     for name, values, default in (("K", TOP_K, DEFAULT_K), ("alpha", ALPHA, DEFAULT_ALPHA)):
+        labels = {value: DEFAULT if value == default else f"{name} {value:g}" for value in values}
+        labels = {value: label for value, label in labels.items() if results[label]}
+        seeds = [seed for seed in results[DEFAULT] if all(seed in results[label] for label in labels.values())]
         panels, levels = {}, {}
         for protocol in PROTOCOLS:
             title = protocol.replace("_", " ")
-            runs = {value: results[DEFAULT if value == default else f"{name} {value:g}"].values() for value in values}
             panels[title] = {
                 "RaSeRec": {
-                    value: [run["test"][protocol]["ndcg@10"] for run in found] for value, found in runs.items() if found
+                    value: [results[label][seed]["test"][protocol]["ndcg@10"] for seed in seeds]
+                    for value, label in labels.items()
                 }
             }
-            levels[title] = {"SASRec": [run["base"]["test"][protocol]["ndcg@10"] for run in base]}
+            base = [results[DEFAULT][seed]["base"]["test"][protocol]["ndcg@10"] for seed in seeds]
+            levels[title] = {"SASRec": base}
         plots.lines(plots.plot_beside(path, f"_{name}"), panels, name, "NDCG@10", levels, log=name == "K")
 
 
