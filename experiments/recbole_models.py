@@ -36,6 +36,7 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED
 from recbole_raserec.fileio import read_json, replacing, write_json
 from recbole_raserec.quick_start import run_recbole_raserec
+from recbole_raserec.serving.checkpoint import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "ml-100k-cut"
@@ -184,7 +185,9 @@ def run_model(name: str, data_path: Path, work: Path, options: Optional[dict[str
         saved = Path(work) / f"saved-{number}"
         given = {**COMMON, **stage, **(options or {}), "data_path": str(data_path), "checkpoint_dir": str(saved)}
         if number:
-            given["pre_model_path"] = str(next((Path(work) / f"saved-{number - 1}").glob(f"{name}-{DATASET}-*")))
+            runs = sorted((Path(work) / f"saved-{number - 1}").glob(f"{name}-{DATASET}-*"))
+            plain = [path for path in runs if not read_manifest(path)["options"].get("regeneration")]
+            given["pre_model_path"] = str(plain[0])
         record = run_recbole_raserec(model=name, dataset=DATASET, config_dict=given, argv=[])
     seconds = round(time.process_time() - started, 3)
     figures = record["metrics"].get("ours", record["metrics"].get("base"))["test"]

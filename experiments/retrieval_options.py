@@ -62,7 +62,7 @@ def page(dataset: str, results: Results) -> str:
         "",
         f"`python experiments/retrieval_options.py --data_path=DIR --dataset={dataset}`: RaSeRec over SASRec, shipped",
         "defaults (memory of pairs, K 20, alpha .5, dual, exact index) and one option changed; leave-one-out,",
-        "full ranking. Mean over the seeds, standard deviation in brackets; rows with fewer seeds have the first of them.",
+        "full ranking. Mean over the seeds, standard deviation in brackets; rows with fewer seeds: the first.",
         "Gain: of the test N@10 over the default's with the same seeds, seen kept / removed. Seconds of the module's",
         "training, on one of two busy cores.",
     ]

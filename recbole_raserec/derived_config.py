@@ -6,7 +6,7 @@ from typing import Any
 
 from recbole_raserec.option_sources import Parsed
 from recbole_raserec.option_text import plain
-from recbole_raserec.options import NOT_TRAINING, REGENERATION, RETRIEVAL, RETRIEVAL_MODEL
+from recbole_raserec.options import ENCODER, NOT_TRAINING, REGENERATION, RETRIEVAL, RETRIEVAL_MODEL, SEQUENTIAL
 
 
 class DerivedConfigs:
@@ -46,6 +46,8 @@ class DerivedConfigs:
         known = type(self)("SASRec", self.dataset, config_dict=Parsed({}), argv=[])
         dropped = {"model", "dataset", "config_files", "loss_type", "train_neg_sample_args", *RETRIEVAL, *REGENERATION}
         dropped |= {"additional_feat_suffix", "preload_weight"}
+        if "SASRec" not in self._names and "DuoRec" not in self._names:  # sizes of another kind of model
+            dropped |= {*SEQUENTIAL, *ENCODER, "hidden_dropout_prob", "attn_dropout_prob", "embedding_size"}
         columns = self.final_config_dict.get("load_col")
         interactions = {"load_col": {"inter": columns["inter"]}} if columns and "inter" in columns else {}
         options = {
@@ -63,10 +65,9 @@ class DerivedConfigs:
         Paths are left out, `backbone_checkpoint` too: a fingerprint of the retrieval stage has to hold the backbone's.
         """
         options = {name: value for name, value in self.explain().items() if name not in NOT_TRAINING}
-        if not options.get("regeneration"):  # off: the fingerprint of a run that knows nothing of it
-            options = {
-                name: value for name, value in options.items() if name not in {*REGENERATION, "memory_regenerated"}
-            }
+        # Regenerated data have a fingerprint of their own, which the run's holds where there are any.
+        unread = set(REGENERATION) if options.get("regeneration") else {*REGENERATION, "memory_regenerated"}
+        options = {name: value for name, value in options.items() if name not in unread}
         protocol = dict(options["eval_args"])
         protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
         return {**options, "eval_args": protocol}

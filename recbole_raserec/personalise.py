@@ -46,8 +46,7 @@ def personalise(config: Any, made: RegeneratedData, base: Outcome) -> Regenerate
     if config["resume"] is not False and (directory / MANIFEST).exists() and (directory / REPORT).exists():
         getLogger().info(f"Personalised weights: reusing {directory}")
         found = read_json(directory / REPORT)
-        data = Regenerated.load(directory, train.user_num, train.item_num, mark)
-        data = dataclasses.replace(data, vocabulary=vocabulary)
+        data = Regenerated.load(directory, train.user_num, train.item_num, mark, vocabulary)
         return RegeneratedData(data, directory, mark, found["seconds"], found)
     init_seed(config["seed"], config["reproducibility"])
     started = time.perf_counter()

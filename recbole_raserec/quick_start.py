@@ -26,6 +26,7 @@ from recbole_raserec.personalise import personalise
 from recbole_raserec.recommendation.backbone import REFUSED, SUPPORTED
 from recbole_raserec.regenerate import regenerate
 from recbole_raserec.registry import get_model
+from recbole_raserec.serving.checkpoint import read_manifest
 from recbole_raserec.stages import Outcome, fine_tune, train_model
 
 
@@ -108,6 +109,17 @@ def _check(config: Any) -> None:
             f"regeneration: personalised weighs rows in the loss of SASRec and DuoRec, not in that of {target}; "
             "write regeneration: true, or choose one of the two."
         )
+    elif config["regeneration"] == "personalised" and config.final_config_dict.get("loss_type") != "CE":
+        problems.append(f"regeneration: personalised weighs rows of loss_type: CE; it is {config['loss_type']}.")
+    if config["regeneration"] and config["benchmark_filename"]:
+        problems.append("regeneration: benchmark files have no histories to regenerate; leave one of the two out.")
+    if config["regeneration"] and config["pre_model_path"]:
+        options = read_manifest(config["pre_model_path"])["options"]
+        if options.get("regeneration"):
+            problems.append(
+                f"pre_model_path: {config['pre_model_path']} was pre-trained on regenerated data, which the base must "
+                "not have seen; name the directory of the run without."
+            )
     if config["regeneration"] and config["backbone_checkpoint"]:
         problems.append(
             f"backbone_checkpoint: {config['backbone_checkpoint']} was trained already, and regeneration trains anew; "

@@ -16,7 +16,7 @@ from recbole.utils import init_logger, init_seed
 from recbole_raserec.allocator import keep_freed_memory
 from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.regenerated import Regenerated
+from recbole_raserec.data.regenerated import Regenerated, training_hash
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.data.splits import Splits
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, MissingExtraError
@@ -79,6 +79,7 @@ def _regenerate(config: Any) -> RegeneratedData:
     options = {name: config[name] for name in sorted(REGENERATION) if not name.startswith("regen_personal")}
     for name in ("regeneration", "regen_rows"):  # whether they are weighed, and which are taken, comes later
         del options[name]
+    _check_heads(config)
     source = train_model(config.for_embeddings()) if config["regen_pretrained"] else None
     splits = source.splits if source is not None else prepare_data(config.for_embeddings())
     parts = [splits.fingerprint, source.fingerprint if source is not None else ""]
@@ -93,8 +94,10 @@ def _regenerate(config: Any) -> RegeneratedData:
     users, items = splits.dataset.user_num, splits.dataset.item_num
     if config["resume"] is not False and (directory / MANIFEST).exists() and (directory / REPORT).exists():
         getLogger().info(f"Regeneration: reusing {directory}")
-        found, data = read_json(directory / REPORT), Regenerated.load(directory, users, items, mark)
-        data = dataclasses.replace(data, vocabulary=splits.vocabulary())
+        found, data = (
+            read_json(directory / REPORT),
+            Regenerated.load(directory, users, items, mark, splits.vocabulary()),
+        )
         return RegeneratedData(data, directory, mark, found["seconds"], found)
     vectors = source.model.item_embedding.weight.detach()[:items] if source is not None else None
     return _run(config, splits, vectors, directory, mark)
@@ -129,9 +132,11 @@ def _run(config: Any, splits: Splits, vectors: Any, directory: Path, mark: str) 
         model, read, config["regen_gamma"], config["regen_temperature"], config["seed"],
         desc="Generate patterns" if progress else None,
     )  # fmt: skip
-    data = dataclasses.replace(combine(whole, read, pairs.patterns, generated), vocabulary=splits.vocabulary())
+    vocabulary = splits.vocabulary()
+    data = combine(whole, read, pairs.patterns, generated)
+    data = dataclasses.replace(data, vocabulary=vocabulary, training=training_hash(train, vocabulary))
     seconds = prepared + sum(epoch["seconds"] for epoch in history["epochs"]) + time.perf_counter() - started
-    tokens = splits.vocabulary()["items"]
+    tokens = vocabulary["items"]
     found = {
         **report.describe(whole, data, train.store.n_items, tokens), "dataset": config["dataset"],
         "options": {name: config[name] for name in sorted(REGENERATION)}, "seed": config["seed"],
@@ -171,7 +176,7 @@ def regenerate_dataset(
     init_logger(config)
     ensure_dataset(config)
     made = regenerate(config)
-    splits = prepare_data(config.without_regeneration())
+    splits = prepare_data(config.for_embeddings())
     data = made.data.with_ids_of(splits.vocabulary())
     desc = "Write" if config["show_progress"] else None
     folder = write_benchmark(splits, data, output, name or f"{config['dataset']}-regenerated", desc)
@@ -188,12 +193,16 @@ def write_report(directory: Path, found: dict[str, Any]) -> None:
     write_json(directory / REPORT, found)
 
 
+def _check_heads(config: Any) -> None:
+    size = config.for_embeddings()["hidden_size"] if config["regen_pretrained"] else config["regen_hidden_size"]
+    if size % config["regen_heads"]:
+        raise ConfigError(
+            [f"regen_heads: {config['regen_heads']} does not divide vectors of length {size}; choose for example 1."]
+        )
+
+
 def _build(config: Any, n_items: int, vectors: Any) -> Regenerator:
     size, heads = config["regen_hidden_size"] if vectors is None else vectors.shape[1], config["regen_heads"]
-    if size % heads:
-        raise ConfigError(
-            [f"regen_heads: {heads} does not divide vectors of length {size}; choose 1 or 2, or another."]
-        )
     model = Regenerator(
         n_items, size, heads, config["regen_layers"], config["regen_inner_size"], config["regen_dropout"],
         config["regen_conditions"], config["MAX_ITEM_LIST_LENGTH"], config["regen_pattern_length"],
@@ -220,9 +229,14 @@ def _schedule(config: Any) -> Schedule:
 def _given(config: Any, directory: Path) -> RegeneratedData:
     """A set that was made before, named by the user."""
     splits = prepare_data(config.for_embeddings())
+    users, items, vocabulary = splits.dataset.user_num, splits.dataset.item_num, splits.vocabulary()
     try:
-        data = Regenerated.load(directory, splits.dataset.user_num, splits.dataset.item_num)
-        data = dataclasses.replace(data, vocabulary=splits.vocabulary())
+        data = Regenerated.load(directory, users, items, vocabulary=vocabulary)
+        if data.training != training_hash(splits.train._dataset, vocabulary):
+            raise CheckpointError(
+                f"{directory} was made from another training split; its rows could hold what is tested."
+            )
+        data = dataclasses.replace(data, weights=None)  # they belong to a model
         found = read_json(directory / REPORT)
     except CheckpointError as error:
         raise CheckpointError(f"regenerated_data: {error}") from None

@@ -13,9 +13,9 @@ from recbole.utils import ModelType, init_seed
 
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loader import BucketLoader, RowLoader
-from recbole_raserec.data.regenerated import regenerated_class
+from recbole_raserec.data.regenerated import regenerated_class, training_hash
 from recbole_raserec.data.splits import Splits, prepare
-from recbole_raserec.errors import CheckpointError, ConfigError
+from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED, evaluate
 from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
 from recbole_raserec.recommendation.backbone import trims, wrap_backbone
@@ -61,6 +61,14 @@ def train_model(config: Any, checkpoint: Optional[str] = None, regenerated: Any 
         CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
     """
     splits = prepare_data(config, None if regenerated is None else regenerated.data)
+    if regenerated is not None and regenerated.data.training is not None:
+        own = splits.train._dataset.original
+        if training_hash(own, splits.vocabulary()) != regenerated.data.training:
+            raise DatasetError(
+                f"regeneration: {config['model']} reads another training split than the patterns were mined "
+                "from: users or items without features are dropped from its log. "
+                "Set filter_inter_by_user_or_item: false, or complete the feature files."
+            )
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
     options = config.training_options()

@@ -468,3 +468,94 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "made" / "new" / "new.train.inter").exists()
     assert main(["regenerate", "--help"]) == 0
     assert "--regen_gamma" in capsys.readouterr().out
+
+
+# -- what must not go wrong in silence ----------------------------------------------------------------------------
+
+
+def test_a_model_with_a_smaller_log_is_refused(small_config):
+    """Items without features are dropped from its log: its validation targets are others' training items."""
+    options = {"regeneration": True, "regen_pretrained": False, "regen_epochs": 1, "regen_hidden_size": 8}
+    config = small_config("GRU4RecF", selected_features=["kind"], load_col={
+        "inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "kind"],
+    }, **options)  # fmt: skip
+    rows = "".join(f"i{item}\tk{item % 3}\n" for item in range(20))  # five have none
+    (Path(config["data_path"]) / "tiny.item").write_text("item_id:token\tkind:token\n" + rows)
+    made = regenerate(config)
+    with pytest.raises(DatasetError, match=r"GRU4RecF reads another training split.*filter_inter_by_user_or_item"):
+        train_model(config, regenerated=made)
+
+
+def test_a_set_of_another_split_or_data_set_is_refused(small_config, tmp_path):
+    options = {**QUICK, "regen_pretrained": False}
+    made = regenerate(small_config("SASRec", **options))
+    given_ = {**options, "regenerated_data": str(made.directory)}
+    assert len(regenerate(small_config("SASRec", **given_)).data) == len(made.data)
+    split = {"split": {"LS": "test_only"}, "order": "TO", "group_by": "user", "mode": "full"}
+    with pytest.raises(CheckpointError, match=r"regenerated_data: .* another training split"):
+        regenerate(small_config("SASRec", **given_, eval_args=split))
+    with pytest.raises(CheckpointError, match=r"regenerated_data: .* users and items"):
+        regenerate(small_config("SASRec", log_seed=1, **given_))
+
+
+@pytest.mark.parametrize("backbone", ["FPMC", "HGN", "Caser"])
+def test_memories_of_generated_sequences_under_backbones_with_user_vectors(tmp_path, backbone):
+    write_log(tmp_path, "tiny", random_log(0))
+    options = {name: value for name, value in QUICK.items() if name.startswith("regen")}
+    options.update(regen_pretrained=False, regen_hidden_size=8, MAX_ITEM_LIST_LENGTH=8, epochs=1)
+    options.update(data_path=str(tmp_path), ram_epochs=1, ram_inner_size=16, top_k=4)
+    whole = run(tmp_path, "RaSeRec", "tiny", backbone=backbone, **options)
+    memory = whole.ours.model.memory
+    assert len(memory) > len(whole.base.splits.train._dataset) + len(whole.base.splits.valid._dataset)
+
+
+def test_generated_memories_are_of_the_latest_time(tiny):
+    whole = tiny()
+    memory, base = whole.ours.model.memory, whole.base.splits
+    pairs = len(base.train._dataset)
+    made = slice(pairs, len(memory) - len(base.valid._dataset))
+    assert (memory.times[made] == memory.times[:pairs].max()).all()
+
+
+def test_labels_of_regenerated_rows(small_config, extra):
+    log = [(user, item, time) for user, item, time in random_log(0)]
+    config = small_config("SASRec", log=log)
+    train = SequenceDataset(config).build()[0]
+    from recbole.data.interaction import Interaction
+
+    for feat in (train.inter_feat, train._log):
+        feat.update(Interaction({train.label_field: torch.zeros(len(feat))}))
+    both = joined(train, extra)
+    assert both.inter_feat[train.label_field][len(train) :].eq(1).all()
+    assert not both.inter_feat[train.label_field][: len(train)].any()
+
+
+def test_what_does_not_go_together(tmp_path):
+    def refused(words, model="SASRec", **options):
+        with pytest.raises(ConfigError, match=words):
+            run(tmp_path, model, "tiny", **{"regeneration": True, "data_path": str(tmp_path), **options})
+
+    personal = {"regeneration": "personalised", "loss_type": "BPR"}
+    personal["train_neg_sample_args"] = {"distribution": "uniform"}
+    refused("personalised weighs rows of loss_type: CE; it is BPR", **personal)
+    refused("benchmark files have no histories", benchmark_filename=["train", "valid", "test"])
+    write_log(tmp_path, "tiny", random_log(0))
+    refused(r"regen_heads: 3 does not divide vectors of length 64", regen_heads=3)
+
+
+def test_sizes_of_another_model_are_not_those_of_the_embeddings():
+    given_ = {"regeneration": True, "hidden_size": 129, "num_layers": 2, "seed": 3}
+    config = Config("GRU4Rec", "ml-100k", config_dict=given_, argv=[]).for_embeddings()
+    assert (config["hidden_size"], config["seed"], config["model"]) == (64, 3, "SASRec")
+    plain = Config("SASRec", "ml-100k", config_dict={"seed": 3}, argv=[])
+    assert config.training_options() == plain.training_options()
+
+
+def test_what_makes_the_data_is_in_their_fingerprint_alone():
+    one, two = (
+        Config("SASRec", "ml-100k", config_dict={"regeneration": True, **more}, argv=[])
+        for more in ({}, {"regenerated_data": "x", "regen_gamma": 0.9, "regen_personal_every": 3})
+    )
+    assert one.training_options() == two.training_options()
+    plain = Config("SASRec", "ml-100k", config_dict={}, argv=[])
+    assert one.training_options() == plain.training_options()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, Optional
 
@@ -33,7 +35,8 @@ class Regenerated:
         users: int64 [S], whose sequence a generated one was written for; 0 for a mined pattern.
         origin: uint8 [S], index into :data:`ORIGINS`.
         weights: float32 [N] or None, of each item as a target in the loss.
-        vocabulary: external ids behind `users` and `items` ("users", "items"), or None; it is not stored.
+        vocabulary: external ids behind `users` and `items` ("users", "items"), or None; its hash is stored.
+        training: hash of the training split it was made from, see :func:`training_hash`; stored.
     """
 
     items: np.ndarray
@@ -42,6 +45,7 @@ class Regenerated:
     origin: np.ndarray
     weights: Optional[np.ndarray] = None
     vocabulary: Optional[dict[str, list[str]]] = None
+    training: Optional[str] = None
 
     def __len__(self) -> int:
         return len(self.users)
@@ -51,22 +55,29 @@ class Regenerated:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         if self.weights is not None:
             arrays["weights"] = self.weights
-        write_arrays(Path(directory), _KIND, _VERSION, arrays, {"fingerprint": fingerprint})
+        meta = {"fingerprint": fingerprint, "training": self.training, "ids": _ids_hash(self.vocabulary)}
+        write_arrays(Path(directory), _KIND, _VERSION, arrays, meta)
 
     @classmethod
-    def load(cls, directory: Path, n_users: int, n_items: int, fingerprint: Optional[str] = None) -> Regenerated:
-        """Read what :meth:`save` wrote.
+    def load(
+        cls, directory: Path, n_users: int, n_items: int, fingerprint: Optional[str] = None,
+        vocabulary: Optional[dict[str, list[str]]] = None,
+    ) -> Regenerated:  # fmt: skip
+        """Read what :meth:`save` wrote; `vocabulary`, if given, must be the one it was written with.
 
         Raises:
             CheckpointError: missing, damaged, foreign, of another fingerprint, or of other users and items.
         """
         path = Path(directory)
         arrays, meta = read_arrays(path, _KIND, _VERSION, _ARRAYS, optional=_WEIGHTS)
-        if fingerprint is not None and (not isinstance(meta, dict) or meta.get("fingerprint") != fingerprint):
+        meta = meta if isinstance(meta, dict) else {}
+        if fingerprint is not None and meta.get("fingerprint") != fingerprint:
             raise CheckpointError(f"{path} was made from other data or options; name another directory, or delete it.")
         parts: dict[str, Any] = {name: np.array(values) for name, values in arrays.items()}
         found = cls(**parts)
-        if not found._fits(n_users, n_items):
+        found = dataclasses.replace(found, training=meta.get("training"), vocabulary=vocabulary)
+        alike = vocabulary is None or meta.get("ids") == _ids_hash(vocabulary)
+        if not alike or not found._fits(n_users, n_items):
             raise CheckpointError(f"{path} does not hold sequences of this data set's users and items; delete it.")
         return found
 
@@ -77,7 +88,7 @@ class Regenerated:
         inside = np.repeat(fine, lengths)
         return Regenerated(
             self.items[inside], np.concatenate([[0], np.cumsum(lengths[fine])]), self.users[fine], self.origin[fine],
-            None if self.weights is None else self.weights[inside], self.vocabulary,
+            None if self.weights is None else self.weights[inside], self.vocabulary, self.training,
         )  # fmt: skip
 
     def with_ids_of(self, vocabulary: dict[str, list[str]]) -> Regenerated:
@@ -100,7 +111,7 @@ class Regenerated:
         inside = fine[owner]
         return Regenerated(
             items[inside], np.concatenate([[0], np.cumsum(lengths[fine])]), maps["users"][self.users[fine]],
-            self.origin[fine], None if self.weights is None else self.weights[inside], vocabulary,
+            self.origin[fine], None if self.weights is None else self.weights[inside], vocabulary, self.training,
         )  # fmt: skip
 
     def _fits(self, n_users: int, n_items: int) -> bool:
@@ -117,6 +128,22 @@ class Regenerated:
         return self.weights is None or (
             self.weights.shape == self.items.shape and bool(np.isfinite(self.weights).all())
         )
+
+
+def training_hash(train: Any, vocabulary: dict[str, list[str]]) -> str:
+    """Hash of the (user, target) rows of a training split, by external ids, whatever their order."""
+    feat = train.inter_feat
+    ids = {"users": feat[train.uid_field].numpy(), "items": feat[train.iid_field].numpy()}
+    tokens = {name: np.array(vocabulary[name])[values] for name, values in ids.items()}
+    order = np.lexsort((tokens["items"], tokens["users"]))
+    digest = hashlib.sha256()
+    for name in ("users", "items"):
+        digest.update("\x00".join(tokens[name][order].tolist()).encode())
+    return digest.hexdigest()
+
+
+def _ids_hash(vocabulary: Optional[dict[str, list[str]]]) -> Optional[str]:
+    return None if vocabulary is None else hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 class RegeneratedDataset(SequenceDataset):
@@ -172,6 +199,7 @@ def joined(train: SequenceDataset, extra: Regenerated) -> SequenceDataset:
         store.n_users + len(extra), store.n_items, times,
     )  # fmt: skip
     known = {train.uid_field: extra.users[owner], train.iid_field: extra.items, train.time_field: position}
+    known[train.label_field] = np.ones(len(owner))  # where the log has labels: these are likes
     part._log = _grown(train._log, known, len(owner))
     rows = position > 0
     sequence = {SEQUENCE: store.n_users + owner, POSITION: position}
@@ -179,9 +207,11 @@ def joined(train: SequenceDataset, extra: Regenerated) -> SequenceDataset:
     known = {name: values[rows] for name, values in {**known, **sequence}.items()}
     columns = dict(feat.interaction)
     columns[SEQUENCE] = columns[train.uid_field]
-    if extra.weights is not None:
-        columns[WEIGHT] = torch.ones(len(feat))
-        known[WEIGHT] = extra.weights[rows]
+    if extra.weights is not None:  # their mean over the split is 1: the loss is their sum over the rows of a batch
+        weights = extra.weights[rows].astype(np.float64)
+        scale = (len(feat) + len(weights)) / (len(feat) + weights.sum())
+        columns[WEIGHT] = torch.full((len(feat),), scale, dtype=torch.float32)
+        known[WEIGHT] = weights * scale
     part.inter_feat = _Rows(_grown(columns, known, int(rows.sum())), part)
     part.original = train
     return part
@@ -205,6 +235,7 @@ def densely_joined(train: Any, extra: Regenerated) -> Any:
         train.uid_field: extra.users[owner][rows], train.iid_field: extra.items[rows],
         train.item_list_length_field: kept, train.item_id_list_field: np.where(inside, extra.items[place], 0),
     }  # fmt: skip
+    known[train.label_field] = np.ones(len(rows))
     negatives = getattr(train, "neg_item_list_field", None)
     if negatives in feat.interaction:
         drawn = np.random.default_rng(train.config["seed"]).integers(1, train.item_num, inside.shape)

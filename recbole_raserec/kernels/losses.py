@@ -140,7 +140,10 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(h.contiguous(), items, targets, normalised, low)
 
 
-def info_nce(first: torch.Tensor, second: torch.Tensor, tau: float = 1.0, sim: str = "dot") -> torch.Tensor:
+def info_nce(
+    first: torch.Tensor, second: torch.Tensor, tau: float = 1.0, sim: str = "dot",
+    weights: Optional[torch.Tensor] = None,
+) -> torch.Tensor:  # fmt: skip
     """InfoNCE between two views over the 2B batch (DuoRec, arXiv 2110.05730, eq. 9).
 
     Row i of `first` and row i of `second` are each other's positive; all other 2B - 2 vectors are negatives.
@@ -149,9 +152,10 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, tau: float = 1.0, sim: s
         first, second: [B, H].
         tau: temperature, > 0.
         sim: ``dot`` or ``cos``.
+        weights: [B], of the rows; None: 1. As negatives all rows count alike.
 
     Returns:
-        scalar, mean over the 2B rows.
+        scalar, mean over the 2B rows of the loss times the weight.
     """
     views = torch.cat([first, second])  # [2B, H]
     if sim == "cos":
@@ -160,4 +164,6 @@ def info_nce(first: torch.Tensor, second: torch.Tensor, tau: float = 1.0, sim: s
     logits.fill_diagonal_(float("-inf"))
     size = len(first)
     positives = torch.arange(2 * size, device=views.device).roll(size)
-    return F.cross_entropy(logits, positives)
+    if weights is None:
+        return F.cross_entropy(logits, positives)
+    return (F.cross_entropy(logits, positives, reduction="none") * torch.cat([weights, weights])).mean()

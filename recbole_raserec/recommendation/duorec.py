@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -53,17 +53,19 @@ class DuoRec(SASRec):
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
         h, targets = self.encode_batch(interaction)  # [B, H], [B]
-        loss = self.weighted_loss(h, targets, row_weights(interaction))
+        weights = row_weights(interaction)
+        loss = self.weighted_loss(h, targets, weights)
         if self.contrast in ("un", "us"):
-            loss = loss + self.lmd * self._nce(h, self.encode_batch(interaction)[0])
+            loss = loss + self.lmd * self._nce(h, self.encode_batch(interaction)[0], weights)
         if self.contrast in ("su", "us"):
-            loss = loss + self.lmd_sem * self._nce(h, self._same_target(interaction))
+            loss = loss + self.lmd_sem * self._nce(h, self._same_target(interaction), weights)
         if self.contrast == "us_x":
-            loss = loss + self.lmd_sem * self._nce(self.encode_batch(interaction)[0], self._same_target(interaction))
+            other = self.encode_batch(interaction)[0]
+            loss = loss + self.lmd_sem * self._nce(other, self._same_target(interaction), weights)
         return loss
 
-    def _nce(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        return info_nce(first, second, self.tau, self.sim)
+    def _nce(self, first: torch.Tensor, second: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
+        return info_nce(first, second, self.tau, self.sim, weights)
 
     def _same_target(self, interaction: Any) -> torch.Tensor:
         return self.forward_ragged(

@@ -100,8 +100,13 @@ class SASRec(RecBoleSASRec):
         return self.weighted_loss(*self.encode_batch(interaction), row_weights(interaction))
 
     def weighted_loss(self, h: torch.Tensor, targets: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy of user vectors [N, H] over all items, as a mean weighted by `weights` [N] (None: alike)."""
-        return linear_cross_entropy(h, self.item_vectors(), targets, weights, self.softmax_precision)
+        """Cross-entropy of user vectors [N, H] over all items, times `weights` [N] (None: 1), as a mean over the rows.
+
+        Not over the sum of the batch's weights: batches hold windows of like length, and a factor that all short ones
+        share would be lost.
+        """
+        loss = linear_cross_entropy(h, self.item_vectors(), targets, weights, self.softmax_precision)
+        return loss if weights is None else loss * (weights.sum() / max(len(h), 1))
 
     def encode_batch(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """User vectors [N, H] and target items [N] of a training batch: N rows of windows, or, packed, all targets."""

@@ -93,13 +93,13 @@ def row_slopes(parameters: Tensors, direction: Tensors, row_losses: Callable[[],
 def scorer_loss(weights: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """A number whose gradient with respect to the scorer is that of the outer loss.
 
-    The inner loss is the weighted mean of the rows' losses, so that ``p . dL_in/dtheta`` is the weighted mean of their
-    slopes along p.
+    The inner loss is the mean of the rows' losses times their weights, so that ``p . dL_in/dtheta`` is the mean of
+    their slopes along p times their weights.
 
     Args:
         weights: [B], of the scorer. slopes: [B].
     """
-    return -(weights * slopes).sum() / weights.sum().clamp(min=1e-12)
+    return -(weights * slopes).mean()
 
 
 @contextlib.contextmanager

@@ -117,7 +117,8 @@ class RegeneratedBuilder:
     """``memory_regenerated: true``: <prefix, next item> of the sequences that regeneration generated.
 
     A generated sequence was written from all of its user's training history: it stands at that history's last place,
-    so that the guard bars it from every training query of the user. Mined patterns come by `memory: patterns`.
+    so that the guard bars it from every training query of the user; its time is that of the latest training row. Mined
+    patterns come by `memory: patterns`.
 
     Args:
         joined: the training split with regenerated rows.
@@ -137,12 +138,15 @@ class RegeneratedBuilder:
         self._store, self._longest = store, joined.max_item_list_len
         self._windows = rows[keep], positions[keep]
         users = users[keep]
-        times = None if store.times is None else store.times[store.offsets[users] + last[users]]
+        times = None
+        if store.times is not None:  # what was generated rests on all training data
+            times = np.full(len(users), store.times[store.offsets[own_users] + own_positions].max(initial=-np.inf))
         self.rows = Rows(targets[keep], users, last[users], times)
 
     def keys(self, backbone: Any, queries: Queries) -> torch.Tensor:
         """The keys [N, H]: the backbone's encodings of the prefixes."""
-        return encode_windows(backbone, self._store, *self._windows, self._longest, queries.h.device)
+        device = queries.h.device
+        return encode_windows(backbone, self._store, *self._windows, self._longest, device, owners=self.rows.users)
 
 
 def _when_frequent(

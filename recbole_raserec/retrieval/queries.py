@@ -93,10 +93,11 @@ def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Opt
 @torch.no_grad()
 def encode_windows(
     backbone: Any, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
-    desc: Optional[str] = None,
+    desc: Optional[str] = None, owners: Optional[np.ndarray] = None,
 ) -> torch.Tensor:  # fmt: skip
     """The backbone's vectors [N, H] of the last `longest` items before `positions` [N] in the rows `users` [N] of a
-    store, in batches of like length."""
+    store, in batches of like length; `owners` [N]: the users the backbone is told, where they are not the rows."""
+    owners = users if owners is None else owners
     h = torch.empty(len(users), backbone.hidden_size, device=device)
     was_training = backbone.training
     backbone.eval()
@@ -114,7 +115,7 @@ def encode_windows(
             h[torch.from_numpy(part).to(device)] = backbone.encode(
                 torch.from_numpy(item_seq).to(device),
                 torch.from_numpy(window_lengths).to(device),
-                torch.from_numpy(users[part]).to(device),
+                torch.from_numpy(owners[part]).to(device),
             )
             start += len(part)
             bar.update(len(part))
