@@ -57,7 +57,7 @@ def test_the_implicit_gradient_against_the_exact_one(problem):
     def inner():
         return (fixed * rows(theta)).mean()
 
-    direction = implicit_direction([theta], lambda: outer(theta), inner, 400, 0.05)
+    direction = implicit_direction([theta], lambda: outer(theta), inner, 2000, 0.05)
     slopes = row_slopes([theta], direction, lambda: rows(theta))
     (found,) = torch.autograd.grad(scorer_loss(weights, slopes), weights)
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-8)
