@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recbole_raserec import stored_arrays as arrays_module
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.retrieval import arrays as arrays_module
 from recbole_raserec.retrieval import search as search_module
 from recbole_raserec.retrieval.memory import MemoryBank
 
