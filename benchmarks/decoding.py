@@ -43,7 +43,7 @@ def together(data_path: str) -> dict[str, Any]:
     started = time.perf_counter()
     found = [generate(model, sequences, gamma) for gamma in GAMMAS]
     seconds = (time.perf_counter() - started) / len(GAMMAS)
-    note = f"{len(sequences)} sequences x {model.conditions} conditions, mean of gamma 0 and 1, float64"
+    note = f"{len(sequences)} sequences x {model.conditions} conditions, mean of gamma 0 and 1"
     return {"seconds": seconds, "note": note, "patterns": [each[_sampled(sequences)].tolist() for each in found]}
 
 

@@ -88,6 +88,26 @@ def fill(
     return results
 
 
+def main(
+    doc: str | None, rows: Rows, name: str, page: Callable[[str, Results], str], dataset: str = "amazon-beauty",
+    make: Callable[[Sequence[str], int, argparse.Namespace], dict[str, Any]] = run,
+    left_out: Callable[[str], Iterable[str]] = lambda dataset: (),
+) -> tuple[Results, Path]:  # fmt: skip
+    """What the scripts' ``main`` do: read the arguments, fill ``results/<name>_<dataset>.json`` and the page.
+
+    Args:
+        page: (data set, results) -> Markdown. left_out: data set -> rows that mean nothing there.
+
+    Returns:
+        the results and the path of their file.
+    """
+    args = arguments(doc or "", rows, dataset).parse_args()
+    args.output = args.output or ROOT / "results" / f"{name}_{args.dataset}.json"
+    args.rows = [row for row in args.rows if row not in left_out(args.dataset)]
+    command = f"python experiments/{name}.py --data_path=DIR --dataset={args.dataset}"
+    return fill(rows, args, command, lambda found: page(args.dataset, found), make), args.output
+
+
 def mean(values: Iterable[float], digits: int = 4) -> str:
     """Mean, and the standard deviation in brackets where there are several."""
     values = list(values)

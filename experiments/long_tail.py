@@ -13,8 +13,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import grid
 import numpy as np
-from grid import ROOT, Results, arguments, fill, mean
+from grid import Results, mean
 from trained import load, quintiles
 
 from recbole_raserec import plots
@@ -86,11 +87,8 @@ def draw(results: Results, path: Any) -> None:
 
 def main() -> None:
     """Measure what is missing; write figures, page and plot."""
-    args = arguments(__doc__ or "", ROWS, "ml-100k").parse_args()
-    args.output = args.output or ROOT / "results" / f"long_tail_{args.dataset}.json"
-    command = f"python experiments/long_tail.py --data_path=DIR --dataset={args.dataset}"
-    results = fill(ROWS, args, command, lambda found: page(args.dataset, found), measure)
-    draw(results, plots.plot_beside(args.output))
+    results, path = grid.main(__doc__, ROWS, "long_tail", page, "ml-100k", measure)
+    draw(results, plots.plot_beside(path))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+import grid
 import numpy as np
-from grid import POSITIONS, ROOT, Results, arguments, cells, fill
+from grid import POSITIONS, Results, cells
 from trained import Trained, add_rows, bank_like, load
 
 from recbole_raserec import plots
@@ -96,11 +97,8 @@ def draw(results: Results, path: Any) -> None:
 
 def main() -> None:
     """Measure what is missing; write figures, page and plot."""
-    args = arguments(__doc__ or "", ROWS, "ml-100k").parse_args()
-    args.output = args.output or ROOT / "results" / f"memory_drift_{args.dataset}.json"
-    command = f"python experiments/memory_drift.py --data_path=DIR --dataset={args.dataset}"
-    results = fill(ROWS, args, command, lambda found: page(args.dataset, found), measure)
-    draw(results, plots.plot_beside(args.output))
+    results, path = grid.main(__doc__, ROWS, "memory_drift", page, "ml-100k", measure)
+    draw(results, plots.plot_beside(path))
 
 
 if __name__ == "__main__":

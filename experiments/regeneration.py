@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import statistics
 
-from grid import ROOT, Results, arguments, cells, fill, mean
+import grid
+from grid import Results, cells, mean
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 
@@ -66,10 +67,7 @@ def page(dataset: str, results: Results) -> str:
 
 def main() -> None:
     """Run what is missing; write figures and table."""
-    args = arguments(__doc__ or "", ROWS).parse_args()
-    args.output = args.output or ROOT / "results" / f"regeneration_{args.dataset}.json"
-    command = f"python experiments/regeneration.py --data_path=DIR --dataset={args.dataset}"
-    fill(ROWS, args, command, lambda found: page(args.dataset, found))
+    grid.main(__doc__, ROWS, "regeneration", page)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import grid
 import numpy as np
-from grid import ROOT, Results, arguments, fill, mean
+from grid import Results, mean
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.source import ensure_dataset
@@ -137,10 +138,7 @@ def page(dataset: str, results: Results) -> str:
 
 def main() -> None:
     """Measure what is missing; write figures and page."""
-    args = arguments(__doc__ or "", ROWS, "ml-100k").parse_args()
-    args.output = args.output or ROOT / "results" / f"regenerator_{args.dataset}.json"
-    command = f"python experiments/regenerator.py --data_path=DIR --dataset={args.dataset}"
-    fill(ROWS, args, command, lambda found: page(args.dataset, found), measure)
+    grid.main(__doc__, ROWS, "regenerator", page, "ml-100k", measure)
 
 
 if __name__ == "__main__":

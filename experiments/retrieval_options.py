@@ -10,9 +10,11 @@ already in the file is not repeated; backbone, and with a K up to the largest al
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from grid import POSITIONS, ROOT, Results, arguments, cells, fill, mean
+import grid
+from grid import POSITIONS, Results, cells, mean
 
 from recbole_raserec import plots
 from recbole_raserec.evaluation.protocols import PROTOCOLS
@@ -122,14 +124,13 @@ def draw(results: Results, path: Any) -> None:
 
 def main() -> None:
     """Run what is missing; write figures, tables and plots."""
-    args = arguments(__doc__ or "", ROWS, "ml-100k").parse_args()
-    if args.dataset in POSITIONS:  # no time line that users share
-        args.rows = [row for row in args.rows if row not in TABLES["Protocol"]]
-    args.output = args.output or ROOT / "results" / f"retrieval_options_{args.dataset}.json"
-    command = f"python experiments/retrieval_options.py --data_path=DIR --dataset={args.dataset}"
-    results = fill(ROWS, args, command, lambda found: page(args.dataset, found))
+
+    def left_out(dataset: str) -> Iterable[str]:  # no time line that users share
+        return TABLES["Protocol"] if dataset in POSITIONS else ()
+
+    results, path = grid.main(__doc__, ROWS, "retrieval_options", page, "ml-100k", left_out=left_out)
     if results[DEFAULT]:
-        draw(results, args.output)
+        draw(results, path)
 
 
 if __name__ == "__main__":

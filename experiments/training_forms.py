@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import statistics
 
-from grid import ROOT, Results, arguments, cells, fill, mean
+import grid
+from grid import Results, cells, mean
 
 #: The rows of the table: label, options.
 RUNS: dict[str, tuple[str, ...]] = {
@@ -47,10 +48,7 @@ def page(dataset: str, results: Results) -> str:
 
 def main() -> None:
     """Run what is missing, write figures and table after each run."""
-    args = arguments(__doc__ or "", RUNS).parse_args()
-    args.output = args.output or ROOT / "results" / f"training_forms_{args.dataset}.json"
-    command = f"python experiments/training_forms.py --data_path=DIR --dataset={args.dataset}"
-    fill(RUNS, args, command, lambda results: page(args.dataset, results))
+    grid.main(__doc__, RUNS, "training_forms", page)
 
 
 if __name__ == "__main__":

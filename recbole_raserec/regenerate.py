@@ -9,7 +9,6 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from recbole.utils import init_logger, init_seed
 
@@ -242,8 +241,3 @@ def _given(config: Any, directory: Path) -> RegeneratedData:
         raise CheckpointError(f"regenerated_data: {error}") from None
     mark = fingerprint({"regenerated": [sha256(path) for path in sorted(directory.glob("*.npy"))]}, splits.fingerprint)
     return RegeneratedData(data, directory, mark, float(found.get("seconds", 0.0)), found)
-
-
-def extra_rows(data: Regenerated) -> int:
-    """Training rows that `data` adds."""
-    return int(np.maximum(np.diff(data.offsets) - 1, 0).sum())

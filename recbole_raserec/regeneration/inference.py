@@ -167,7 +167,7 @@ def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     block = _BLOCK if columns % _BLOCK == 0 else columns
     blocks = logits.view(rows, columns // block, block)
     peaks = blocks.amax(dim=2)
-    best, number = peaks.max(dim=1)
+    best = peaks.amax(dim=1)
     number = (peaks == best[:, None]).int().argmax(dim=1)
     inside = blocks[torch.arange(rows, device=logits.device), number]  # [R, block]
     column = (inside == best[:, None]).int().argmax(dim=1)
