@@ -129,7 +129,7 @@ def _run(config: Any, splits: Splits, vectors: Any, directory: Path, mark: str) 
     started = time.perf_counter()
     generated = generate(
         model, read, config["regen_gamma"], config["regen_temperature"], config["seed"],
-        desc="Generate patterns" if progress else None,
+        desc="Generate patterns" if progress else None, native_kernels=bool(config["native_kernels"]),
     )  # fmt: skip
     vocabulary = splits.vocabulary()
     data = combine(whole, read, pairs.patterns, generated)

@@ -17,7 +17,7 @@ from typing import Optional
 import torch
 
 #: Number of the interface; a library compiled from other sources is not used.
-INTERFACE = 2
+INTERFACE = 3
 
 #: Libraries, the best first.
 NAMES = ("_native_avx512", "_native_avx2")

@@ -3,10 +3,11 @@
 At each step a coin decides: with probability gamma the next item is chosen among the sequence's own (restrictive),
 otherwise among all (generative); never one that the pattern has already. The public code always tosses restrictive.
 
-All sequences of a batch and all K conditions are decoded together, a step at a time, on kept keys and values. The last
-bits of a product depend on the size of the batch, and with them, in float32, now and then an item. So a sequence with
-any choice closer than float32 can tell is decoded again in float64 (draws always are), and coins and draws are
-functions of (seed, sequence, condition, step): the patterns do not depend on the batch size.
+All sequences of a batch and all K conditions are decoded together, on kept keys and values; greedily on a CPU by the
+compiled kernels. The last bits of a product depend on the size of the batch and on the kernel, and with them, in
+float32, now and then an item. So a pattern with any choice closer than float32 can tell is decoded again in float64
+(draws always are), and coins and draws are functions of (seed, sequence, condition, step): the patterns do not depend
+on the batch size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from recbole_raserec.regeneration.compiled import compiled
 from recbole_raserec.regeneration.layers import KeyValue
 from recbole_raserec.regeneration.regenerator import Regenerator
 from recbole_raserec.regeneration.sources import Sequences
@@ -39,13 +41,19 @@ class Decoder:
     Args:
         model: trained; it is copied. gamma: share of restrictive steps, in [0, 1].
         temperature: 0: the best item (greedy); above: items are drawn, their logits divided by it. seed: of both.
+        native_kernels: use the compiled kernels where they are there and fit.
     """
 
-    def __init__(self, model: Regenerator, gamma: float, temperature: float = 0.0, seed: int = 0):
+    def __init__(
+        self, model: Regenerator, gamma: float, temperature: float = 0.0, seed: int = 0, native_kernels: bool = True
+    ):
         self.exact = copy.deepcopy(model).double().eval().requires_grad_(False)
         self.gamma, self.temperature, self.seed = float(gamma), float(temperature), int(seed)
-        self._rough = _Steps(copy.deepcopy(model).float().eval(), 0.0) if not temperature else None
         self._fine = _Steps(self.exact, self.temperature)
+        rough = copy.deepcopy(model).float().eval().requires_grad_(False)
+        unsure = _UNSURE * float(rough.items.weight[1:].norm(dim=1).max())
+        self._compiled = compiled(rough, LEAST, unsure) if native_kernels and not temperature else None
+        self._rough = _Steps(rough, 0.0, unsure) if not temperature else None
 
     @torch.no_grad()
     def decode(self, items: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
@@ -60,12 +68,16 @@ class Decoder:
         """
         restrictive = torch.from_numpy(self._uniform(numbers, _COIN) < self.gamma).to(items.device)
         draws = torch.from_numpy(self._uniform(numbers, _DRAW)).to(items.device)
+        shape = len(items), self.exact.conditions, self.exact.pattern_length
         if self._rough is None:
-            return self._fine.run(items, restrictive, draws)[0]
-        found, close = self._rough.run(items, restrictive, draws)
+            return self._fine.run(items, restrictive, draws)[0].view(shape)
+        if self._compiled is not None:
+            found, close = self._compiled.run(items, restrictive)
+        else:
+            found, close = (x.view(shape[: x.dim() + 1]) for x in self._rough.run(items, restrictive, draws))
         again = close.any(1).nonzero().squeeze(1)
         if len(again):
-            found[again] = self._fine.run(items[again], restrictive[again], draws[again])[0]
+            found[close] = self._fine.run(items[again], restrictive[again], draws[again], close[again])[0]
         return found
 
     def _uniform(self, numbers: np.ndarray, stream: int) -> np.ndarray:
@@ -77,32 +89,34 @@ class _Steps:
 
     Args:
         model: regenerator in evaluation mode. temperature: as of :class:`Decoder`.
+        unsure: difference of two logits, per length of h, below which a choice is close: rounding of products and of h.
     """
 
-    def __init__(self, model: Regenerator, temperature: float):
-        self.model, self.temperature = model.requires_grad_(False), temperature
+    def __init__(self, model: Regenerator, temperature: float, unsure: float = 0.0):
+        self.model, self.temperature, self._unsure = model, temperature, unsure
         table = model.items.weight[: model.n_items]
         width = -(-model.n_items // _BLOCK) * _BLOCK
         self._table = torch.zeros(model.size, width, dtype=table.dtype, device=table.device)
         self._table[:, : model.n_items] = table.t()
         self._logits = torch.empty(_ROWS, width, dtype=table.dtype, device=table.device)
-        # What a difference of logits must exceed to be sure, per length of h: rounding of the products and of h.
-        self._unsure = _UNSURE * float(table.norm(dim=1).max()) if table.dtype == torch.float32 else 0.0
 
     def run(
-        self, items: torch.Tensor, restrictive: torch.Tensor, draws: torch.Tensor
+        self, items: torch.Tensor, restrictive: torch.Tensor, draws: torch.Tensor, wanted: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patterns [B, K, length] of sequences [B, S], and bool [B, K] where a choice was too close to tell.
+        """Patterns [N, length] of sequences [B, S], and bool [N] where a choice was too close to tell.
 
         Args:
             restrictive: bool [B, K, length]. draws: [B, K, length].
+            wanted: bool [B, K], the N that are decoded, in this order; all by default.
         """
-        model, length, ways = self.model, self.model.pattern_length, self.model.conditions
+        model, length = self.model, self.model.pattern_length
         source = model.encode(items)
-        owner = torch.arange(len(items), device=items.device).repeat_interleave(ways)
-        keys_values = model.keys_values(source.spaces.flatten(0, 1))
+        if wanted is None:
+            wanted = torch.ones(restrictive.shape[:2], dtype=torch.bool, device=items.device)
+        owner = wanted.nonzero()[:, 0]
+        keys_values = model.keys_values(source.spaces[wanted])
         mask = (items > 0)[owner][:, None, None]
-        restrictive, draws = restrictive.flatten(0, 1), draws.flatten(0, 1)
+        restrictive, draws = restrictive[wanted], draws[wanted]
         written = torch.zeros(len(owner), length, dtype=torch.int64, device=items.device)
         close = torch.zeros(len(owner), dtype=torch.bool, device=items.device)
         token = torch.full((len(owner),), model.start, device=items.device)
@@ -140,7 +154,7 @@ class _Steps:
             if not bool(going.any()):
                 break
             written[:, step] = torch.where(going, token, 0)
-        return written.view(len(items), ways, length), close.view(len(items), ways)
+        return written, close
 
     def _choose(
         self, logits: torch.Tensor, h: torch.Tensor, end: torch.Tensor, draw: torch.Tensor, step: int
@@ -178,16 +192,17 @@ def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 def generate(
     model: Regenerator, sequences: Sequences, gamma: float, temperature: float = 0.0, seed: int = 0,
-    batch_size: int = 256, desc: Optional[str] = None,
+    batch_size: int = 256, desc: Optional[str] = None, native_kernels: bool = True,
 ) -> np.ndarray:  # fmt: skip
     """Patterns of all sequences: int64 [S, K, pattern_length], padded with 0.
 
     Args:
-        model, gamma, temperature, seed: see :class:`Decoder`. sequences: of at most `model.longest` items each.
+        model, gamma, temperature, seed, native_kernels: see :class:`Decoder`.
+        sequences: of at most `model.longest` items each.
         batch_size: sequences decoded at a time; it changes nothing but speed and memory (K rows of V float64 each).
         desc: show a progress bar with this label.
     """
-    decoder, device = Decoder(model, gamma, temperature, seed), model.projections.device
+    decoder, device = Decoder(model, gamma, temperature, seed, native_kernels), model.projections.device
     found = np.zeros((len(sequences), model.conditions, model.pattern_length), dtype=np.int64)
     order = np.argsort(sequences.lengths(), kind="stable")
     with tqdm(total=len(order), desc=desc, disable=desc is None, unit="sequences", dynamic_ncols=True) as bar:

@@ -82,14 +82,18 @@ class Regenerator(nn.Module):
 
     # -- source -----------------------------------------------------------------------------------------------------
 
-    def encode(self, items: torch.Tensor) -> Source:
-        """Encode sequences [B, S], S at most `longest`."""
+    def read(self, items: torch.Tensor) -> torch.Tensor:
+        """The encoder's output [B, S, H] for sequences [B, S], S at most `longest`."""
         x = self.items(items) + self.source_positions.weight[: items.shape[1]]
         x = self.dropout(self.source_norm(x))
         mask = (items > 0)[:, None, None]
         for layer in self.encoder:
             x = layer(x, mask)
-        spaces = torch.einsum("bsh,khg->bksg", x, self.projections)
+        return x
+
+    def encode(self, items: torch.Tensor) -> Source:
+        """Encode sequences [B, S], S at most `longest`."""
+        spaces = torch.einsum("bsh,khg->bksg", self.read(items), self.projections)
         return Source(items, spaces, first_occurrences(items))
 
     def keys_values(self, memory: torch.Tensor) -> list[KeyValue]:

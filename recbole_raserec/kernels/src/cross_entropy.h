@@ -6,6 +6,9 @@
  * Exponentials lie in [0, 1] and are rounded to bfloat16; what is left of a row (its sum, its target) stays float32.
  * Two copies are made, each as its product reads it: `near` [panel][row in block][16] holds pairs of neighbouring items
  * for the gradient of the rows, `kept` [panel][row pair][16][2] pairs of rows for the gradient of the items. */
+#ifndef RASEREC_CROSS_ENTROPY_H
+#define RASEREC_CROSS_ENTROPY_H
+
 #include "tile.h"
 
 #define BLOCK 24
@@ -180,4 +183,6 @@ INLINE __m512i pair16(__m512 low, __m512 high) {
 }
 #else
 #define HAS_BF16 0
+#endif
+
 #endif

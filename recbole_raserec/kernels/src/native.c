@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "cross_entropy.h"
+#include "decode.h"
 #include "layers.h"
 
 #if defined(_WIN32)
@@ -19,7 +20,7 @@
 EXPORT void raserec_properties(int64_t *found) {
     found[0] = W;
     found[1] = HAS_BF16;
-    found[2] = 2; /* native.py: INTERFACE */
+    found[2] = 3; /* native.py: INTERFACE */
 }
 
 #if HAS_BF16
@@ -223,5 +224,27 @@ EXPORT int raserec_encode_backward(const int64_t *numbers, const int64_t *item, 
     }
     for (long t = 0; t < s->tokens; t++) add_rows(rows + t * h, h, grad_table + item[t] * h);
     free(first), free(room), free(sums), free(rows);
+    return 0;
+}
+
+/* Patterns of sequences, see decode.h; `closeness`: epsilon of the norms, and `unsure`. Returns 0, or 1 where there was
+ * no memory. */
+EXPORT int raserec_decode(const int64_t *numbers, const float *source, const int64_t *ids, const uint8_t *unused,
+                          const uint8_t *own, const float *into, const float *into_bias, const float *weights,
+                          const float *positions, const float *gain, const float *shift, const float *table,
+                          const void *columns, const float *errors, const float *norms, const float *settings,
+                          int threads, int64_t *written, uint8_t *close) {
+    const decoder d = {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6], numbers[7],
+                       numbers[8], numbers[9], source, ids, unused, own, into, into_bias, weights, positions, gain,
+                       shift, table, columns, errors, norms, settings[0], settings[1], written, close};
+    const long each = BLOCK_ROWS > d.ways ? BLOCK_ROWS / d.ways : 1, blocks = (d.sequences + each - 1) / each;
+    const long room_size = decoder_room(&d);
+    float *room = malloc((size_t)(threads * room_size) * sizeof(float));
+    if (!room) return 1;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (long b = 0; b < blocks; b++)
+        decode_block(&d, b * each, d.sequences - b * each < each ? d.sequences - b * each : each,
+                     room + omp_get_thread_num() * room_size);
+    free(room);
     return 0;
 }

@@ -1,4 +1,7 @@
 /* Operations on rows of activations: bias, dropout, GELU, layer norm. `size`: a multiple of W. */
+#ifndef RASEREC_ROWS_H
+#define RASEREC_ROWS_H
+
 #include "tile.h"
 
 typedef uint32_t vu __attribute__((vector_size(W * 4), aligned(4)));
@@ -123,3 +126,5 @@ static void layer_norm_backward(const float *hat, const float *inverse, long row
             store(grad + e, (load(grad + e) - mean - load(hat + e) * along) * inverse[r]);
     }
 }
+
+#endif
