@@ -50,7 +50,7 @@ def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict
         read, whole, config["regen_span"], config["regen_min_support"], config["regen_pattern_length"],
         config["regen_pairs"], config["seed"],
     )  # fmt: skip
-    weights = read_tensors(Path(made.directory) / BEST)[0]
+    weights = read_tensors(Path(made.directory).parent / made.report["regenerator"] / BEST)[0]
     model = _build(config, train.store.n_items, weights["items.weight"][: train.store.n_items])
     model.load_state_dict(weights)
     model.eval()

@@ -37,6 +37,9 @@ REPORT = "report.json"
 #: Raised when the same options and data would give another regenerated set than before.
 REGENERATION_VERSION = 1
 
+#: Options that the training of the regenerator does not depend on: sets that differ in them share one.
+_INFERENCE = ("regen_gamma", "regen_temperature")
+
 
 @dataclasses.dataclass(frozen=True)
 class RegeneratedData:
@@ -88,8 +91,11 @@ def _regenerate(config: Any) -> RegeneratedData:
         "longest": config["MAX_ITEM_LIST_LENGTH"],
         "version": REGENERATION_VERSION,
     }
-    mark = fingerprint({**base, "eval_args": config.training_options()["eval_args"]}, *parts)
+    base["eval_args"] = config.training_options()["eval_args"]
+    mark = fingerprint(base, *parts)
     directory = Path(config["checkpoint_dir"]) / f"regeneration-{config['dataset']}-{mark[:12]}"
+    learned = fingerprint({name: value for name, value in base.items() if name not in _INFERENCE}, *parts)
+    trained = Path(config["checkpoint_dir"]) / f"regenerator-{config['dataset']}-{learned[:12]}"
     users, items = splits.dataset.user_num, splits.dataset.item_num
     if config["resume"] is not False and (directory / MANIFEST).exists() and (directory / REPORT).exists():
         getLogger().info(f"Regeneration: reusing {directory}")
@@ -99,10 +105,10 @@ def _regenerate(config: Any) -> RegeneratedData:
         )
         return RegeneratedData(data, directory, mark, found["seconds"], found)
     vectors = source.model.item_embedding.weight.detach()[:items] if source is not None else None
-    return _run(config, splits, vectors, directory, mark)
+    return _run(config, splits, vectors, trained, directory, mark)
 
 
-def _run(config: Any, splits: Splits, vectors: Any, directory: Path, mark: str) -> RegeneratedData:
+def _run(config: Any, splits: Splits, vectors: Any, trained: Path, directory: Path, mark: str) -> RegeneratedData:
     train = splits.train._dataset
     if not isinstance(train, SequenceDataset) or not train.is_lazy:
         raise DatasetError("regeneration: benchmark files have no histories to regenerate; use an interaction log.")
@@ -121,11 +127,12 @@ def _run(config: Any, splits: Splits, vectors: Any, directory: Path, mark: str) 
     getLogger().info(f"regeneration: {len(pairs.patterns)} patterns, {len(pairs)} pairs of {len(read)} sequences")
     init_seed(config["seed"], config["reproducibility"])
     model = _build(config, train.store.n_items, vectors).to(config["device"])
-    directory.mkdir(parents=True, exist_ok=True)
+    for folder in (directory, trained):
+        folder.mkdir(parents=True, exist_ok=True)
     prepared = time.perf_counter() - started
     if config["resume"] is False:
-        (directory / STATE).unlink(missing_ok=True)
-    history = fit(model, pairs, _schedule(config), directory, progress)
+        (trained / STATE).unlink(missing_ok=True)
+    history = fit(model, pairs, _schedule(config), trained, progress)
     started = time.perf_counter()
     generated = generate(
         model, read, config["regen_gamma"], config["regen_temperature"], config["seed"],
@@ -140,6 +147,7 @@ def _run(config: Any, splits: Splits, vectors: Any, directory: Path, mark: str) 
         **report.describe(whole, data, train.store.n_items, tokens), "dataset": config["dataset"],
         "options": {name: config[name] for name in sorted(REGENERATION)}, "seed": config["seed"],
         "patterns_mined": len(pairs.patterns), "pairs": len(pairs), "training": history, "seconds": seconds,
+        "regenerator": trained.name,
     }  # fmt: skip
     data.save(directory, mark)
     write_report(directory, found)

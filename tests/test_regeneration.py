@@ -389,6 +389,19 @@ def test_it_goes_on_where_it_was_killed(tiny, monkeypatch, tmp_path):
     assert as_rows(again.data.data) == as_rows(whole.data.data)
 
 
+def test_sets_that_are_generated_otherwise_share_the_regenerator(tiny, monkeypatch, tmp_path):
+    from recbole_raserec.regeneration import training
+
+    first = tiny("SASRec")
+    monkeypatch.setattr(training, "_epoch", None)  # no training any more
+    other = tiny("SASRec", regen_gamma=0.9, regen_temperature=0.7)
+    assert other.data.fingerprint != first.data.fingerprint
+    assert len(list(tmp_path.glob("saved/regeneration-*"))) == 2
+    (trained,) = tmp_path.glob("saved/regenerator-*")
+    assert other.data.report["regenerator"] == first.data.report["regenerator"] == trained.name
+    assert other.data.report["training"] == first.data.report["training"]
+
+
 def test_a_set_made_before_is_used(tiny, tmp_path):
     whole = tiny("SASRec")
     given_ = str(whole.data.directory.relative_to("saved")) if whole.data.directory.is_relative_to("saved") else None
