@@ -83,7 +83,7 @@ def _regenerate(config: Any) -> RegeneratedData:
         del options[name]
     _check_heads(config)
     source = train_model(config.for_embeddings()) if config["regen_pretrained"] else None
-    splits = source.splits if source is not None else prepare_data(config.for_embeddings())
+    splits = _splits(config, source.splits if source is not None else prepare_data(config.for_embeddings()))
     parts = [splits.fingerprint, source.fingerprint if source is not None else ""]
     base = {
         **options,
@@ -108,9 +108,31 @@ def _regenerate(config: Any) -> RegeneratedData:
     return _run(config, splits, vectors, trained, directory, mark)
 
 
+def _splits(config: Any, plain: Splits) -> Splits:
+    """What is mined: `plain`, the split of the log, or the model's own where that leaves interactions out."""
+    model = config.for_backbone() if config["model"] == "RaSeRec" else config
+    if model["model"] in ("SASRec", "DuoRec"):
+        return plain
+    own = prepare_data(model.without_regeneration())
+    hashes = [training_hash(splits.train._dataset, splits.vocabulary()) for splits in (plain, own)]
+    if hashes[0] == hashes[1]:
+        return plain
+    if config["regen_pretrained"]:
+        left_out = len(plain.train._dataset) - len(own.train._dataset)
+        raise ConfigError(
+            [
+                f"regen_pretrained: true: {model['model']} leaves {left_out} of the training targets out (they have no "
+                "features, no entity), so that its split is another than that of the SASRec whose item vectors the "
+                "regenerator would start from; they may have seen what this model holds out. Set regen_pretrained: "
+                "false, or complete the files."
+            ]
+        )
+    return own
+
+
 def _run(config: Any, splits: Splits, vectors: Any, trained: Path, directory: Path, mark: str) -> RegeneratedData:
     train = splits.train._dataset
-    if not isinstance(train, SequenceDataset) or not train.is_lazy:
+    if isinstance(train, SequenceDataset) and not train.is_lazy:
         raise DatasetError("regeneration: benchmark files have no histories to regenerate; use an interaction log.")
     started, progress = time.perf_counter(), bool(config["show_progress"])
     whole = training_sequences(train)
@@ -126,7 +148,7 @@ def _run(config: Any, splits: Splits, vectors: Any, trained: Path, directory: Pa
         )
     getLogger().info(f"regeneration: {len(pairs.patterns)} patterns, {len(pairs)} pairs of {len(read)} sequences")
     init_seed(config["seed"], config["reproducibility"])
-    model = _build(config, train.store.n_items, vectors).to(config["device"])
+    model = _build(config, train.item_num, vectors).to(config["device"])
     for folder in (directory, trained):
         folder.mkdir(parents=True, exist_ok=True)
     prepared = time.perf_counter() - started
@@ -144,7 +166,7 @@ def _run(config: Any, splits: Splits, vectors: Any, trained: Path, directory: Pa
     seconds = prepared + sum(epoch["seconds"] for epoch in history["epochs"]) + time.perf_counter() - started
     tokens = vocabulary["items"]
     found = {
-        **report.describe(whole, data, train.store.n_items, tokens), "dataset": config["dataset"],
+        **report.describe(whole, data, train.item_num, tokens), "dataset": config["dataset"],
         "options": {name: config[name] for name in sorted(REGENERATION)}, "seed": config["seed"],
         "patterns_mined": len(pairs.patterns), "pairs": len(pairs), "training": history, "seconds": seconds,
         "regenerator": trained.name,

@@ -84,3 +84,31 @@ def small_config(workdir):
 def _keep_visible_devices(monkeypatch):
     # RecBole writes the variable at every configuration; it must not leak from these tests.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+
+@pytest.fixture
+def extra():
+    """Three regenerated rows."""
+    from recbole_raserec.data.regenerated import Regenerated
+
+    return Regenerated(
+        np.array([3, 4, 5, 1, 2, 7, 7, 7, 7, 8, 9, 10, 11, 12]), np.array([0, 3, 5, 14]), np.array([0, 2, 5]),
+        np.array([1, 2, 2], np.uint8),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Runs a pipeline with stage i on a small log."""
+    from regeneration_helpers import QUICK
+    from test_pipeline import run
+
+    write_log(tmp_path, "tiny", random_log(0))
+
+    def build(model="RaSeRec", **options):
+        given_ = {**QUICK, "MAX_ITEM_LIST_LENGTH": 8, "data_path": str(tmp_path), **options}
+        if model == "RaSeRec":
+            given_ = {"backbone": "SASRec", "ram_epochs": 1, "ram_inner_size": 16, "top_k": 4, **given_}
+        return run(tmp_path, model, "tiny", **given_)
+
+    return build

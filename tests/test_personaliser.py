@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_regeneration import tiny  # noqa: F401  tiny is a fixture
 
 from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined
@@ -178,7 +177,7 @@ def test_weights_reach_their_own_rows(small_config, weighted):
 
 
 @pytest.mark.parametrize("model", ["SASRec", "DuoRec"])
-def test_in_the_pipeline(tiny, model, tmp_path):  # noqa: F811
+def test_in_the_pipeline(tiny, model, tmp_path):
     quick = {"regen_personal_epochs": 1, "regen_personal_every": 2}
     whole = tiny(model, regeneration="personalised", **quick)
     weights = whole.data.data.weights

@@ -41,11 +41,39 @@ class Sequences:
 
 
 def training_sequences(train: Any) -> Sequences:
-    """Every user's history up to the last training target (:class:`~recbole_raserec.data.dataset.SequenceDataset`)."""
+    """Every user's history up to the last training target.
+
+    Args:
+        train: training split, a :class:`~recbole_raserec.data.dataset.SequenceDataset` or RecBole's, whose windows of a
+            user stand in the order of their targets.
+    """
+    if not hasattr(train, "windows"):
+        return _from_windows(train)
     users, positions, _ = train.windows()
     items, offsets = train.store.until(users, positions)
     kept = np.flatnonzero(np.diff(offsets))
     return Sequences(items, np.concatenate([[0], offsets[1:][kept]]), kept)
+
+
+def _from_windows(train: Any) -> Sequences:
+    """A user's first window and then the target of each: RecBole's windows are cut to the longest the model takes."""
+    rows, config = train.inter_feat.numpy(), train.config
+    users, targets = rows[train.uid_field], rows[train.iid_field]
+    order = np.argsort(users, kind="stable")
+    users, targets = users[order], targets[order]
+    first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]]))
+    windows = rows[train.iid_field + config["LIST_SUFFIX"]][order[first]]
+    lengths = rows[config["ITEM_LIST_LENGTH_FIELD"]][order[first]]
+    counts = np.diff(np.concatenate([first, [len(users)]])) + lengths
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    items = np.empty(offsets[-1], np.int64)
+    ahead = np.arange(windows.shape[1]) < lengths[:, None]  # of the first window
+    places = offsets[:-1, None] + np.arange(windows.shape[1])
+    items[places[ahead]] = windows[ahead]
+    behind = np.ones(len(items), dtype=bool)
+    behind[places[ahead]] = False
+    items[behind] = targets
+    return Sequences(items, offsets, users[first])
 
 
 def pieces(sequences: Sequences, longest: int) -> Sequences:
