@@ -24,7 +24,8 @@ EXTRAS_REQUIRE = {
     # RecBole's LDiffRec with n_cate > 1 and NNCF with neigh_info_method: louvain
     "baselines": ["kmeans-pytorch>=0.3", "python-louvain>=0.16", "networkx"],
     "plots": ["matplotlib>=3.5"],
-    "test": ["pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5"],
+    "frames": ["polars>=0.20"],
+    "test": ["pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20"],
     "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
 }
 

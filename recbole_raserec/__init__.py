@@ -15,6 +15,7 @@ _PUBLIC = {
     "Config": "recbole_raserec.config",
     "DuoRec": "recbole_raserec.recommendation.duorec",
     "MemoryBank": "recbole_raserec.retrieval.memory",
+    "Recommender": "recbole_raserec.serving.recommender",
     "RaSeRec": "recbole_raserec.retrieval.raserec",
     "SASRec": "recbole_raserec.recommendation.sasrec",
     "load_checkpoint": "recbole_raserec.serving.checkpoint",

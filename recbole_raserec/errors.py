@@ -30,6 +30,10 @@ class CheckpointError(RaSeRecError):
     """A checkpoint or memory is missing, damaged, foreign, or belongs to another configuration."""
 
 
+class InputError(RaSeRecError, ValueError):
+    """What a trained model was asked does not make sense: histories, ids, k, events."""
+
+
 class MissingExtraError(RaSeRecError, ImportError):
     """A package that an optional part needs is not installed.
 

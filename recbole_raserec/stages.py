@@ -24,6 +24,7 @@ from recbole_raserec.registry import get_dataset_class, get_model, get_trainer_c
 from recbole_raserec.retrieval.cache import NeighbourCache
 from recbole_raserec.retrieval.keeper import MemoryKeeper
 from recbole_raserec.retrieval.knn import KNNRaSeRec, raserec_class, tune
+from recbole_raserec.serving.catalogue import catalogue_of
 from recbole_raserec.serving.checkpoint import MANIFEST, read_ids, read_manifest, read_weights, write_checkpoint
 
 #: Digits of the figures in reports and results; early stopping compares RecBole's `metric_decimal_place`.
@@ -187,7 +188,8 @@ def _run(
     if not finished:
         full = {"model": name, "dataset": config["dataset"], "fingerprint": mark, "data": splits.fingerprint}
         full.update(manifest, metrics=metrics, seconds=trainer.seconds)
-        write_checkpoint(directory, full, splits.vocabulary(), getattr(model, "memory", None))
+        known = catalogue_of(splits, config)
+        write_checkpoint(directory, full, splits.vocabulary(), getattr(model, "memory", None), known)
     return outcome
 
 

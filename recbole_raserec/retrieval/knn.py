@@ -74,12 +74,11 @@ class KNNRaSeRec(RaSeRec):
         scores = scores if bias is None else scores + bias
         if not len(self.memory):
             return scores
-        keys = self._memory_keys(h.device)[ids]  # [B, K, H]
+        keys, targets, _ = self.entries(ids)  # [B, K, H], [B, K]
         if self.memory.similarity == "cosine":
             similarity = torch.cosine_similarity(h[:, None], keys, dim=2)
         else:
             similarity = (keys @ h[:, :, None]).squeeze(2)
-        targets = self._memory_targets(h.device)[ids]
         return interpolate(scores, targets, similarity, mask, float(self.knn_share), float(self.knn_tau))
 
     def predict(self, interaction: Any) -> torch.Tensor:

@@ -36,6 +36,7 @@ class RaSeRec(SequentialRecommender):
     def __init__(self, config: Any, dataset: Any, backbone: Any):
         super().__init__(config, dataset)
         self.backbone = backbone
+        self.n_users = int(dataset.num(self.USER_ID))
         self.top_k = config["top_k"]
         self.time_field = config["TIME_FIELD"]
         self.frozen = config["freeze_backbone"]
@@ -46,9 +47,7 @@ class RaSeRec(SequentialRecommender):
             config["seed"], config["memory_scope"], config["memory_min_support"], config["retrieve_by"],
         )  # fmt: skip
         self.frequency_weight = float(config["memory_frequency_weight"])
-        self._memory_version = -1
-        self._keys: Optional[torch.Tensor] = None
-        self._frequency: Optional[torch.Tensor] = None
+        self._copy: Optional[tuple[Any, ...]] = None  # of the memory, for the device
         self._known: dict[str, Queries] = {}
         if self.frozen:
             self.backbone.requires_grad_(False)
@@ -88,9 +87,8 @@ class RaSeRec(SequentialRecommender):
         """h~ from h [B, H] and its memories (ids, mask [B, K]): [B, H]."""
         if not len(self.memory):
             return h
-        keys = self._memory_keys(h.device)[ids]  # [B, K, H]
-        values = self.item_vectors()[self._memory_targets(h.device)[ids]]  # [B, K, H]
-        bias = None if self._frequency is None else self._frequency[ids]
+        keys, targets, bias = self.entries(ids)
+        values = self.item_vectors()[targets]  # [B, K, H]
         return self.ram(h, keys, values, mask, bias)
 
     def forward(
@@ -101,20 +99,32 @@ class RaSeRec(SequentialRecommender):
         h = self.encode(item_seq, item_seq_len, user)
         return self.augment(h, *self.neighbours(h, user, position, time))
 
-    def _memory_keys(self, device: Any) -> torch.Tensor:
-        if self._keys is None or self._memory_version != self.memory.version or self._keys.device != device:
-            self._memory_version = self.memory.version
-            self._keys = torch.from_numpy(np.array(self.memory.keys)).to(device)
-            self._targets = torch.from_numpy(self.memory.targets.astype(np.int64)).to(device)
-            self._frequency = None
-            if self.frequency_weight:
-                support = torch.from_numpy(np.maximum(self.memory.support, 1).astype(np.float32)).to(device)
-                self._frequency = self.frequency_weight * support.log()
-        return self._keys
+    def entries(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+        """Keys [B, K, H], targets int64 [B, K], and what their support adds to the attention's logits [B, K] or None.
 
-    def _memory_targets(self, device: Any) -> torch.Tensor:
-        self._memory_keys(device)
-        return self._targets
+        Args:
+            ids: int64 [B, K], of memories.
+        """
+        if ids.device.type == "cpu" and not self.training:  # a memory that lives need not be copied for each query
+            rows = ids.numpy()
+            return self._on_device(self.memory.keys[rows], self.memory.targets[rows], self.memory.support[rows], "cpu")
+        copy = self._copy
+        if copy is None or copy[0] != (self.memory, self.memory.version, ids.device):
+            memory = self.memory
+            now = memory, memory.version, ids.device
+            copy = now, *self._on_device(np.array(memory.keys), memory.targets, memory.support, ids.device)
+            self._copy = copy
+        _, keys, targets, frequency = copy
+        return keys[ids], targets[ids], None if frequency is None else frequency[ids]
+
+    def _on_device(
+        self, keys: np.ndarray, targets: np.ndarray, support: np.ndarray, device: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+        frequency = None
+        if self.frequency_weight:
+            counts = torch.from_numpy(np.maximum(support, 1).astype(np.float32)).to(device)
+            frequency = self.frequency_weight * counts.log()
+        return torch.from_numpy(keys).to(device), torch.from_numpy(targets.astype(np.int64)).to(device), frequency
 
     # -- the memory -------------------------------------------------------------------------------------------------
 
@@ -134,7 +144,6 @@ class RaSeRec(SequentialRecommender):
     def refresh_memory(self, keys: torch.Tensor) -> None:
         """Replace the memory's keys [N, H] after the backbone changed."""
         self.memory.set_keys(keys.cpu().numpy())
-        self._keys = None
         self.show_items()
         self.forget_known()
 
@@ -153,7 +162,7 @@ class RaSeRec(SequentialRecommender):
             raise ValueError(
                 f"the memory's keys have length {memory.hidden_size}, user vectors {self.backbone.hidden_size}."
             )
-        self.memory, self._keys = memory, None
+        self.memory, self._copy = memory, None
         self.show_items()
         self.forget_known()
 
@@ -178,7 +187,8 @@ class RaSeRec(SequentialRecommender):
             rows = known.find(user, position)
             if rows is not None:
                 return known.rows(rows, self.top_k)
-        h = self.encode(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user)
+        trained = torch.where(user < self.n_users, user, 0)  # the memory may know users whom the backbone does not
+        h = self.encode(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], trained)
         time = interaction[self.time_field] if self.time_field in interaction.columns else None
         return (h, *self.neighbours(h, user, position, time))
 

@@ -1,19 +1,23 @@
 """The checkpoint directory: configuration, weights, memory and external ids; it reloads without the data set.
 
 Layout: ``checkpoint.json`` (format, model, options, figures), ``model.safetensors`` (weights), ``ids.json``
-(external user and item ids in the order of the internal ones), ``memory/`` (RaSeRec). Nothing in it is pickle.
+(external user and item ids in the order of the internal ones), ``memory/`` (RaSeRec), ``items.json`` and ``histories/``
+(see :mod:`recbole_raserec.serving.catalogue`). Nothing in it is pickle.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import secrets
+import shutil
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.fileio import read_json, read_tensors, sha256, write_json
+from recbole_raserec.fileio import read_json, read_tensors, replacing, sha256, write_json
 from recbole_raserec.recommendation.backbone import wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights
 from recbole_raserec.registry import get_model
@@ -21,9 +25,11 @@ from recbole_raserec.retrieval.keeper import TRAINING_BUFFERS
 from recbole_raserec.retrieval.knn import raserec_class
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.serving.catalogue import FILE
+from recbole_raserec.serving.histories import DIRECTORY
 
 FORMAT, VERSION = "recbole-raserec checkpoint", 1
-MANIFEST, IDS, MEMORY = "checkpoint.json", "ids.json", "memory"
+MANIFEST, IDS, MEMORY, LIVE = "checkpoint.json", "ids.json", "memory", "live.json"
 
 
 class Options(dict):
@@ -60,22 +66,83 @@ class Vocabulary:
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A reloaded checkpoint: the model in evaluation mode with its weights and memory, its options, its ids."""
+    """A reloaded checkpoint: the model in evaluation mode with its weights and memory, its options, its ids.
+
+    Attributes:
+        vocabulary: ids the model was trained with. users: all user ids, those of later updates too.
+        applied: number of the last journaled change that the saved parts hold. parts: where ids and memory lie.
+    """
 
     model: Any
     options: Options
     vocabulary: Vocabulary
     manifest: dict[str, Any]
+    users: list[str]
+    applied: int
+    parts: Path
 
 
-def write_checkpoint(directory: Path, manifest: dict[str, Any], ids: dict[str, list[str]], memory: Any = None) -> None:
+def write_checkpoint(
+    directory: Path, manifest: dict[str, Any], ids: dict[str, list[str]], memory: Any = None, catalogue: Any = None
+) -> None:
     """Complete a directory that holds the weights. The manifest comes last: without it there is no checkpoint."""
     directory = Path(directory)
     write_json(directory / IDS, ids)
+    if catalogue is not None:
+        catalogue.save(directory)
     if memory is not None:
         memory.save(directory / MEMORY, manifest["fingerprint"])
     weights = sha256(directory / BEST)
     write_json(directory / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest, "weights_sha256": weights})
+
+
+def save_parts(
+    source: Path, target: Path, ids: dict[str, list[str]], memory: Any, catalogue: Any, trained_users: int, applied: int
+) -> None:
+    """Replace ids, memory and catalogue of a checkpoint as a whole.
+
+    They go into a directory of their own beside the old ones; the step that counts is the atomic replacement of
+    ``live.json``, which names it. The old ones are deleted then, so that nothing of a forgotten user stays.
+
+    Args:
+        source: the checkpoint. target: the same, or a directory that becomes a copy of it with the new parts.
+        trained_users: ids of the users that the model was trained with; later ones follow in `ids`.
+        applied: number of the last journaled change that the parts hold.
+    """
+    manifest = read_manifest(source)
+    target.mkdir(parents=True, exist_ok=True)
+    if target.resolve() != source.resolve():
+        with replacing(target / BEST) as part:
+            shutil.copyfile(source / BEST, part)
+    name = f"live-{secrets.token_hex(8)}"
+    parts = target / name
+    parts.mkdir()
+    write_json(parts / IDS, ids)
+    catalogue.save(parts)
+    if memory is not None:
+        memory.save(parts / MEMORY, manifest["fingerprint"])
+    write_json(target / LIVE, {"parts": name, "users": trained_users, "applied": applied})
+    if target.resolve() != source.resolve():
+        write_json(target / MANIFEST, manifest)
+    for old in [*target.glob("live-*"), *(target / own for own in (IDS, FILE, MEMORY, DIRECTORY))]:
+        if old.is_dir() and old.name != name:
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.is_file():
+            old.unlink()
+
+
+def _live(directory: Path) -> tuple[Path, Optional[int], int]:
+    """Where ids and memory lie, the number of trained users if it is not that of the ids, the last change they hold."""
+    path = directory / LIVE
+    if not path.is_file():
+        return directory, None, 0
+    found = read_json(path)
+    found = found if isinstance(found, dict) else {}
+    name, users, applied = (found.get(key) for key in ("parts", "users", "applied"))
+    sound = isinstance(name, str) and re.fullmatch(r"live-[0-9a-f]{16}", name)
+    if not sound or type(users) is not int or type(applied) is not int or not (directory / str(name)).is_dir():
+        raise CheckpointError(f"{path} is damaged: it does not name the parts of this checkpoint.")
+    return directory / str(name), users, applied
 
 
 def read_manifest(directory: Any) -> dict[str, Any]:
@@ -105,10 +172,11 @@ def read_ids(directory: Any) -> dict[str, list[str]]:
     Raises:
         CheckpointError: missing or damaged.
     """
-    ids = read_json(Path(directory) / IDS)
+    folder = _live(Path(directory))[0]
+    ids = read_json(folder / IDS)
     lists = [ids.get(name) for name in ("users", "items")] if isinstance(ids, dict) else [None]
     if not all(isinstance(x, list) and all(isinstance(token, str) for token in x) for x in lists):
-        raise CheckpointError(f"{Path(directory) / IDS} does not hold two lists of ids; it is damaged.")
+        raise CheckpointError(f"{folder / IDS} does not hold two lists of ids; it is damaged.")
     return ids
 
 
@@ -141,7 +209,8 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = Options(manifest["options"], device=target)
     ids = read_ids(directory)
-    vocabulary = Vocabulary(options, ids["users"], ids["items"])
+    parts, trained, applied = _live(directory)
+    vocabulary = Vocabulary(options, ids["users"][:trained], ids["items"])
     memory: Any = None
     name = manifest["model"]
     try:
@@ -149,7 +218,7 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
             inner = Options(manifest["backbone_options"], device=target)
             base = get_model(inner["model"])(inner, vocabulary)
             model = raserec_class(options)(options, vocabulary, wrap_backbone(base, inner, vocabulary))
-            memory = MemoryBank.load(directory / MEMORY, manifest["fingerprint"])
+            memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
         else:
             model = get_model(name)(options, vocabulary)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -161,5 +230,5 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
         try:
             model.use_memory(memory)
         except ValueError as error:
-            raise CheckpointError(f"{directory / MEMORY} does not belong to this model: {error}") from None
-    return Checkpoint(model.to(target).eval(), options, vocabulary, manifest)
+            raise CheckpointError(f"{parts / MEMORY} does not belong to this model: {error}") from None
+    return Checkpoint(model.to(target).eval(), options, vocabulary, manifest, ids["users"], applied, parts)

@@ -1,0 +1,144 @@
+"""Histories as people have them, lists, numpy, pandas or polars, as lists of external ids; and results back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Optional
+
+import numpy as np
+
+from recbole_raserec.errors import InputError, MissingExtraError
+
+
+@dataclasses.dataclass
+class Recommendations:
+    """Ranked items of N queries.
+
+    Attributes:
+        items: external ids, best first; shorter than k where no more were admissible.
+        scores: the model's, float32, one array a query; of popularity where `popular`.
+        labels: users of a log, or the numbers of the queries.
+        dropped: int [N], unknown items that were left out of each history.
+        popular: bool [N], nothing known was left of the history, so that the most popular items are given.
+    """
+
+    items: list[list[str]]
+    scores: list[np.ndarray]
+    labels: list[Any]
+    dropped: np.ndarray
+    popular: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return iter(self.items)
+
+    def __getitem__(self, query: int) -> list[str]:
+        return self.items[query]
+
+    def to_numpy(self) -> tuple[np.ndarray, np.ndarray]:
+        """Items object [N, k] and scores float32 [N, k], padded with None and NaN."""
+        width = max(map(len, self.items), default=0)
+        items = np.full((len(self), width), None, dtype=object)
+        scores = np.full((len(self), width), np.nan, dtype=np.float32)
+        for row, (found, values) in enumerate(zip(self.items, self.scores)):
+            items[row, : len(found)], scores[row, : len(found)] = found, values
+        return items, scores
+
+    def columns(self) -> dict[str, Any]:
+        """A row an item: query, rank (from 1), item, score."""
+        lengths = [len(found) for found in self.items]
+        return {
+            "query": [label for label, length in zip(self.labels, lengths) for _ in range(length)],
+            "rank": [rank for length in lengths for rank in range(1, length + 1)],
+            "item": [item for found in self.items for item in found],
+            "score": np.concatenate([*self.scores, np.empty(0, np.float32)]),
+        }
+
+    def to_pandas(self) -> Any:
+        """:meth:`columns` as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.columns())
+
+    def to_polars(self) -> Any:
+        """:meth:`columns` as a polars DataFrame.
+
+        Raises:
+            MissingExtraError: polars is not installed.
+        """
+        try:
+            import polars as pl  # type: ignore[import-not-found,unused-ignore]
+        except ImportError:
+            raise MissingExtraError("frames", "polars", "the result was asked for as a polars DataFrame") from None
+        return pl.DataFrame(self.columns())
+
+
+def as_sequences(data: Any, names: Sequence[str]) -> tuple[list[list[str]], Optional[list[str]]]:
+    """Histories as lists of external ids, and the users of a log or None.
+
+    Args:
+        data: a list of lists of ids; a numpy array of them (2-D, or of objects); a pandas or polars Series of lists; or
+            a pandas or polars DataFrame, a log with the columns `names` (user, item and, to sort by, time).
+
+    Raises:
+        InputError: it is something else, or an id is neither text nor a whole number.
+    """
+    if hasattr(data, "columns") and hasattr(data, "to_dict"):
+        return _of_log(data, names)
+    if hasattr(data, "to_list"):
+        data = data.to_list()
+    elif isinstance(data, np.ndarray):
+        data = data.tolist()
+    if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
+        raise InputError(f"sequences: {data!r:.80} is no list of histories; write [['item', ...], ...].")
+    return [as_ids(row, "sequences", "a history") for row in data], None
+
+
+def as_ids(row: Any, name: str, what: str = "a list of ids") -> list[str]:
+    """One list of external ids as text."""
+    if hasattr(row, "tolist"):
+        row = row.tolist()
+    elif hasattr(row, "to_list"):
+        row = row.to_list()
+    if isinstance(row, (str, bytes, dict)) or not isinstance(row, Iterable):
+        raise InputError(f"{name}: {row!r:.80} is not {what}; it must be a list of item ids.")
+    return [as_id(value, name) for value in row]
+
+
+def as_id(value: Any, name: str) -> str:
+    """One external id as text: text stays, whole numbers are written out."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return str(int(value))  # what pandas makes of whole numbers beside a missing one
+    raise InputError(f"{name}: {value!r:.80} is no id; ids are text or whole numbers.")
+
+
+def _of_log(frame: Any, names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    user, item, time = names
+    missing = [name for name in (user, item) if name not in frame.columns]
+    if missing:
+        raise InputError(
+            f"sequences: the table has no column {' and no column '.join(missing)} (it has "
+            f"{', '.join(map(str, frame.columns))}); rename its columns to {user}, {item} and, to sort by, {time}."
+        )
+    users = [as_id(value, user) for value in frame[user].to_list()]
+    items = [as_id(value, item) for value in frame[item].to_list()]
+    order: Any = range(len(users))
+    if time in frame.columns:
+        times = np.asarray(frame[time].to_list(), dtype=object)
+        if any(value is None or value != value for value in times):
+            raise InputError(f"{time}: a value is missing; give all or drop the column.")
+        try:
+            order = np.argsort(times, kind="stable").tolist()
+        except TypeError:
+            raise InputError(f"{time}: values cannot be compared; give numbers or dates, none missing.") from None
+    found: dict[str, list[str]] = {name: [] for name in users}
+    for row in order:
+        found[users[row]].append(items[row])
+    return list(found.values()), list(found)
