@@ -38,13 +38,17 @@ def interpolate(
     model = torch.log_softmax(scores, dim=1)
     if not share:
         return model
-    logits = (similarity / tau).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(logits, dim=1) * mask
-    spread = torch.zeros_like(scores).scatter_add_(1, targets, weights)  # [B, V]
+    spread = torch.zeros_like(scores).scatter_add_(1, targets, neighbour_weights(similarity, mask, tau))  # [B, V]
     some = mask.any(dim=1, keepdim=True)
     kept = torch.where(some, model + torch.log1p(torch.tensor(-share, dtype=scores.dtype)), model)
     mixed = torch.logaddexp(kept, spread.clamp(min=1e-37).log() + torch.log(torch.tensor(share, dtype=scores.dtype)))
     return torch.where(spread > 0, mixed, kept)
+
+
+def neighbour_weights(similarity: torch.Tensor, mask: torch.Tensor, tau: float) -> torch.Tensor:
+    """Shares of the neighbours in their distribution, [B, K], from their similarities; 0 where `mask` is False."""
+    logits = (similarity / tau).masked_fill(~mask, torch.finfo(similarity.dtype).min)
+    return torch.softmax(logits, dim=1) * mask
 
 
 class KNNRaSeRec(RaSeRec):
@@ -74,12 +78,15 @@ class KNNRaSeRec(RaSeRec):
         scores = scores if bias is None else scores + bias
         if not len(self.memory):
             return scores
+        targets, similarity = self.neighbour_similarity(h, ids)
+        return interpolate(scores, targets, similarity, mask, float(self.knn_share), float(self.knn_tau))
+
+    def neighbour_similarity(self, h: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets of the memories, and their keys' similarity with h: [B, K] each."""
         keys, targets, _ = self.entries(ids)  # [B, K, H], [B, K]
         if self.memory.similarity == "cosine":
-            similarity = torch.cosine_similarity(h[:, None], keys, dim=2)
-        else:
-            similarity = (keys @ h[:, :, None]).squeeze(2)
-        return interpolate(scores, targets, similarity, mask, float(self.knn_share), float(self.knn_tau))
+            return targets, torch.cosine_similarity(h[:, None], keys, dim=2)
+        return targets, (keys @ h[:, :, None]).squeeze(2)
 
     def predict(self, interaction: Any) -> torch.Tensor:
         return self.full_sort_predict(interaction).gather(1, interaction[self.ITEM_ID][:, None]).squeeze(1)

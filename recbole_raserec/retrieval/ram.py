@@ -49,16 +49,30 @@ class CrossAttention(nn.Module):
         """
         batch, count, size = k.shape
         head = size // self.heads
+        weights = self.weight_dropout(self.weights(q, k, mask, bias))
+        values = self.value(v).view(batch, count, self.heads, head).transpose(1, 2)  # [B, heads, K, H/heads]
+        mixed = (weights.unsqueeze(2) @ values).reshape(batch, size)
+        return self.norm(q + self.out_dropout(self.out(mixed)))
+
+    def weights(
+        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """How much each head attends to each neighbour, [B, heads, K]; arguments as of :meth:`forward`."""
+        batch, count, size = k.shape
+        head = size // self.heads
         query = self.query(q).view(batch, self.heads, 1, head) / (math.sqrt(head) * self.tau)
         keys = self.key(k).view(batch, count, self.heads, head).permute(0, 2, 3, 1)  # [B, heads, H/heads, K]
         scores = (query @ keys).squeeze(2)  # [B, heads, K]
         if bias is not None:
             scores = scores + bias[:, None]
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
-        weights = self.weight_dropout(torch.softmax(scores, dim=-1) * mask[:, None])
-        values = self.value(v).view(batch, count, self.heads, head).transpose(1, 2)  # [B, heads, K, H/heads]
-        mixed = (weights.unsqueeze(2) @ values).reshape(batch, size)
-        return self.norm(q + self.out_dropout(self.out(mixed)))
+        return torch.softmax(scores, dim=-1) * mask[:, None]
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """Mean over the heads, [B, K]."""
+        return self.weights(q, k, mask, bias).mean(dim=1)
 
     @torch.no_grad()
     def calibrate(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -106,6 +120,13 @@ class Channel(nn.Module):
         """h [B, H], k and v [B, K, H], mask and bias [B, K] -> [B, H]."""
         return self.second(self.feed_forward(self.first(h, k, v, mask, bias)), k, v, mask, bias)
 
+    def attention(
+        self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        """Mean over both attentions and their heads, [B, K]."""
+        inner = self.feed_forward(self.first(h, k, v, mask, bias))
+        return (self.first.attention(h, k, v, mask, bias) + self.second.attention(inner, k, v, mask, bias)) / 2
+
     def calibrate(self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """See :meth:`CrossAttention.calibrate`."""
         self.first.calibrate(h, k, v)
@@ -152,6 +173,21 @@ class RetrievalModule(nn.Module):
         alpha = self.alpha.clamp(0, 1)
         augmented = alpha * h + (1 - alpha) * mixed
         return torch.where(mask.any(dim=1, keepdim=True), augmented, h)
+
+    def attention(
+        self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
+        bias: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """How much is attended to each neighbour, mean over heads and layers, channels by their share: [B, K].
+
+        The weights of a row with neighbours add up to 1.
+        """
+        found = torch.zeros(mask.shape, dtype=h.dtype, device=h.device)
+        for share, channel, k, v in ((self.beta, 0, keys, values), (1 - self.beta, 1, values, keys)):
+            if share > 0:
+                attention: Any = self.channels[channel].attention
+                found = found + share * attention(h, k, v, mask, bias)
+        return found
 
     def calibrate(self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put the starting weights on the scale of the data: h, h_k and v_k, [N, H] each."""

@@ -27,6 +27,7 @@ from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.retrieval.raserec import RaSeRec
 from recbole_raserec.serving.catalogue import Catalogue
 from recbole_raserec.serving.checkpoint import Checkpoint, load_checkpoint
+from recbole_raserec.serving.explain import Explanation, explain
 from recbole_raserec.serving.inputs import Recommendations, as_ids, as_sequences
 from recbole_raserec.serving.journal import NAME as JOURNAL
 from recbole_raserec.serving.live import LiveMemory
@@ -205,6 +206,25 @@ class Recommender(LiveMemory):
         values = [row[ok] for row, ok in zip(best.cpu().numpy(), keep)]
         none = np.zeros(len(numbers), dtype=np.int64)
         return Recommendations(found, values, [self.items[n] for n in numbers], none, none.astype(bool))
+
+    def explain(self, sequence: Any = None, k: int = 5, user: Any = None, strict: bool = False) -> Explanation:
+        """Why these k items: the memories that were retrieved, and what they add to each item's score.
+
+        Args:
+            sequence: one history of external ids; None: the stored one of `user`. k, strict: as of :meth:`recommend`.
+            user: whose history it is, if that is known.
+
+        Raises:
+            InputError: the question does not make sense, nothing is known of the history, or the model has no memory.
+        """
+        k = _positive("k", k)
+        query = self._query(None if sequence is None else [sequence], None if user is None else [user], strict)
+        if not len(query.rows[0]):
+            raise InputError("sequence: nothing is known of this history, so there is nothing to explain.")
+        if not isinstance(self.model, RaSeRec):
+            raise InputError(f"{self.name} has no memory to explain by; explanations need a RaSeRec checkpoint.")
+        with self._lock.read():
+            return explain(self, query, self._interaction(query, np.array([0])), k)
 
     # -- from ids to tensors ----------------------------------------------------------------------------------------
 
