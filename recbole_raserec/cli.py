@@ -1,4 +1,4 @@
-"""The command ``recbole-raserec``: `run` (the default), `prepare` and `regenerate`.
+"""The command ``recbole-raserec``: `run` (the default) and what comes before and after it.
 
 Nothing heavy is imported before it is needed: ``--help`` and a wrong option answer at once.
 """
@@ -6,11 +6,13 @@ Nothing heavy is imported before it is needed: ``--help`` and a wrong option ans
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import importlib.metadata
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from recbole_raserec import __version__
@@ -20,11 +22,17 @@ USAGE = """\
 usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
        recbole-raserec prepare --input=FILE --format=FORMAT --output=DIR --name=NAME
        recbole-raserec regenerate --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
+       recbole-raserec recommend DIR --items=IDS [--k=N]
+       recbole-raserec explain DIR --items=IDS [--k=N]
+       recbole-raserec doctor
        recbole-raserec --version
 
   run         train and evaluate a model (the default)
   prepare     turn raw data into the atomic files that `run` reads
   regenerate  regenerate a training set (DR4SR) and write it as atomic files
+  recommend   the best items for a history, from the checkpoint of a finished run
+  explain     why these: the memories behind each recommended item
+  doctor      report the installation, and test it in ten seconds
 
 `recbole-raserec COMMAND --help` lists the options of a command."""
 
@@ -97,7 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for an error of this package (one message on stderr), 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "prepare": _prepare, "regenerate": _regenerate}
+    commands = {
+        "run": _run, "prepare": _prepare, "regenerate": _regenerate, "recommend": _recommend, "explain": _explain,
+        "doctor": _doctor,
+    }  # fmt: skip
     if words[:1] in (["-h"], ["--help"], ["help"]):
         print(USAGE)
         return 0
@@ -150,6 +161,65 @@ def _regenerate(words: list[str]) -> None:
     from recbole_raserec.regenerate import regenerate_dataset
 
     print(regenerate_dataset(dataset, Path(own["output"]), own.get("name"), model, files, None, rest))
+
+
+def _recommend(words: list[str]) -> None:
+    from recbole_raserec.serving import commands
+
+    args = _parsed("recommend", "The best items for a history.", commands.RECOMMEND, commands.add_recommend, words)
+    if args is not None:
+        commands.recommend(args)
+
+
+def _explain(words: list[str]) -> None:
+    from recbole_raserec.serving import commands
+
+    args = _parsed("explain", "Why items are recommended.", commands.EXPLAIN, commands.add_explain, words)
+    if args is not None:
+        commands.explain(args)
+
+
+def _doctor(words: list[str]) -> None:
+    def options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--json", action="store_true", help="print it as JSON")
+        parser.add_argument("--no_self_test", action="store_true", help="report only")
+
+    args = _parsed("doctor", "Report the installation and test it.", "", options, words)
+    if args is None:
+        return
+    from recbole_raserec import doctor
+
+    found, checks = doctor.environment(), []
+    if not args.json:
+        print(doctor.text(found))
+    for check in [] if args.no_self_test else doctor.self_test():
+        checks.append(check)
+        if not args.json:
+            print(
+                f"self-test {check.name}: {'ok' if check.passed else 'FAILED'} ({check.found}, {check.seconds:.1f} s)"
+            )
+    if args.json:
+        print(json.dumps({**found, "self_test": [dataclasses.asdict(check) for check in checks]}, indent=2))
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise RaSeRecError(
+            f"self-test failed: {', '.join(failed)}; install the package again, or report what is above."
+        )
+
+
+def _parsed(
+    name: str, description: str, epilog: str, options: Callable[[argparse.ArgumentParser], None], words: list[str]
+) -> argparse.Namespace | None:
+    """The options of a command; None where its help was asked for, and printed."""
+    parser = _Parser(
+        prog=f"recbole-raserec {name}", description=description, epilog=epilog, allow_abbrev=False, add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    options(parser)
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        return None
+    return parser.parse_args(words)
 
 
 def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:
