@@ -141,8 +141,9 @@ class Recommender(LiveMemory):
             admitted[:, 0] = -torch.inf
             admitted[:, barred] = -torch.inf
             if exclude_seen:
-                for row in range(len(scores)):
-                    admitted[row, query.rows[start + row]] = -torch.inf
+                seen = query.rows[start : start + len(scores)]
+                owners = np.repeat(np.arange(len(seen)), [len(row) for row in seen])
+                admitted[owners, np.concatenate(seen)] = -torch.inf
             best, place = admitted.topk(min(k, admitted.shape[1]), dim=1)
             for found, numbers in zip(best.cpu().numpy(), place.cpu().numpy()):
                 count = int(np.isfinite(found).sum())
@@ -273,11 +274,15 @@ class Recommender(LiveMemory):
     def _scored(self, query: Query) -> Iterable[tuple[int, torch.Tensor]]:
         """Scores [n, V] of blocks of queries, popularity where there is no history; and the block's first query."""
         for start, stop, filled in self._blocks(query):
-            counts = torch.from_numpy(self.catalogue.counts).float().to(self.device)
-            scores = counts.repeat(stop - start, 1)
+            scores = torch.empty(0)
             if len(filled):
                 with self._lock.read():
-                    scores[torch.from_numpy(filled - start)] = self._all_scores(self._interaction(query, filled))
+                    scores = self._all_scores(self._interaction(query, filled))
+            if len(filled) < stop - start:
+                counts = torch.from_numpy(self.catalogue.counts).float().to(self.device)
+                found, scores = scores, counts.repeat(stop - start, 1)
+                if len(filled):
+                    scores[torch.from_numpy(filled - start)] = found
             yield start, scores
 
     def _interaction(self, query: Query, numbers: np.ndarray) -> Interaction:
