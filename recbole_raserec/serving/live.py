@@ -109,6 +109,9 @@ class LiveMemory:
                 pandas or polars DataFrame with the log's columns. Users may be new, items may not.
             strict: an unknown item is an error, and nothing is taken up; otherwise it is dropped, and counted.
 
+        Returns:
+            what was taken up.
+
         Raises:
             InputError: an event is none of these.
         """
@@ -127,6 +130,9 @@ class LiveMemory:
     def forget(self, user: Any) -> int:
         """Forget a user: id, history and memories, the ones in files with the next :meth:`save`.
 
+        Args:
+            user: external id; an unknown one changes nothing.
+
         Returns:
             the number of memories removed.
         """
@@ -140,7 +146,13 @@ class LiveMemory:
 
     def save(self, directory: Union[str, Path, None] = None) -> Path:
         """Write users, histories and memory, as a whole, into the checkpoint directory; or all of the checkpoint into
-        another one. The journal is emptied then.
+        another one.
+
+        Args:
+            directory: None: the one it was loaded from, whose journal is emptied then.
+
+        Returns:
+            the directory.
         """
         target = Path(directory) if directory is not None else self.directory
         with self._changing:
