@@ -25,7 +25,7 @@ EXTRAS_REQUIRE = {
     "baselines": ["kmeans-pytorch>=0.3", "python-louvain>=0.16", "networkx"],
     "plots": ["matplotlib>=3.5"],
     "frames": ["polars>=0.20"],
-    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.6"],
     "test": [
         "pytest>=7.4",
         "hypothesis>=6.80",

@@ -75,7 +75,14 @@ class LiveMemory:
         return self.catalogue.histories
 
     def stored(self, users: Iterable[str]) -> list[np.ndarray]:
-        """Stored histories of users by internal item ids; those of unknown users are empty."""
+        """Stored histories by internal item ids, oldest item first.
+
+        Args:
+            users: external ids.
+
+        Returns:
+            an array int64 [n] for each; empty for an unknown user.
+        """
         return [self.histories.of(number).astype(np.int64) for number in self._user_numbers(users)]
 
     def _user_numbers(self, users: Iterable[str]) -> np.ndarray:
@@ -85,6 +92,9 @@ class LiveMemory:
 
     def keep_journal(self, path: Path) -> int:
         """Take up what a journal holds beyond the saved state; from now on changes are in it before they take effect.
+
+        Args:
+            path: of the journal; made when missing.
 
         Returns:
             the number of changes taken up.
