@@ -25,7 +25,16 @@ EXTRAS_REQUIRE = {
     "baselines": ["kmeans-pytorch>=0.3", "python-louvain>=0.16", "networkx"],
     "plots": ["matplotlib>=3.5"],
     "frames": ["polars>=0.20"],
-    "test": ["pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.6"],
+    "test": [
+        "pytest>=7.4",
+        "hypothesis>=6.80",
+        "matplotlib>=3.5",
+        "polars>=0.20",
+        "nbclient>=0.8",
+        "nbformat>=5.7",
+        "ipykernel>=6.20",
+    ],
     "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
 }
 

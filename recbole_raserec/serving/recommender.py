@@ -54,10 +54,20 @@ class Query:
 
 
 class Recommender(LiveMemory):
-    """See the module. Calls from several threads are safe, during updates too.
+    """A trained sequential model in use; :meth:`load` makes one of a checkpoint directory.
+
+    All ids that go in and come out are external ones. Calls from several threads are safe, during updates too.
 
     Args:
-        checkpoint: a reloaded checkpoint. catalogue: its items and histories. directory: it came from.
+        checkpoint: a reloaded checkpoint.
+        catalogue: its items and histories.
+        directory: where the checkpoint lies.
+
+    Attributes:
+        items: external ids of the items by internal ones, [V]; the first is that of the padding.
+        titles: their names for people [V], or None where the data set had none.
+        users: external ids of the users by internal ones; the first is that of the padding.
+        longest: the model reads the last that many items of a history.
     """
 
     def __init__(self, checkpoint: Checkpoint, catalogue: Catalogue, directory: Path):
@@ -155,8 +165,15 @@ class Recommender(LiveMemory):
     def score(
         self, sequences: Any = None, candidates: Ids = None, users: Ids = None, strict: bool = False
     ) -> np.ndarray:
-        """Scores float32 [N, C] of `candidates`, in their order, or of all items in the order of :attr:`items` without
-        the padding, its first; arguments as of :meth:`recommend`.
+        """The scores by which :meth:`recommend` ranks.
+
+        Args:
+            sequences, users, strict: as of :meth:`recommend`.
+            candidates: external ids of the items to score, C of them; None: all in the order of :attr:`items` without
+                the padding, its first.
+
+        Returns:
+            float32 [N, C].
 
         Raises:
             InputError: also: a candidate is unknown.
@@ -171,7 +188,13 @@ class Recommender(LiveMemory):
 
     @torch.no_grad()
     def encode(self, sequences: Any = None, users: Ids = None, strict: bool = False) -> np.ndarray:
-        """User vectors float32 [N, H] as they enter the dot product with the items'; zeros for an empty history.
+        """User vectors as they enter the dot product with the items'.
+
+        Args:
+            sequences, users, strict: as of :meth:`recommend`.
+
+        Returns:
+            float32 [N, H], zeros for an empty history.
 
         Raises:
             InputError: also: the model does not score by a dot product.
@@ -191,6 +214,13 @@ class Recommender(LiveMemory):
     @torch.no_grad()
     def similar_items(self, items: Iterable[Any], k: int = 10) -> Recommendations:
         """The k items whose vectors have the largest cosine with each of `items`.
+
+        Args:
+            items: external ids, N of them.
+            k: items wanted for each, at least 1.
+
+        Returns:
+            N rows; the scores are the cosines, the labels `items`.
 
         Raises:
             InputError: an item is unknown, or the model has no item vectors.
