@@ -195,7 +195,9 @@ class LiveMemory:
                 rows.append((user, len(grown[user]), self._number[item], time))
             grown[user].append(self._number[item])
         rows = rows if isinstance(self.model, RaSeRec) else []
-        keys = self._keys([grown[user][:position] for user, position, _, _ in rows], [numbers[row[0]] for row in rows])
+        # No more of a prefix than is read: whole ones of a long history would take its length squared.
+        prefixes = [grown[user][max(position - self.longest, 0) : position] for user, position, _, _ in rows]
+        keys = self._keys(prefixes, [numbers[row[0]] for row in rows])
         new = [user for user in grown if numbers[user] >= len(self.users)]
         with self._lock.write():
             for user in new:
@@ -226,10 +228,10 @@ class LiveMemory:
 
     @torch.no_grad()
     def _keys(self, prefixes: list[list[int]], users: list[int]) -> np.ndarray:
-        """The backbone's vectors of prefixes, [N, H]."""
+        """The backbone's vectors of prefixes of at most `longest` items, [N, H]."""
         parts: list[np.ndarray] = []
         for start in range(0, len(prefixes), BATCH):
-            rows = [row[-self.longest :] for row in prefixes[start : start + BATCH]]
+            rows = prefixes[start : start + BATCH]
             item_seq = np.zeros((len(rows), max(map(len, rows)) if self._trims else self.longest), dtype=np.int64)
             for line, row in zip(item_seq, rows):
                 line[: len(row)] = row

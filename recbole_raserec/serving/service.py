@@ -203,11 +203,17 @@ def serve(args: argparse.Namespace) -> None:
         )  # fmt: skip
         # uvicorn raises the signal that ended it once more, for whoever handled it before: nobody, here.
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        place = f"serving {recommender.name} ({recommender.dataset}) at {_address(listening)}"
+
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: Any = None) -> None:
+                await super().startup(sockets=sockets)
+                print(place, flush=True)  # only now are connections taken
+
         try:
             service.start()
-            print(f"serving {recommender.name} ({recommender.dataset}) at {_address(listening)}", flush=True)
             try:
-                uvicorn.Server(config).run(sockets=[listening])
+                Server(config).run(sockets=[listening])
             finally:
                 service.stop()
         except OSError as error:
