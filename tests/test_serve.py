@@ -28,7 +28,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from fastapi.testclient import TestClient
 
 from recbole_raserec.serving.app import CSP, create_app
-from recbole_raserec.serving.service import SERVE_HELP, Settings
+from recbole_raserec.serving.service import SERVE_HELP, Service, Settings
 
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 LIMITS = Settings(TOKEN, max_body=20_000, max_sequences=4, max_history=50, max_k=20, max_candidates=30, max_events=6)
@@ -289,6 +289,29 @@ def test_failures_tell_nothing_and_logs_have_no_ids(own, monkeypatch, caplog):
     (failed,) = [line for line in lines if line["event"] == "failed"]
     assert failed["error"] == "KeyError"
     assert "test_serve.py" in failed["at"][-1]
+
+
+def test_saved_from_time_to_time(own, monkeypatch):
+    service = Service(own.recommender, Settings(TOKEN, save_every=0.05))
+    save, tried = own.recommender.save, []
+
+    def failing():
+        tried.append(0)
+        if len(tried) == 1:
+            raise OSError(28, "No space left on device")
+        return save()
+
+    monkeypatch.setattr(own.recommender, "save", failing)
+    own.recommender.update([("new", own.recommender.items[1])])
+    service.start()
+    for _ in range(200):
+        time.sleep(0.05)
+        if not own.recommender.unsaved:
+            break
+    service.stop()
+    assert len(tried) == 2  # and no more, without changes
+    again = Recommender.load(own.directory, "cpu")
+    assert again.stored(["new"])[0].tolist() == [1]
 
 
 def test_the_description_is_whole(served):

@@ -198,7 +198,7 @@ def serve(args: argparse.Namespace) -> None:
         app = create_app(recommender, settings)
         service: Service = app.state.service
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, lifespan="off", workers=1,
+            app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         )  # fmt: skip
         # uvicorn raises the signal that ended it once more, for whoever handled it before: nobody, here.
