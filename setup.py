@@ -20,21 +20,20 @@ INSTALL_REQUIRES = [
     "setuptools<81",  # ray 2.6, which RecBole imports, imports pkg_resources, on its way out of setuptools
 ]
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "pydantic>=2.8"]
+
 EXTRAS_REQUIRE = {
     # RecBole's LDiffRec with n_cate > 1 and NNCF with neigh_info_method: louvain
     "baselines": ["kmeans-pytorch>=0.3", "python-louvain>=0.16", "networkx"],
     "plots": ["matplotlib>=3.5"],
     "frames": ["polars>=0.20"],
+    "serve": SERVE,
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.6"],
     "test": [
-        "pytest>=7.4",
-        "hypothesis>=6.80",
-        "matplotlib>=3.5",
-        "polars>=0.20",
-        "nbclient>=0.8",
-        "nbformat>=5.7",
-        "ipykernel>=6.20",
+        *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20", *SERVE, "httpx>=0.27"),
+        *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20"),
     ],
+    "fuzz": ["schemathesis>=4.10"],  # wants Python 3.10
     "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
 }
 

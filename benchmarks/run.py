@@ -21,13 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import decoding, epochs, memory, mining, preparation, ranking, retrieval
+from benchmarks import decoding, epochs, memory, mining, preparation, ranking, retrieval, serving
 from benchmarks.common import Side
 
 #: Figures of a side that have a place of their own in the record.
 KNOWN = ("seconds", "peak_mb", "note", "versions", "ids")
 
-GROUPS = (decoding, epochs, memory, mining, preparation, ranking, retrieval)
+GROUPS = (decoding, epochs, memory, mining, preparation, ranking, retrieval, serving)
 CASES = {name: case for group in GROUPS for name, case in group.CASES.items()}
 
 

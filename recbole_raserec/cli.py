@@ -24,6 +24,7 @@ usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...
        recbole-raserec regenerate --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
        recbole-raserec recommend DIR --items=IDS [--k=N]
        recbole-raserec explain DIR --items=IDS [--k=N]
+       recbole-raserec serve DIR [--port=N] [--token_file=FILE]
        recbole-raserec doctor
        recbole-raserec --version
 
@@ -32,6 +33,7 @@ usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...
   regenerate  regenerate a training set (DR4SR) and write it as atomic files
   recommend   the best items for a history, from the checkpoint of a finished run
   explain     why these: the memories behind each recommended item
+  serve       answer over HTTP, and take up new interactions
   doctor      report the installation, and test it in ten seconds
 
 `recbole-raserec COMMAND --help` lists the options of a command."""
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "run": _run, "prepare": _prepare, "regenerate": _regenerate, "recommend": _recommend, "explain": _explain,
-        "doctor": _doctor,
+        "serve": _serve, "doctor": _doctor,
     }  # fmt: skip
     if words[:1] in (["-h"], ["--help"], ["help"]):
         print(USAGE)
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         again = "the same command continues from the last finished epoch"
-        hint = "nothing was written" if command == "prepare" else again
+        hint = "nothing was written" if command in ("prepare", "serve") else again
         print(f"\nInterrupted: {hint}.", file=sys.stderr)
         return 130
     return 0
@@ -177,6 +179,14 @@ def _explain(words: list[str]) -> None:
     args = _parsed("explain", "Why items are recommended.", commands.EXPLAIN, commands.add_explain, words)
     if args is not None:
         commands.explain(args)
+
+
+def _serve(words: list[str]) -> None:
+    from recbole_raserec.serving import service
+
+    args = _parsed("serve", "Serve a checkpoint over HTTP.", service.SERVE_HELP, service.add_serve, words)
+    if args is not None:
+        service.serve(args)
 
 
 def _doctor(words: list[str]) -> None:

@@ -35,9 +35,22 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
+        sync_directory(path.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
+
+
+def sync_directory(path: str | os.PathLike) -> None:
+    """Make the names in a directory durable: a synced file can still lose its name when the power fails."""
+    if os.name == "nt":  # where a directory cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems cannot
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 
@@ -172,6 +173,69 @@ def test_a_damaged_journal_is_refused(tmp_path):
         assert (tmp_path / "j").read_bytes() == text
 
 
+def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
+    """Half a line is written, the rest refused, twice; later there is room again."""
+    from recbole_raserec.serving import journal as module
+
+    (tmp_path / "j").write_bytes(b'{"n": 1, "events": []}\n{"n": 2, "eve')
+    journal = Journal(tmp_path / "j")
+    sound = (tmp_path / "j").read_bytes()
+    room = len(sound) + 20
+    write = type(journal._file).write
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            free = room - os.path.getsize(tmp_path / "j")
+            if not free:
+                raise OSError(28, "No space left on device")
+            return write(self.file, bytes(data)[:free])
+
+    journal._file = Full(journal._file)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            journal.append({"events": ["x" * 99]})
+        assert (tmp_path / "j").read_bytes() == sound
+    journal._file = journal._file.file
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        with pytest.raises(OSError, match="Input/output"):
+            journal.append({"events": []})
+    assert journal.append({"events": []}) == 2
+    journal.close()
+    assert [record["n"] for record in Journal(tmp_path / "j").records(0)] == [1, 2]
+
+
+def test_one_process_keeps_the_journal(directory, tmp_path):
+    first = load(directory, journal=True)
+    with pytest.raises(CheckpointError, match=rf"in use by another process \({os.getpid()}\)"):
+        load(directory, journal=True)
+    load(directory)  # who only reads is let in
+    first.update([("new", first.items[1])])
+    assert first.unsaved == 1
+    first.save(tmp_path / "copy")
+    assert first.unsaved == 1
+    first.save()
+    assert first.unsaved == 0
+    first.close()
+    with pytest.raises(CheckpointError, match="is not a checkpoint directory"):
+        load(tmp_path, journal=True)
+    assert not (tmp_path / "journal.lock").exists()
+    (ids,) = directory.glob("live-*/ids.json")
+    sound = ids.read_bytes()
+    for _ in range(2):  # a load that fails lets go of it
+        ids.write_bytes(b"{")
+        with pytest.raises(CheckpointError, match="JSON"):
+            load(directory, journal=True)
+    ids.write_bytes(sound)
+    load(directory, journal=True).close()
+
+
 @pytest.mark.parametrize(
     "live",
     [
@@ -246,7 +310,8 @@ def test_backbones_with_user_vectors_take_new_users(tiny_run, tmp_path):  # noqa
         ("x", "give a list"), ([("a",)], "is no"), ([("a", "b", "c")], "time 'c' is no number"), (5, "give a list"),
         ([("a", "b", float("nan"))], "not finite"), ([("", "b")], "user is empty"), ([(None, "b")], "None is no id"),
         ([{"user": "a"}], "None is no id"), ({"user": "a", "item": "b"}, "give a list"), (["ab"], "is no"),
-        (pd.DataFrame({"user_id": [1]}), "no column item_id"),
+        (pd.DataFrame({"user_id": [1]}), "no column item_id"), ([("\ud800", "b")], "cannot be written as UTF-8"),
+        ([("a", "b", 10**400)], "not finite"), ([(10**5000, "b")], "too many digits"),
     ],
 )  # fmt: skip
 def test_events_without_sense_change_nothing(directory, events, words):

@@ -113,7 +113,10 @@ def as_id(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return str(value)
+        try:
+            return str(value)
+        except ValueError:  # Python writes out at most 4,300 digits
+            raise InputError(f"{name}: an id is a number of too many digits; give it as text.") from None
     if isinstance(value, (float, np.floating)) and float(value).is_integer():
         return str(int(value))  # what pandas makes of whole numbers beside a missing one
     raise InputError(f"{name}: {value!r:.80} is no id; ids are text or whole numbers.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.fileio import replacing
+from recbole_raserec.fileio import replacing, sync_directory
 
 NAME = "journal.jsonl"
 
@@ -33,18 +33,20 @@ class Journal:
         whole = text[: text.rfind(b"\n") + 1]
         for record in _records(whole, self.path):
             self._last = record["n"]
-        self._file = open(self.path, "ab")  # noqa: SIM115  held as long as the journal
+        self._open()
         if len(whole) < len(text):
             self._file.truncate(len(whole))
+        sync_directory(self.path.parent)
 
     def append(self, record: dict[str, Any], after: int = 0) -> int:
         """Write a record; when this returns, its number, it is on the disk. Numbers rise from `after` on."""
         number = max(self._last, after) + 1
         line = json.dumps({"n": number, **record}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        start = self._file.tell()
+        start = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(line)
-            self._file.flush()
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError:
             self._file.truncate(start)
@@ -63,11 +65,15 @@ class Journal:
         with replacing(self.path) as part:
             Path(part).write_bytes(b"")
         self._file.close()
-        self._file = open(self.path, "ab")  # noqa: SIM115
+        self._open()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _open(self) -> None:
+        # Unbuffered: what a full disk refused must not wait in a buffer and come after all, behind the next record.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held as long as the journal
 
 
 def _records(text: bytes, path: Path) -> Iterator[dict[str, Any]]:

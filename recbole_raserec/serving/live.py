@@ -20,7 +20,7 @@ from recbole_raserec.serving.checkpoint import save_parts
 from recbole_raserec.serving.histories import Histories
 from recbole_raserec.serving.inputs import as_id
 from recbole_raserec.serving.journal import Journal
-from recbole_raserec.serving.locks import ReadWriteLock
+from recbole_raserec.serving.locks import DirectoryLock, ReadWriteLock
 
 #: Prefixes encoded together.
 BATCH = 512
@@ -60,7 +60,9 @@ class LiveMemory:
         self.users = list(users)
         self._user_number = {token: number for number, token in enumerate(self.users) if number and token != FORGOTTEN}
         self._lock, self._changing = ReadWriteLock(), threading.Lock()
+        self._saved = applied
         self._journal: Optional[Journal] = None
+        self._held: Optional[DirectoryLock] = None
         self._wrapped: Optional[Backbone] = None
 
     @property
@@ -87,6 +89,16 @@ class LiveMemory:
 
     def _user_numbers(self, users: Iterable[str]) -> np.ndarray:
         return np.array([self._user_number.get(user, 0) for user in users], dtype=np.int64)
+
+    @property
+    def n_users(self) -> int:
+        """Users that are known: those of the training and of updates, without the forgotten ones."""
+        return len(self._user_number)
+
+    @property
+    def unsaved(self) -> int:
+        """Journaled changes since the last :meth:`save` into the checkpoint directory."""
+        return self.applied - self._saved
 
     # -- changes ----------------------------------------------------------------------------------------------------
 
@@ -169,14 +181,18 @@ class LiveMemory:
             memory = self.model.memory if isinstance(self.model, RaSeRec) else None
             ids = {"users": self.users, "items": [*self._items()]}
             save_parts(self.directory, target, ids, memory, self.catalogue, self._trained_users, self.applied)
-            if self._journal is not None and target == self.directory:
-                self._journal.clear()
+            if target.resolve() == self.directory.resolve():
+                self._saved = self.applied
+                if self._journal is not None:
+                    self._journal.clear()
         return target
 
     def close(self) -> None:
-        """Close the journal."""
+        """Close the journal, and let another process have the directory."""
         if self._journal is not None:
             self._journal.close()
+        if self._held is not None:
+            self._held.release()
 
     # -- how --------------------------------------------------------------------------------------------------------
 
@@ -201,7 +217,9 @@ class LiveMemory:
                 rows.append((user, len(grown[user]), self._number[item], time))
             grown[user].append(self._number[item])
         rows = rows if isinstance(self.model, RaSeRec) else []
-        keys = self._keys([grown[user][:position] for user, position, _, _ in rows], [numbers[row[0]] for row in rows])
+        # No more of a prefix than is read: whole ones of a long history would take its length squared.
+        prefixes = [grown[user][max(position - self.longest, 0) : position] for user, position, _, _ in rows]
+        keys = self._keys(prefixes, [numbers[row[0]] for row in rows])
         new = [user for user in grown if numbers[user] >= len(self.users)]
         with self._lock.write():
             for user in new:
@@ -232,10 +250,10 @@ class LiveMemory:
 
     @torch.no_grad()
     def _keys(self, prefixes: list[list[int]], users: list[int]) -> np.ndarray:
-        """The backbone's vectors of prefixes, [N, H]."""
+        """The backbone's vectors of prefixes of at most `longest` items, [N, H]."""
         parts: list[np.ndarray] = []
         for start in range(0, len(prefixes), BATCH):
-            rows = [row[-self.longest :] for row in prefixes[start : start + BATCH]]
+            rows = prefixes[start : start + BATCH]
             item_seq = np.zeros((len(rows), max(map(len, rows)) if self._trims else self.longest), dtype=np.int64)
             for line, row in zip(item_seq, rows):
                 line[: len(row)] = row
@@ -266,9 +284,17 @@ def _event(event: Any) -> Event:
     time = event[2] if len(event) == 3 else None
     if time is not None and (isinstance(time, bool) or not isinstance(time, (int, float, np.number))):
         raise InputError(f"events: the time {time!r:.80} is no number.")
+    try:
+        time = None if time is None else float(time)
+    except OverflowError:  # of a whole number of hundreds of digits
+        time = math.inf
     if time is not None and not math.isfinite(time):
         raise InputError(f"events: the time {time!r} is not finite.")
     user = as_id(event[0], "events")
     if user == FORGOTTEN:
         raise InputError("events: the id of a user is empty.")
-    return user, as_id(event[1], "events"), None if time is None else float(time)
+    try:
+        user.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: neither journal nor checkpoint could hold it
+        raise InputError(f"events: {user!r:.80} is no id; it cannot be written as UTF-8.") from None
+    return user, as_id(event[1], "events"), time

@@ -1,10 +1,17 @@
-"""Many readers or one writer, and a writer that waits is let in before new readers."""
+"""Many readers or one writer, and a writer that waits is let in before new readers; and one process a directory."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+
+from recbole_raserec.errors import CheckpointError
+
+LOCK = "journal.lock"
 
 
 class ReadWriteLock:
@@ -42,3 +49,51 @@ class ReadWriteLock:
             with self._condition:
                 self._writing = False
                 self._condition.notify_all()
+
+
+class DirectoryLock:
+    """Held by the one process that changes a checkpoint; the system frees it when that process ends, however it ends.
+
+    Args:
+        directory: of the checkpoint.
+
+    Raises:
+        CheckpointError: there is no such directory, or another process holds it.
+    """
+
+    def __init__(self, directory: Path):
+        path = Path(directory) / LOCK
+        try:
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  held as long as the lock
+        except FileNotFoundError:
+            raise CheckpointError(f"{Path(directory).absolute()} is no directory.") from None
+        try:
+            _lock(self._file.fileno())
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read(20).decode("ascii", "replace").strip()
+            self._file.close()
+            raise CheckpointError(
+                f"{directory} is in use by another process{f' ({holder})' if holder else ''}, and one at a time may "
+                "journal changes of a checkpoint: stop that one first, or serve a copy of the directory."
+            ) from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()).encode())
+
+    def release(self) -> None:
+        """Let it go; again changes nothing. The file stays: deleting it could delete the lock of the next holder."""
+        self._file.close()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(handle: int) -> None:
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # away from the holder's number, which a locked byte would hide
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,11 +26,12 @@ from recbole_raserec.errors import CheckpointError, InputError
 from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.retrieval.raserec import RaSeRec
 from recbole_raserec.serving.catalogue import Catalogue
-from recbole_raserec.serving.checkpoint import Checkpoint, load_checkpoint
+from recbole_raserec.serving.checkpoint import Checkpoint, load_checkpoint, read_manifest
 from recbole_raserec.serving.explain import Explanation, explain
 from recbole_raserec.serving.inputs import Recommendations, as_ids, as_sequences
 from recbole_raserec.serving.journal import NAME as JOURNAL
 from recbole_raserec.serving.live import LiveMemory
+from recbole_raserec.serving.locks import DirectoryLock
 
 #: Bytes of scores held at a time.
 SCORE_BYTES = 64 << 20
@@ -100,13 +101,24 @@ class Recommender(LiveMemory):
                 at a time may do so.
 
         Raises:
-            CheckpointError: a part is missing, damaged or foreign, or the model reads no histories.
+            CheckpointError: a part is missing, damaged or foreign, the model reads no histories, or another process
+                keeps the journal.
         """
-        checkpoint = load_checkpoint(directory, device)
-        catalogue = Catalogue.load(checkpoint.parts, len(checkpoint.users), checkpoint.vocabulary.item_num)
-        found = cls(checkpoint, catalogue, Path(directory))
         if journal:
-            found.keep_journal(Path(directory) / JOURNAL)
+            read_manifest(directory)  # no lock is left in a directory that is no checkpoint
+        # Before anything is read: what another process saves meanwhile would be missing here, and in the next save.
+        held = DirectoryLock(Path(directory)) if journal else None
+        try:
+            checkpoint = load_checkpoint(directory, device)
+            catalogue = Catalogue.load(checkpoint.parts, len(checkpoint.users), checkpoint.vocabulary.item_num)
+            found = cls(checkpoint, catalogue, Path(directory))
+            if journal:
+                found.keep_journal(Path(directory) / JOURNAL)
+        except BaseException:
+            if held is not None:
+                held.release()
+            raise
+        found._held = held
         return found
 
     def _items(self) -> list[str]:

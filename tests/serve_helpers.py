@@ -1,0 +1,61 @@
+"""A server in a process of its own, and a client for it without any package."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+TOKEN = "a-token-of-the-tests"
+
+
+class Server:
+    """``recbole-raserec serve`` on a free port; its log goes into `log`."""
+
+    def __init__(self, directory, log, *options):
+        self._log = open(log, "ab")  # noqa: SIM115
+        environment = {**os.environ, "RECBOLE_RASEREC_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+        root = str(Path(__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "recbole_raserec.cli", "serve", str(directory), "--port=0", "--device=cpu"]
+        self.process = subprocess.Popen(
+            [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self.log = Path(log)
+
+    def wait(self):
+        """Until it answers."""
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127.0.0.1:(\d+)$", line.strip())
+        assert found, f"{line!r} {self.log.read_text()}"
+        self.port = int(found[1])
+        return self
+
+    def connect(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+    def post(self, path, body, token=TOKEN, connection=None):
+        """Status and answer of one request; a body of bytes goes as it is."""
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+        connection = connection or self.connect()
+        connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode(), headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    def peak(self):
+        """MiB of the largest memory it has had, and MiB at the moment."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return [int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) / 1024 for name in ("VmHWM", "VmRSS")]
+
+    def end(self, number=signal.SIGTERM):
+        """Send it a signal, and its exit code."""
+        self.process.send_signal(number)
+        code = self.process.wait(60)
+        self.process.stdout.close()
+        self._log.close()
+        return code
