@@ -47,7 +47,7 @@ def _recommender(data_path: str, index: str | None) -> Any:
     manifest = {"model": type(model).__name__, "dataset": "amazon-beauty", "fingerprint": ""}
     vocabulary = Vocabulary(options, ids["users"], ids["items"])
     checkpoint = Checkpoint(model.eval(), options, vocabulary, manifest, ids["users"], 0, Path())
-    return Recommender(checkpoint, catalogue_of(splits), Path())
+    return Recommender(checkpoint, catalogue_of(splits, own), Path())
 
 
 def side(index: str | None) -> Side:
