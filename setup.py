@@ -28,7 +28,11 @@ EXTRAS_REQUIRE = {
     "plots": ["matplotlib>=3.5"],
     "frames": ["polars>=0.20"],
     "serve": SERVE,
-    "test": ["pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20", *SERVE, "httpx>=0.27"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.6"],
+    "test": [
+        *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20", *SERVE, "httpx>=0.27"),
+        *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20"),
+    ],
     "fuzz": ["schemathesis>=4.10"],  # wants Python 3.10
     "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
 }
@@ -68,6 +72,7 @@ setup(
     package_dir={"recbole_raserec.properties": "properties"},
     package_data={
         "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml"],
+        "recbole_raserec.serving": ["*.css", "*.js"],
     },
     ext_modules=[kernels(name) for name in INSTRUCTIONS],
     entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli:main"]},

@@ -125,6 +125,9 @@ def test_histories_of_which_nothing_is_known(loaded):
         recommender.catalogue.counts[order[:3]].tolist()
     )
     assert found[0] == found[1] != found[2]
+    assert recommender.recommend([[]], k=3).items == [found[0]]
+    assert recommender.recommend([], k=3).items == []
+    assert recommender.score([]).shape == (0, len(recommender.items) - 1)
     with pytest.raises(InputError, match=r"history 1 has 2 unknown items, such as 'x'"):
         recommender.recommend([[], ["x", "y"]], strict=True)
 

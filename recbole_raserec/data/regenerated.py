@@ -156,6 +156,7 @@ class RegeneratedDataset(SequenceDataset):
     regenerated: Optional[Regenerated] = None
 
     def build(self) -> list[Any]:
+        """The splits, regenerated rows behind those of the training split."""
         built = super().build()
         if self.regenerated is not None and len(built) > 1:
             built[0] = joined(built[0], self.regenerated)

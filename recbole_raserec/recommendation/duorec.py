@@ -23,10 +23,12 @@ class DuoRec(SASRec):
     Views of a row: its encoding h, a second encoding h' of the same window under other dropout noise, the encoding s of
     another training window with the same target item (drawn uniformly in each epoch).
 
-    Options (beside SASRec's):
-        contrast: ``un``: h against h', weight `lmd`; ``su``: h against s, weight `lmd_sem`; ``us``: both;
-            ``us_x`` (default): h' against s, weight `lmd_sem`; ``none``.
-        lmd, lmd_sem: loss weights. tau: temperature. sim: ``dot`` or ``cos``.
+    Options beside SASRec's:
+
+    - `contrast`: ``un``: h against h', weight `lmd`; ``su``: h against s, weight `lmd_sem`; ``us``: both;
+      ``us_x`` (default): h' against s, weight `lmd_sem`; ``none``.
+    - `lmd`, `lmd_sem`: weights of the losses.
+    - `tau`: temperature. `sim`: ``dot`` or ``cos``.
 
     The defaults are the paper's, ``sim: dot`` with ``tau: 1``. They need patience: user vectors leave a layer norm with
     length 8, so that the contrast is 33 at the start (chance is 6.9) and the encoder first collapses to get rid of it.
@@ -50,6 +52,7 @@ class DuoRec(SASRec):
         return config["contrast"] in SUPERVISED
 
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        """Cross-entropy over all items plus the weighted contrast of a training batch, a scalar."""
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
         h, targets = self.encode_batch(interaction)  # [B, H], [B]

@@ -23,10 +23,11 @@ class SASRec(RecBoleSASRec):
     which the compiled kernels were built (see :mod:`recbole_raserec.kernels.native`) sequences are encoded without
     padding.
 
-    Options: those of RecBole's SASRec, and
-        training: ``prefix`` or ``packed``, see :mod:`recbole_raserec.data.packed`.
-        softmax_precision: of the loss, see :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`.
-        native_kernels: whether to use the compiled kernels where they can be.
+    Options beside those of RecBole's SASRec:
+
+    - `training`: ``prefix`` or ``packed``, see :mod:`recbole_raserec.data.packed`.
+    - `softmax_precision`: of the loss, see :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`.
+    - `native_kernels`: whether to use the compiled kernels where they can be.
     """
 
     def __init__(self, config: Any, dataset: Any):
@@ -95,6 +96,7 @@ class SASRec(RecBoleSASRec):
         return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]), self.item_vectors(), None
 
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        """The loss of a training batch, a scalar: by `loss_type` cross-entropy over all items, or BPR."""
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
         return self.weighted_loss(*self.encode_batch(interaction), row_weights(interaction))

@@ -89,6 +89,7 @@ class KNNRaSeRec(RaSeRec):
         return targets, (keys @ h[:, :, None]).squeeze(2)
 
     def predict(self, interaction: Any) -> torch.Tensor:
+        """Logarithm of the mixed probability of one item a row, that of the field ``item_id``: [B]."""
         return self.full_sort_predict(interaction).gather(1, interaction[self.ITEM_ID][:, None]).squeeze(1)
 
 

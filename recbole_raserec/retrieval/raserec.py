@@ -53,6 +53,7 @@ class RaSeRec(SequentialRecommender):
             self.backbone.requires_grad_(False)
 
     def train(self, mode: bool = True) -> RaSeRec:
+        """As of any module, except that a frozen backbone stays in evaluation mode."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -61,7 +62,16 @@ class RaSeRec(SequentialRecommender):
     # -- encoding and retrieval -------------------------------------------------------------------------------------
 
     def encode(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None) -> torch.Tensor:
-        """The backbone's user vectors h: [B, L], [B] -> [B, H]."""
+        """The backbone's user vectors.
+
+        Args:
+            item_seq: int64 [B, L], oldest item first, padded with 0 on the right.
+            item_seq_len: int64 [B], at least 1.
+            user: int64 [B], internal ids, for a backbone that needs them.
+
+        Returns:
+            h, [B, H].
+        """
         return self.backbone.encode(item_seq, item_seq_len, user)
 
     def item_vectors(self) -> torch.Tensor:
@@ -71,11 +81,16 @@ class RaSeRec(SequentialRecommender):
     def neighbours(
         self, h: torch.Tensor, user: Any = None, position: Any = None, time: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Admissible memories of each row: ids int64 [B, K] (0 where there is none) and mask bool [B, K].
+        """Admissible memories of each row.
 
         Args:
-            h: [B, H]. user, position: int [B], whose history and the index of the item to predict; None for a user
-                the memory does not know. time: float [B], read with ``memory_scope: past``; None: now.
+            h: user vectors [B, H].
+            user: int [B], whose history it is; None for users the memory does not know.
+            position: int [B], index of the item to predict in that history; None where `user` is.
+            time: float [B], read with ``memory_scope: past``; None: now.
+
+        Returns:
+            ids int64 [B, K], 0 where there is none, and mask bool [B, K], True where there is one.
         """
         found = self.memory.search(
             h.detach().cpu().numpy(), self.top_k, _numpy(user), _numpy(position), times=_numpy(time)
@@ -84,7 +99,16 @@ class RaSeRec(SequentialRecommender):
         return ids.clamp(min=0).to(h.device), mask.to(h.device)
 
     def augment(self, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """h~ from h [B, H] and its memories (ids, mask [B, K]): [B, H]."""
+        """Mix what was retrieved into the user vectors.
+
+        Args:
+            h: user vectors [B, H].
+            ids: int64 [B, K], of memories.
+            mask: bool [B, K], True where there is one.
+
+        Returns:
+            h~, [B, H].
+        """
         if not len(self.memory):
             return h
         keys, targets, bias = self.entries(ids)
@@ -95,7 +119,15 @@ class RaSeRec(SequentialRecommender):
         self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None, position: Any = None,
         time: Any = None,
     ) -> torch.Tensor:  # fmt: skip
-        """Augmented user vectors h~, [B, H]; see :meth:`neighbours` for the arguments."""
+        """Augmented user vectors.
+
+        Args:
+            item_seq, item_seq_len: as of :meth:`encode`.
+            user, position, time: as of :meth:`neighbours`.
+
+        Returns:
+            h~, [B, H].
+        """
         h = self.encode(item_seq, item_seq_len, user)
         return self.augment(h, *self.neighbours(h, user, position, time))
 
@@ -219,11 +251,13 @@ class RaSeRec(SequentialRecommender):
         return self._augmented(interaction), self.item_vectors(), self.backbone.item_bias()
 
     def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+        """Scores of all items, [B, V]."""
         h, items, bias = self.full_sort_vectors(interaction)
         scores = h @ items.t()  # [B, V]
         return scores if bias is None else scores + bias
 
     def predict(self, interaction: Any) -> torch.Tensor:
+        """Scores of one item a row, that of the field ``item_id``: [B]."""
         items = interaction[self.ITEM_ID]
         scores = (self._augmented(interaction) * self.item_vectors()[items]).sum(dim=1)  # [B]
         bias = self.backbone.item_bias()

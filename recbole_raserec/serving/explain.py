@@ -20,6 +20,9 @@ from recbole_raserec.retrieval.knn import KNNRaSeRec, neighbour_weights
 #: Items of a memory's prefix that are shown.
 SHOWN = 5
 
+#: Bytes of scores held at a time.
+SCORE_BYTES = 64 << 20
+
 
 @dataclasses.dataclass(frozen=True)
 class Item:
@@ -134,19 +137,18 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     model = recommender.model
     h, ids, mask = model.retrieved(interaction)
     kept = mask[0].nonzero().squeeze(1)
-    # The same rows once with all memories, once without each of them, and once without any.
-    count = len(kept)
-    masks = mask.repeat(count + 2, 1)
-    for number, place in enumerate(kept.tolist()):
-        masks[1 + number, place] = False
-    masks[count + 1] = False
-    parts = _parts(model, h.repeat(count + 2, 1), ids.repeat(count + 2, 1), masks)  # [count + 2, 2, V], float64
-    whole = parts.sum(dim=1)
-    whole[:, 0] = -torch.inf
-    seen = np.unique(query.rows[0])
-    admitted = whole.clone()
-    admitted[:, seen] = -torch.inf
-    best = admitted[0].topk(min(k, int(admitted[0].isfinite().sum()))).indices
+    both = _parts(model, h.repeat(2, 1), ids.repeat(2, 1), torch.cat([mask, torch.zeros_like(mask)]))
+    whole, alone = both.sum(dim=1)  # [V] each: with all memories, and with none
+    for scores in (whole, alone):
+        scores[0] = -torch.inf
+        scores[np.unique(query.rows[0])] = -torch.inf
+    best = whole.topk(min(k, int(whole.isfinite().sum()))).indices
+    effects: list[torch.Tensor] = []  # without one memory after the other, as many at a time as memory allows
+    for places in kept.split(max(1, SCORE_BYTES // (32 * len(whole)))):
+        without = mask.repeat(len(places), 1)
+        without[torch.arange(len(places)), places] = False
+        parts = _parts(model, h.expand(len(places), -1), ids.expand(len(places), -1), without)
+        effects += list(whole[best] - parts.sum(dim=1)[:, best])
     attention, similarity = _attention(model, h, ids, mask)
 
     def item(number: int) -> Item:
@@ -154,12 +156,12 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
 
     reasons = []
     for rank, number in enumerate(best.tolist(), start=1):
-        backbone, retrieval = parts[0, :, number].tolist()
-        alone = float(whole[-1, number])
-        effects = (whole[0, number] - whole[1 : count + 1, number]).tolist()
-        rank_alone = 1 + int((admitted[-1] > alone).sum())
+        backbone, retrieval = both[0, :, number].tolist()
+        value = float(alone[number])
+        lost = [float(effect[rank - 1]) for effect in effects]
+        rank_alone = 1 + int((alone > value).sum())
         score = backbone + retrieval
-        reasons.append(Reason(item(number), rank, score, backbone, retrieval, rank_alone, alone, effects))
+        reasons.append(Reason(item(number), rank, score, backbone, retrieval, rank_alone, value, lost))
     memories = []
     for place in kept.tolist():
         entry = int(ids[0, place])

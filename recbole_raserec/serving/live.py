@@ -77,7 +77,14 @@ class LiveMemory:
         return self.catalogue.histories
 
     def stored(self, users: Iterable[str]) -> list[np.ndarray]:
-        """Stored histories of users by internal item ids; those of unknown users are empty."""
+        """Stored histories by internal item ids, oldest item first.
+
+        Args:
+            users: external ids.
+
+        Returns:
+            an array int64 [n] for each; empty for an unknown user.
+        """
         return [self.histories.of(number).astype(np.int64) for number in self._user_numbers(users)]
 
     def _user_numbers(self, users: Iterable[str]) -> np.ndarray:
@@ -97,6 +104,9 @@ class LiveMemory:
 
     def keep_journal(self, path: Path) -> int:
         """Take up what a journal holds beyond the saved state; from now on changes are in it before they take effect.
+
+        Args:
+            path: of the journal; made when missing.
 
         Returns:
             the number of changes taken up.
@@ -121,6 +131,9 @@ class LiveMemory:
                 pandas or polars DataFrame with the log's columns. Users may be new, items may not.
             strict: an unknown item is an error, and nothing is taken up; otherwise it is dropped, and counted.
 
+        Returns:
+            what was taken up.
+
         Raises:
             InputError: an event is none of these.
         """
@@ -139,6 +152,9 @@ class LiveMemory:
     def forget(self, user: Any) -> int:
         """Forget a user: id, history and memories, the ones in files with the next :meth:`save`.
 
+        Args:
+            user: external id; an unknown one changes nothing.
+
         Returns:
             the number of memories removed.
         """
@@ -152,7 +168,13 @@ class LiveMemory:
 
     def save(self, directory: Union[str, Path, None] = None) -> Path:
         """Write users, histories and memory, as a whole, into the checkpoint directory; or all of the checkpoint into
-        another one. The journal is emptied then.
+        another one.
+
+        Args:
+            directory: None: the one it was loaded from, whose journal is emptied then.
+
+        Returns:
+            the directory.
         """
         target = Path(directory) if directory is not None else self.directory
         with self._changing:

@@ -55,10 +55,20 @@ class Query:
 
 
 class Recommender(LiveMemory):
-    """See the module. Calls from several threads are safe, during updates too.
+    """A trained sequential model in use; :meth:`load` makes one of a checkpoint directory.
+
+    All ids that go in and come out are external ones. Calls from several threads are safe, during updates too.
 
     Args:
-        checkpoint: a reloaded checkpoint. catalogue: its items and histories. directory: it came from.
+        checkpoint: a reloaded checkpoint.
+        catalogue: its items and histories.
+        directory: where the checkpoint lies.
+
+    Attributes:
+        items: external ids of the items by internal ones, [V]; the first is that of the padding.
+        titles: their names for people [V], or None where the data set had none.
+        users: external ids of the users by internal ones; the first is that of the padding.
+        longest: the model reads the last that many items of a history.
     """
 
     def __init__(self, checkpoint: Checkpoint, catalogue: Catalogue, directory: Path):
@@ -153,8 +163,9 @@ class Recommender(LiveMemory):
             admitted[:, 0] = -torch.inf
             admitted[:, barred] = -torch.inf
             if exclude_seen:
-                for row in range(len(scores)):
-                    admitted[row, query.rows[start + row]] = -torch.inf
+                seen = query.rows[start : start + len(scores)]
+                owners = np.repeat(np.arange(len(seen)), [len(row) for row in seen])
+                admitted[owners, np.concatenate(seen)] = -torch.inf
             best, place = admitted.topk(min(k, admitted.shape[1]), dim=1)
             for found, numbers in zip(best.cpu().numpy(), place.cpu().numpy()):
                 count = int(np.isfinite(found).sum())
@@ -166,8 +177,15 @@ class Recommender(LiveMemory):
     def score(
         self, sequences: Any = None, candidates: Ids = None, users: Ids = None, strict: bool = False
     ) -> np.ndarray:
-        """Scores float32 [N, C] of `candidates`, in their order, or of all items in the order of :attr:`items` without
-        the padding, its first; arguments as of :meth:`recommend`.
+        """The scores by which :meth:`recommend` ranks.
+
+        Args:
+            sequences, users, strict: as of :meth:`recommend`.
+            candidates: external ids of the items to score, C of them; None: all in the order of :attr:`items` without
+                the padding, its first.
+
+        Returns:
+            float32 [N, C].
 
         Raises:
             InputError: also: a candidate is unknown.
@@ -182,7 +200,13 @@ class Recommender(LiveMemory):
 
     @torch.no_grad()
     def encode(self, sequences: Any = None, users: Ids = None, strict: bool = False) -> np.ndarray:
-        """User vectors float32 [N, H] as they enter the dot product with the items'; zeros for an empty history.
+        """User vectors as they enter the dot product with the items'.
+
+        Args:
+            sequences, users, strict: as of :meth:`recommend`.
+
+        Returns:
+            float32 [N, H], zeros for an empty history.
 
         Raises:
             InputError: also: the model does not score by a dot product.
@@ -202,6 +226,13 @@ class Recommender(LiveMemory):
     @torch.no_grad()
     def similar_items(self, items: Iterable[Any], k: int = 10) -> Recommendations:
         """The k items whose vectors have the largest cosine with each of `items`.
+
+        Args:
+            items: external ids, N of them.
+            k: items wanted for each, at least 1.
+
+        Returns:
+            N rows; the scores are the cosines, the labels `items`.
 
         Raises:
             InputError: an item is unknown, or the model has no item vectors.
@@ -285,11 +316,15 @@ class Recommender(LiveMemory):
     def _scored(self, query: Query) -> Iterable[tuple[int, torch.Tensor]]:
         """Scores [n, V] of blocks of queries, popularity where there is no history; and the block's first query."""
         for start, stop, filled in self._blocks(query):
-            counts = torch.from_numpy(self.catalogue.counts).float().to(self.device)
-            scores = counts.repeat(stop - start, 1)
+            scores = torch.empty(0)
             if len(filled):
                 with self._lock.read():
-                    scores[torch.from_numpy(filled - start)] = self._all_scores(self._interaction(query, filled))
+                    scores = self._all_scores(self._interaction(query, filled))
+            if len(filled) < stop - start:
+                counts = torch.from_numpy(self.catalogue.counts).float().to(self.device)
+                found, scores = scores, counts.repeat(stop - start, 1)
+                if len(filled):
+                    scores[torch.from_numpy(filled - start)] = found
             yield start, scores
 
     def _interaction(self, query: Query, numbers: np.ndarray) -> Interaction:
