@@ -1,7 +1,12 @@
-"""Recommendations as a service gives them: 1,024 histories at a time, and one at a time, with retrieval and without."""
+"""Recommendations as a service gives them: 1,024 histories at a time, and one at a time, with retrieval and without.
+
+The variable RASEREC_CHECKPOINT names a trained RaSeRec run to measure. Without it the weights are random: the exact
+search does the same work then, but an approximate index searches wider, for random keys are harder to tell apart.
+"""
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,30 @@ BATCH, K = 1024, 10
 BATCHES, SINGLES = 20, 1000
 
 
-def _recommender(data_path: str, index: str | None) -> Any:
-    """SASRec of random weights on amazon-beauty, and RaSeRec over it where an `index` is named.
+def _recommender(data_path: str, index: str | None) -> tuple[Any, str]:
+    """A RaSeRec over SASRec whose memory has this `index`, or its backbone alone; and what weights it has."""
+    directory = os.environ.get("RASEREC_CHECKPOINT")
+    if not directory:
+        return _random(data_path, index), "random weights"
+    import dataclasses
 
-    Weights change no step of the work; histories, sizes and the number of memories are the real ones.
-    """
+    from recbole_raserec import Recommender, load_checkpoint
+    from recbole_raserec.serving.catalogue import Catalogue
+    from recbole_raserec.serving.checkpoint import Options
+
+    found = load_checkpoint(directory, "cpu")
+    catalogue = Catalogue.load(found.parts, len(found.users), found.vocabulary.item_num)
+    if index is not None:
+        found.model.memory.index = index
+        return Recommender(found, catalogue, Path(directory)), "trained weights"
+    options = Options(found.manifest["backbone_options"], device=found.options["device"])
+    base = found.model.backbone.model
+    found = dataclasses.replace(found, model=base, options=options, manifest={**found.manifest, "model": "backbone"})
+    return Recommender(found, catalogue, Path(directory)), "trained weights"
+
+
+def _random(data_path: str, index: str | None) -> Any:
+    """The same with random weights; histories, sizes and the number of memories are those of amazon-beauty."""
     import torch
 
     from recbole_raserec import Recommender
@@ -47,14 +71,14 @@ def _recommender(data_path: str, index: str | None) -> Any:
     manifest = {"model": type(model).__name__, "dataset": "amazon-beauty", "fingerprint": ""}
     vocabulary = Vocabulary(options, ids["users"], ids["items"])
     checkpoint = Checkpoint(model.eval(), options, vocabulary, manifest, ids["users"], 0, Path())
-    return Recommender(checkpoint, catalogue_of(splits), Path())
+    return Recommender(checkpoint, catalogue_of(splits, own), Path())
 
 
 def side(index: str | None) -> Side:
     """A side: seconds are the median of a batch."""
 
     def work(data_path: str) -> dict[str, Any]:
-        recommender = _recommender(data_path, index)
+        recommender, weights = _recommender(data_path, index)
         chosen = np.random.default_rng(0).permutation(np.arange(1, len(recommender.users)))[: max(BATCH, SINGLES)]
         users = [recommender.users[number] for number in chosen]
         histories = [[recommender.items[item] for item in row] for row in recommender.stored(users)]
@@ -69,7 +93,7 @@ def side(index: str | None) -> Side:
         parts = [f"{name} p50 {figures[f'{name}_50_ms']:.1f} ms, p99 {figures[f'{name}_99_ms']:.1f} ms"
                  for name in ("batch", "single")]  # fmt: skip
         memories = "no memory" if index is None else f"{len(recommender.model.memory)} memories"
-        note = f"{'; '.join(parts)} ({memories}, {BATCHES} batches of {BATCH}, {SINGLES} single histories)"
+        note = f"{'; '.join(parts)} ({weights}, {memories}, {BATCHES} batches of {BATCH}, {SINGLES} single histories)"
         return {"seconds": float(np.median(batches)), "note": note, **figures, "lists": found.items[:50]}
 
     return work

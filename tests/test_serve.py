@@ -369,9 +369,24 @@ def test_fuzzed(planted_run, tmp_path):  # noqa: F811
 # ------------------------------------------------------------------ a process of its own
 
 
-def test_killed_while_it_is_updated(planted_run, tmp_path):  # noqa: F811
+@pytest.fixture
+def start():
+    """Starts servers, and leaves none behind."""
+    servers = []
+
+    def starting(*arguments):
+        servers.append(Server(*arguments))
+        return servers[-1].wait()
+
+    yield starting
+    for server in servers:
+        if server.process.poll() is None:
+            server.end(signal.SIGKILL)
+
+
+def test_killed_while_it_is_updated(planted_run, tmp_path, start):  # noqa: F811
     directory, log = fresh(planted_run, tmp_path / "checkpoint"), tmp_path / "log"
-    first = Server(directory, log, "--save_every=1").wait()
+    first = start(directory, log, "--save_every=1")
     recommender = Recommender.load(directory, "cpu")
     items, acknowledged, stop, problems = recommender.items[1:], {}, threading.Event(), []
 
@@ -404,7 +419,7 @@ def test_killed_while_it_is_updated(planted_run, tmp_path):  # noqa: F811
     threads += [threading.Thread(target=read) for _ in range(2)]
     for thread in threads:
         thread.start()
-    time.sleep(2.5)
+    time.sleep(1.5)
     # meanwhile: another server, refused; and what is too large, refused without being read
     with pytest.raises(CheckpointError, match="in use by another process"):
         Recommender.load(directory, "cpu", journal=True)
@@ -420,7 +435,7 @@ def test_killed_while_it_is_updated(planted_run, tmp_path):  # noqa: F811
     assert not problems
     assert len(acknowledged) == 3
 
-    second = Server(directory, log).wait()
+    second = start(directory, log)
     assert second.post("/recommend", {"users": ["w0"], "k": 3})[0] == 200
     assert second.post("/recommend", {"sequences": [["x"] * 100_000]})[1]["limit"] == "max_history"
     assert second.post("/update", {"events": []}, "wrong")[0] == 401

@@ -26,7 +26,8 @@ from recbole_raserec.serving.gate import Gate, Metrics, answer, count_memories
 from recbole_raserec.serving.messages import Error, Problem
 from recbole_raserec.serving.service import TOKEN_VARIABLE, Service, Settings
 
-#: For the page of an explanation: what stands in it works, and nothing is loaded, sent, or framed.
+#: For the page of an explanation: what stands in it works, and nothing is loaded, sent, or framed. The page itself
+#: names its own style and script by their digests, and both policies hold.
 CSP = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
