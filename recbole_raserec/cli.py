@@ -1,4 +1,4 @@
-"""The command ``recbole-raserec``: `run` (the default), `prepare` and `regenerate`.
+"""The command ``recbole-raserec``: `run` (the default), `prepare`, `regenerate` and `compare`.
 
 Nothing heavy is imported before it is needed: ``--help`` and a wrong option answer at once.
 """
@@ -20,11 +20,13 @@ USAGE = """\
 usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
        recbole-raserec prepare --input=FILE --format=FORMAT --output=DIR --name=NAME
        recbole-raserec regenerate --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
+       recbole-raserec compare --models=MODEL,MODEL --datasets=DATASET,... --output=DIR [--OPTION=VALUE ...]
        recbole-raserec --version
 
   run         train and evaluate a model (the default)
   prepare     turn raw data into the atomic files that `run` reads
   regenerate  regenerate a training set (DR4SR) and write it as atomic files
+  compare     models against each other over data sets and seeds, with significance
 
 `recbole-raserec COMMAND --help` lists the options of a command."""
 
@@ -66,6 +68,23 @@ RecBole alone reads them) and a report. The same command continues an interrupte
   --regen_...                the others stand, with a comment each, in properties/overall.yaml
   --data_path, --seed, --checkpoint_dir, --threads, --config_files as of `recbole-raserec run`"""
 
+COMPARE_HELP = """\
+usage: recbole-raserec compare --models=SPEC,SPEC,... --datasets=NAME,... --output=DIR [--OPTION=VALUE ...]
+
+Runs every model on every data set with every seed, each in a process of its own, and writes tables with mean, standard
+deviation, improvement over the base, significance, time and memory: DIR/compare.json, .txt, .md, .tex, .csv, and .png
+with matplotlib. What is finished is not run again: the same command continues an interrupted comparison.
+
+  --models=SPEC,...    NAME[:key=value[:key=value...]], a model and its own options (RaSeRec:backbone=SASRec:top_k=10);
+                       ; does what : does, in quotes
+  --datasets=NAME,...  folders under data_path, or ml-100k
+  --seeds=N            how many, from 2020 on (default: 5); with a comma a list of seeds: 2020,2021 or 2020,
+  --output=DIR         directory of cells, tables and figures; one protocol each
+  --jobs=N             cells to run at a time (default: 1), each with its part of the cores unless --threads is given
+  --format=FORMAT      what is printed: text (default), markdown, latex, csv or json
+
+Any option of `recbole-raserec run` holds for all models, as --OPTION=VALUE or in --config_files."""
+
 PREPARE_HELP = """\
 formats:
   sequences  one user a line, `user item item ...` in the order of time
@@ -97,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for an error of this package (one message on stderr), 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "prepare": _prepare, "regenerate": _regenerate}
+    commands = {"run": _run, "prepare": _prepare, "regenerate": _regenerate, "compare": _compare}
     if words[:1] in (["-h"], ["--help"], ["help"]):
         print(USAGE)
         return 0
@@ -150,6 +169,18 @@ def _regenerate(words: list[str]) -> None:
     from recbole_raserec.regenerate import regenerate_dataset
 
     print(regenerate_dataset(dataset, Path(own["output"]), own.get("name"), model, files, None, rest))
+
+
+def _compare(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(COMPARE_HELP)
+        return
+    model, dataset, files, options = parse_run(words)
+    from recbole_raserec.compare import OWN, run_command
+
+    pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
+    own = {key: value for _, key, value in pairs if key in OWN}
+    run_command(own, files, [option for option, key, _ in pairs if key not in own], model, dataset)
 
 
 def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:
