@@ -11,7 +11,7 @@ from recbole_raserec.compare_specs import TAKEN, Problems, Several, Spec, label,
 from recbole_raserec.config import Config
 from recbole_raserec.data.fetch import recbole_urls
 from recbole_raserec.data.source import ensure_dataset, inter_files
-from recbole_raserec.errors import CheckpointError, DatasetError
+from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
 from recbole_raserec.evaluation.report import versions
 from recbole_raserec.fileio import read_json, sha256
 from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
@@ -128,7 +128,10 @@ def _request(
     """
     own = {name: f"--{name}={value}" for name, value in spec.options.items()}
     words = [*{**shared, **own}.values(), f"--seed={seed}"]
-    config = Config(spec.model, dataset, list(config_files or ()), None, words)
+    try:
+        config = Config(spec.model, dataset, list(config_files or ()), None, words)
+    except ConfigError as error:
+        raise ConfigError([_shared_remedy(problem, spec) for problem in error.problems]) from None
     problems = Problems()
     problems.add(f"{name}: is set in a file; {TAKEN[name]}" for name in ("backbone_checkpoint",) if config[name])
     problems.add(["resume: is false; " + TAKEN["resume"]] if config["resume"] is False else [])
@@ -138,6 +141,14 @@ def _request(
     base = config.without_regeneration() if config["regeneration"] else config
     base = base.for_backbone() if config["model"] == RETRIEVAL_MODEL else base
     return _Request(spec, dataset, seed, config, None if base is config else base)
+
+
+def _shared_remedy(problem: str, spec: Spec) -> str:
+    """An option of all models that not all of them read has another remedy than that of a run."""
+    name, told = problem.partition(":")[0], "this run does not read it, remove it"
+    if name in spec.options:
+        return problem
+    return problem.replace(told, f"this one does not read it; give it to those that do, as NAME:{name}=VALUE")
 
 
 def _check_data(requests: Sequence[_Request], problems: Problems) -> None:

@@ -159,8 +159,8 @@ def _notes(data: Content) -> dict[str, list[str]]:
     if pairs:
         seeds = sorted({pair["seeds"] for pair in pairs})
         later.append(
-            "mean ± standard deviation over the seeds; p: paired t-test against the base, over users (mean of "
-            f"{' or '.join(map(str, seeds))} seeds) and over seeds, Holm's correction over all of this table"
+            "mean ± standard deviation over the seeds; p: paired t-test against the base, over users (seeds averaged: "
+            f"{' or '.join(map(str, seeds))}) and over seeds, Holm's correction over all of this table"
         )
     else:
         later.append("mean ± standard deviation over the seeds")
