@@ -1,4 +1,4 @@
-"""Keep freed memory in the process: on CPU, fresh pages cost more than the arithmetic that fills them."""
+"""The process's memory: freed memory is kept, as on CPU fresh pages cost more than what fills them; the peak."""
 
 from __future__ import annotations
 
@@ -25,3 +25,24 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident memory of this process so far, MiB; None where the system does not tell.
+
+    Linux counts into ``ru_maxrss`` what the process held before it became this program, its parent's memory; the
+    figure in ``/proc`` starts anew.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) / 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 1024)

@@ -16,78 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from recbole_raserec import __version__
+from recbole_raserec.cli_help import COMPARE_HELP, PREPARE_HELP, REGENERATE_HELP, RUN_HELP, USAGE
 from recbole_raserec.errors import ConfigError, RaSeRecError
-
-USAGE = """\
-usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
-       recbole-raserec prepare --input=FILE --format=FORMAT --output=DIR --name=NAME
-       recbole-raserec regenerate --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
-       recbole-raserec recommend DIR --items=IDS [--k=N]
-       recbole-raserec explain DIR --items=IDS [--k=N]
-       recbole-raserec serve DIR [--port=N] [--token_file=FILE]
-       recbole-raserec doctor
-       recbole-raserec --version
-
-  run         train and evaluate a model (the default)
-  prepare     turn raw data into the atomic files that `run` reads
-  regenerate  regenerate a training set (DR4SR) and write it as atomic files
-  recommend   the best items for a history, from the checkpoint of a finished run
-  explain     why these: the memories behind each recommended item
-  serve       answer over HTTP, and take up new interactions
-  doctor      report the installation, and test it in ten seconds
-
-`recbole-raserec COMMAND --help` lists the options of a command."""
-
-RUN_HELP = """\
-usage: recbole-raserec run --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
-
-Trains a model and prints its test figures, under both protocols (items of the history kept in the ranking, and
-removed). RaSeRec trains its backbone first, or reuses it, and is compared with it. The same command continues an
-interrupted run from the last finished epoch.
-
-  -m, --model=NAME           RaSeRec, DuoRec, SASRec, or any model of RecBole
-  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
-  --config_files="A B"       YAML files, later ones win over earlier ones
-
-Every option of RecBole can be given as --OPTION=VALUE and wins over the files. Those that matter most:
-
-  --data_path=DIR            directory that contains NAME/NAME.inter
-  --backbone=NAME            RaSeRec: SASRec, DuoRec or a sequential model of RecBole
-  --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
-  --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
-  --epochs=N                 largest number of training epochs
-  --MAX_ITEM_LIST_LENGTH=N   the model sees the last N items of a history
-  --seed=N
-  --checkpoint_dir=DIR       where results of finished and unfinished stages are kept
-  --result_file=FILE         write the figures as JSON"""
-
-REGENERATE_HELP = """\
-usage: recbole-raserec regenerate --dataset=DATASET --output=DIR [--name=NAME] [--OPTION=VALUE ...]
-
-Mines the patterns of the training split, trains the regenerator on them, lets it write new ones, and puts all of it
-behind the original rows: DIR/NAME/NAME.train.inter, with .valid.inter, .test.inter, NAME.yaml (the options under which
-RecBole alone reads them) and a report. The same command continues an interrupted run.
-
-  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
-  --output=DIR               directory of data sets to write into
-  --name=NAME                of the new data set (default: DATASET-regenerated)
-  --regen_gamma=X            share of steps that choose among a sequence's own items, 0 to 1
-  --regen_conditions=N       patterns written for a sequence
-  --regen_...                the others stand, with a comment each, in properties/overall.yaml
-  --data_path, --seed, --checkpoint_dir, --threads, --config_files as of `recbole-raserec run`"""
-
-PREPARE_HELP = """\
-formats:
-  sequences  one user a line, `user item item ...` in the order of time
-  ratings    a table, one interaction a line: user, item, rating, time. Separator and header are recognised;
-             columns are found by the usual names, or are 1 to 4, or what the --..._col options say
-  amazon     Amazon reviews of 2014, 2018 or 2023, one JSON object a line
-
-examples:
-  recbole-raserec prepare --input=reviews_Beauty_5.json.gz --format=amazon --output=dataset --name=amazon-beauty
-  recbole-raserec prepare --input=ratings.dat --format=ratings --output=dataset --name=ml-1m --k_core=5
-  recbole-raserec prepare --input=log.csv --format=ratings --user_col=uid --item_col=sku --time_col=when \\
-      --rating_col=none --output=dataset --name=shop"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -109,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "run": _run, "prepare": _prepare, "regenerate": _regenerate, "recommend": _recommend, "explain": _explain,
-        "serve": _serve, "doctor": _doctor,
+        "serve": _serve, "compare": _compare, "doctor": _doctor,
     }  # fmt: skip
     if words[:1] in (["-h"], ["--help"], ["help"]):
         print(USAGE)
@@ -230,6 +160,18 @@ def _parsed(
         parser.print_help()
         return None
     return parser.parse_args(words)
+
+
+def _compare(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(COMPARE_HELP)
+        return
+    model, dataset, files, options = parse_run(words)
+    from recbole_raserec.compare import OWN, run_command
+
+    pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
+    own = {key: value for _, key, value in pairs if key in OWN}
+    run_command(own, files, [option for option, key, _ in pairs if key not in own], model, dataset)
 
 
 def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:

@@ -7,13 +7,14 @@ from logging import getLogger
 from typing import Any, Optional
 
 import torch
-from recbole.utils import init_logger, init_seed
+from recbole.utils import ModelType, init_logger, init_seed
 
-from recbole_raserec.allocator import keep_freed_memory
+from recbole_raserec.allocator import keep_freed_memory, peak_memory_mb
 from recbole_raserec.config import Config
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation.protocols import evaluation_problems
+from recbole_raserec.evaluation.ranks_file import write_ranks
 from recbole_raserec.evaluation.report import (
     comparison_table,
     protocol_description,
@@ -60,7 +61,7 @@ def run_recbole_raserec(
     started = time.perf_counter()
     keep_freed_memory()
     config = Config(model, dataset, config_file_list, config_dict, argv)
-    _check(config)
+    check_run(config)
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
     init_seed(config["seed"], config["reproducibility"])
@@ -91,8 +92,12 @@ def run_recbole_raserec(
     return _report(config, stages, data, time.perf_counter() - started)
 
 
-def _check(config: Any) -> None:
-    """What only the runner can refuse, still before any data is read."""
+def check_run(config: Any) -> None:
+    """What only the runner can refuse, still before any data is read.
+
+    Raises:
+        ConfigError: with all of it.
+    """
     problems = evaluation_problems(config)
     for name in ("nproc", "world_size"):
         if (config[name] or 0) > 1:
@@ -144,16 +149,24 @@ def _report(config: Any, stages: dict[str, Outcome], data: Any, seconds: float) 
         times["recommendation_regenerated"] = stages["base + (i)"].seconds
         metrics["stages"] = {name: outcome.metrics for name, outcome in stages.items()}
     times["this_run"] = seconds
+    sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     record = result_record(
         model=config["model"],
         backbone=base.name if config["model"] == "RaSeRec" else None,
         dataset=config["dataset"],
         seed=config["seed"],
         metrics=metrics,
-        protocol=protocol_description(config, validation_in_memory=config["model"] == "RaSeRec"),
+        protocol=protocol_description(
+            config, validation_in_history=sequential, validation_in_memory=config["model"] == "RaSeRec"
+        ),
         seconds=times,
         options=config.explain(),
+        parameters={name: outcome.parameters for name, outcome in (("base", base), ("ours", ours)) if outcome},
+        peak_memory_mb=peak_memory_mb(),
     )
+    if config["ranks_file"]:
+        users = base.splits.vocabulary()["users"]
+        write_ranks(config["ranks_file"], {name: outcome.ranks for name, outcome in stages.items()}, users)
     if config["result_file"]:
         write_result(config["result_file"], record)
     if ours is None:

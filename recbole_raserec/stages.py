@@ -16,7 +16,14 @@ from recbole_raserec.data.loader import BucketLoader, RowLoader
 from recbole_raserec.data.regenerated import regenerated_class, training_hash
 from recbole_raserec.data.splits import Splits, prepare
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
-from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED, evaluate
+from recbole_raserec.evaluation.protocols import (
+    SEEN_KEPT,
+    SEEN_REMOVED,
+    Ranks,
+    collect_ranks,
+    evaluate,
+    metrics_by_protocol,
+)
 from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
 from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights, resumable
@@ -38,7 +45,7 @@ class Outcome:
     Attributes:
         name: model name. model: with its best weights, in evaluation mode. splits: the data it was trained on.
         metrics: phase -> protocol -> metric -> value. seconds: training time over all its runs.
-        directory: its checkpoint.
+        directory: its checkpoint. ranks: of the test targets, which its test metrics are made of.
     """
 
     name: str
@@ -48,6 +55,12 @@ class Outcome:
     seconds: float
     directory: Path
     fingerprint: str
+    ranks: Ranks
+
+    @property
+    def parameters(self) -> int:
+        """Learned numbers of the model; what the memory stores is none."""
+        return sum(values.numel() for values in self.model.parameters())
 
 
 def train_model(config: Any, checkpoint: Optional[str] = None, regenerated: Any = None) -> Outcome:
@@ -183,8 +196,9 @@ def _run(
     metrics = {"valid": evaluate(model, splits.valid, config, splits.seen["valid"], decimals=DECIMALS)}
     if keeper is not None:
         keeper.admit_validation(test)
-    metrics["test"] = evaluate(model, splits.test, config, splits.seen["test"], decimals=DECIMALS)
-    outcome = Outcome(name, model, splits, metrics, trainer.seconds, directory, mark)
+    ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
+    metrics["test"] = metrics_by_protocol(ranks, config, decimals=DECIMALS)
+    outcome = Outcome(name, model, splits, metrics, trainer.seconds, directory, mark, ranks)
     if not finished:
         full = {"model": name, "dataset": config["dataset"], "fingerprint": mark, "data": splits.fingerprint}
         full.update(manifest, metrics=metrics, seconds=trainer.seconds)
@@ -209,12 +223,11 @@ def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path) -
     weights = read_weights(directory, manifest)
     load_weights(model, weights, directory / BEST)
     model.eval()
-    metrics = {
-        phase: evaluate(model, data, config, splits.seen[phase], decimals=DECIMALS)
-        for phase, data in (("valid", splits.valid), ("test", splits.test))
-    }
+    metrics = {"valid": evaluate(model, splits.valid, config, splits.seen["valid"], decimals=DECIMALS)}
+    ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
+    metrics["test"] = metrics_by_protocol(ranks, config, decimals=DECIMALS)
     seconds = float(manifest.get("seconds", 0.0))
-    return Outcome(config["model"], model, splits, metrics, seconds, directory, manifest["fingerprint"])
+    return Outcome(config["model"], model, splits, metrics, seconds, directory, manifest["fingerprint"], ranks)
 
 
 def _ram_config(config: Any) -> Any:

@@ -75,7 +75,13 @@ def evaluate(
     Raises:
         ConfigError, DatasetError, ValueError: as :func:`collect_ranks`.
     """
-    ranks = collect_ranks(model, eval_data, config, seen, progress, seen_by=seen_by)
+    return metrics_by_protocol(
+        collect_ranks(model, eval_data, config, seen, progress, seen_by=seen_by), config, decimals=decimals
+    )
+
+
+def metrics_by_protocol(ranks: Ranks, config: Any, *, decimals: int | None = None) -> dict[str, Metrics]:
+    """Metrics of collected ranks under each protocol they have; the arguments are those of :func:`evaluate`."""
     return {
         protocol: metrics_from_ranks(values, config, queries=ranks.queries, decimals=decimals)
         for protocol, values in ranks.by_protocol().items()
@@ -155,11 +161,29 @@ def metrics_from_ranks(
     Raises:
         ConfigError: a metric needs more than the ranks.
     """
+    digits = config["metric_decimal_place"] if decimals is None else decimals
+    evaluator, collected = _evaluator(ranks, config, queries, digits)
+    return {name: float(value) for name, value in evaluator.evaluate(collected).items()}
+
+
+def query_metrics(ranks: torch.Tensor, config: Any, *, queries: torch.Tensor | None = None) -> dict[str, np.ndarray]:
+    """RecBole's metrics of each query, not averaged and not rounded: {"recall@10": float64 [n], ...}.
+
+    The arguments and errors are those of :func:`metrics_from_ranks`.
+    """
+    evaluator, collected = _evaluator(ranks, config, queries, 0)
+    for metric in evaluator.metric_class.values():
+        # where RecBole averages the values of all queries, [n, max k], they are taken as they are
+        metric.topk_result = lambda name, values: {f"{name}@{k}": values[:, k - 1] for k in _cutoffs(config)}
+    return {name: np.asarray(values, dtype=np.float64) for name, values in evaluator.evaluate(collected).items()}
+
+
+def _evaluator(ranks: torch.Tensor, config: Any, queries: torch.Tensor | None, digits: int) -> tuple[Any, Any]:
+    """RecBole's Evaluator, and the hit structure of `ranks` that it reads."""
     problems = evaluation_problems(config)
     if problems:
         raise ConfigError(problems)
-    topk = [config["topk"]] if isinstance(config["topk"], int) else list(config["topk"])
-    digits = config["metric_decimal_place"] if decimals is None else decimals
+    topk = _cutoffs(config)
     queries = torch.arange(len(ranks)) if queries is None else queries
     positives = torch.bincount(queries)  # [n]
 
@@ -169,8 +193,7 @@ def metrics_from_ranks(
     hits[:, -1] = positives
     collected = DataStruct()
     collected.set("rec.topk", hits)
-    evaluator = Evaluator({"metrics": _names(config), "topk": topk, "metric_decimal_place": digits})
-    return {name: float(value) for name, value in evaluator.evaluate(collected).items()}
+    return Evaluator({"metrics": _names(config), "topk": topk, "metric_decimal_place": digits}), collected
 
 
 def evaluation_problems(config: Any) -> list[str]:
@@ -240,6 +263,10 @@ class _RankLists:
     def joined(self, with_removed: bool) -> Ranks:
         removed = torch.cat(self.removed) if with_removed else None
         return Ranks(torch.cat(self.kept), removed, torch.cat(self.queries), torch.cat(self.users))
+
+
+def _cutoffs(config: Any) -> list[int]:
+    return [config["topk"]] if isinstance(config["topk"], int) else list(config["topk"])
 
 
 def _names(config: Any) -> list[str]:

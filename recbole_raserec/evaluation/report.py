@@ -90,6 +90,8 @@ def result_record(
     seconds: Mapping[str, float],
     backbone: str | None = None,
     options: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, int] | None = None,
+    peak_memory_mb: float | None = None,
 ) -> dict[str, Any]:
     """Everything a result needs to be understood and repeated, ready for JSON.
 
@@ -100,6 +102,8 @@ def result_record(
         protocol: what the figures mean, see :func:`protocol_description`.
         seconds: wall time of each stage.
         options: the options of the run that differ from the defaults, or all of them.
+        parameters: {"base" | "ours": learned numbers of the model}.
+        peak_memory_mb: largest memory of the process, MiB; None where that cannot be told.
     """
     base, ours = metrics.get("base"), metrics.get("ours")
     record: dict[str, Any] = {
@@ -121,6 +125,8 @@ def result_record(
         }
     record["protocol"] = protocol
     record["seconds"] = {stage: round(float(value), 3) for stage, value in seconds.items()}
+    record["parameters"] = parameters or {}
+    record["peak_memory_mb"] = _rounded(peak_memory_mb, 1)
     record["versions"] = versions()
     record["options"] = options or {}
     return _plain(record)
@@ -178,13 +184,13 @@ def _table(results: Sequence[tuple[str, Results]], compare: bool, style: str, wi
     protocols, metrics = _shared_keys(results)
     blocks = []
     for protocol in protocols:
-        rows = [["model", *map(_metric_title, metrics)]]
+        rows = [["model", *map(metric_title, metrics)]]
         rows += [[name, *(f"{of[protocol][key]:.{digits}f}" for key in metrics)] for name, of in results]
         if compare:
             base, ours = results[0][1][protocol], results[-1][1][protocol]
-            rows.append([IMPROVEMENT, *(_percent(improvement(base[key], ours[key])) for key in metrics)])
+            rows.append([IMPROVEMENT, *(percent(improvement(base[key], ours[key])) for key in metrics)])
         title = PROTOCOL_TITLES.get(protocol, protocol)
-        blocks.append(_markdown(title, rows) if style == "markdown" else _text(title, rows, width))
+        blocks.append(markdown_block(title, rows) if style == "markdown" else text_block(title, rows, width))
     return "\n\n".join(blocks)
 
 
@@ -201,7 +207,7 @@ def _shared_keys(results: Sequence[tuple[str, Results]]) -> tuple[list[str], lis
     return protocols, first[1][protocols[0]] if protocols else []
 
 
-def _text(title: str, rows: list[list[str]], width: int) -> str:
+def text_block(title: str, rows: list[list[str]], width: int) -> str:
     """Rows under a title, first column to the left, the others to the right, in bands no wider than `width`."""
     name_width = max(len(row[0]) for row in rows)
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(1, len(rows[0]))]
@@ -219,18 +225,21 @@ def _text(title: str, rows: list[list[str]], width: int) -> str:
     return "\n".join(lines)
 
 
-def _markdown(title: str, rows: list[list[str]]) -> str:
+def markdown_block(title: str, rows: list[list[str]]) -> str:
+    """Rows, the first of them the head, as a Markdown table under a bold title."""
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     ruler = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join([f"**{title}**", "", *("| " + " | ".join(row) + " |" for row in [head, ruler, *body])])
 
 
-def _metric_title(key: str) -> str:
+def metric_title(key: str) -> str:
+    """A metric as a table's head names it: "ndcg@10" is "NDCG@10"."""
     name, at, k = key.partition("@")
     return _METRIC_TITLES.get(name, name.capitalize()) + at + k
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A signed percentage, :data:`ABSENT` for None."""
     return ABSENT if value is None else f"{value:+.2f}%"
 
 

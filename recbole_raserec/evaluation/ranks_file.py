@@ -1,0 +1,99 @@
+"""The ranks of a run's test targets as a file: what significance over users, and any other metric, is computed from."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from recbole_raserec.errors import CheckpointError
+from recbole_raserec.evaluation.protocols import PROTOCOLS, Ranks, query_metrics
+from recbole_raserec.fileio import replacing
+
+#: Names in the file: ``<stage>/users``, ``<stage>/queries``, and ``<stage>/<protocol>`` for the ranks.
+USERS, QUERIES = "users", "queries"
+
+
+@dataclass(frozen=True)
+class StageRanks:
+    """The ranks of one stage.
+
+    Attributes:
+        users: str [n], the user of each query, as the log calls them.
+        queries: int64 [P], the query (0..n-1) of each target; a query of a general model may have several.
+        ranks: {protocol: int64 [P]}, 1-based.
+    """
+
+    users: np.ndarray
+    queries: np.ndarray
+    ranks: dict[str, np.ndarray]
+
+
+def write_ranks(path: str | os.PathLike, stages: Mapping[str, Ranks], users: Sequence[str]) -> None:
+    """Write the ranks of a run's stages as an ``.npz`` file without pickle, atomically.
+
+    Args:
+        path: of the file.
+        stages: ranks by stage, from the base to the whole pipeline; they are read in that order.
+        users: the name in the log of each internal user id.
+    """
+    names = np.asarray(users, dtype=str)
+    arrays = {}
+    for stage, ranks in stages.items():
+        arrays[f"{stage}/{USERS}"] = names[ranks.users.numpy()]
+        arrays[f"{stage}/{QUERIES}"] = ranks.queries.numpy().astype(np.int32)
+        for protocol, values in ranks.by_protocol().items():
+            arrays[f"{stage}/{protocol}"] = values.numpy().astype(np.int32)
+    with replacing(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
+    """Read what :func:`write_ranks` wrote: {stage: ranks}, the whole pipeline last.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or none of ranks.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} does not exist.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        stages = {name.rpartition("/")[0]: name for name in arrays}
+        return {
+            stage: StageRanks(
+                arrays[f"{stage}/{USERS}"],
+                arrays[f"{stage}/{QUERIES}"].astype(np.int64),
+                {name: arrays[f"{stage}/{name}"].astype(np.int64) for name in PROTOCOLS if f"{stage}/{name}" in arrays},
+            )
+            for stage in stages
+        }
+    except (KeyError, ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} is not a readable file of ranks ({error}).") from None
+
+
+def user_metrics(
+    ranks: StageRanks, protocol: str, options: Mapping[str, Any]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The metrics of each user, the mean over a user's queries where there are several.
+
+    Args:
+        ranks: of one stage. protocol: one of those it has.
+        options: give `metrics` and `topk`.
+
+    Returns:
+        (users str [U], sorted, {"recall@10": float64 [U], ...}).
+    """
+    values = query_metrics(
+        torch.from_numpy(ranks.ranks[protocol]), options, queries=torch.from_numpy(ranks.queries)
+    )  # [n] each
+    users, place = np.unique(ranks.users, return_inverse=True)
+    place = place.reshape(-1)
+    counts = np.bincount(place)
+    return users, {name: np.bincount(place, weights=each) / counts for name, each in values.items()}
