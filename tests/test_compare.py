@@ -382,7 +382,7 @@ def test_a_failed_cell_ends_none_of_the_others(stand_in, capsys):
     assert rows[0]["wall_seconds"] == {"mean": 2.5, "std": None}  # the interrupted run's time is no run's
 
 
-def test_jobs_run_side_by_side_but_not_on_the_same_base(stand_in, monkeypatch):
+def test_jobs_run_side_by_side_but_not_on_the_same_base(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(driver, "_cores", lambda: 9)
     stand_in.order(sleep=0.4)
     go(models="SASRec,BPR,RaSeRec:backbone=SASRec,RaSeRec:backbone=SASRec:alpha=0.3", seeds=1, jobs=4)
@@ -399,6 +399,7 @@ def test_jobs_run_side_by_side_but_not_on_the_same_base(stand_in, monkeypatch):
     assert together("SASRec", "BPR")
     assert not together("SASRec", "RaSeRec")
     assert not together("RaSeRec", "RaSeRec0.3")
+    assert "waiting" not in capsys.readouterr().err  # for its own cells it says nothing
     go(models="GRU4Rec", seeds=1, jobs=4, argv=["--threads=3"])
     assert stand_in.notes()[-1][-1]["threads"] == "3"
 
