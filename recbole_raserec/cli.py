@@ -167,7 +167,7 @@ def _compare(words: list[str]) -> None:
         print(COMPARE_HELP)
         return
     model, dataset, files, options = parse_run(words)
-    from recbole_raserec.compare import OWN, run_command
+    from recbole_raserec.comparison.driver import OWN, run_command
 
     pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
     own = {key: value for _, key, value in pairs if key in OWN}

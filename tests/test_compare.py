@@ -20,11 +20,12 @@ import pytest
 import torch
 from conftest import ROOT, random_log, write_log
 
-from recbole_raserec import cli, compare_cells
-from recbole_raserec import compare as driver
-from recbole_raserec.compare import TABLES, compare
-from recbole_raserec.compare_plan import make_plan
-from recbole_raserec.compare_specs import Problems, parse_seeds, parse_specs, split_outside
+from recbole_raserec import cli
+from recbole_raserec.comparison import cells as compare_cells
+from recbole_raserec.comparison import driver
+from recbole_raserec.comparison.driver import TABLES, compare
+from recbole_raserec.comparison.plan import make_plan
+from recbole_raserec.comparison.specs import Problems, parse_seeds, parse_specs, split_outside
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation.protocols import Ranks
 from recbole_raserec.evaluation.ranks_file import write_ranks
@@ -304,7 +305,7 @@ def test_what_decides_a_figure_names_the_cell(stand_in, workdir):
 
 
 def test_other_versions_are_other_cells(stand_in, monkeypatch):
-    from recbole_raserec import compare_plan
+    from recbole_raserec.comparison import plan as compare_plan
 
     before = [cell.name for cell in plan("SASRec").cells]
     found = compare_plan.versions()
@@ -429,7 +430,7 @@ def test_killed_and_started_again(stand_in, workdir, capsys, monkeypatch):
     stand_in.order(**{"BPR-2020": str(workdir / "go")})
     words = ["compare", f"--models={MODELS}", "--datasets=tiny", "--seeds=2", "--output=out", "--data_path=data"]
     code = (
-        "import sys; from recbole_raserec import cli, compare_cells; "
+        "import sys; from recbole_raserec import cli; from recbole_raserec.comparison import cells as compare_cells; "
         f"compare_cells.RUNNER = {stand_in.command!r}; sys.exit(cli.main(sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

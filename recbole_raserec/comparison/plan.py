@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from recbole_raserec.compare_specs import TAKEN, Problems, Several, Spec, label, parse_names, parse_seeds, parse_specs
+from recbole_raserec.comparison.specs import (
+    TAKEN,
+    Problems,
+    Several,
+    Spec,
+    label,
+    parse_names,
+    parse_seeds,
+    parse_specs,
+)
 from recbole_raserec.config import Config
 from recbole_raserec.data.fetch import recbole_urls
 from recbole_raserec.data.source import ensure_dataset, inter_files
@@ -86,7 +95,7 @@ def make_plan(
     """Check all that can be checked without a run, and lay out the cells.
 
     Args:
-        models, datasets, seeds, output: see :func:`recbole_raserec.compare.compare`.
+        models, datasets, seeds, output: see :func:`recbole_raserec.comparison.driver.compare`.
         config_files, argv: options of all models, as the runner takes them.
         problems: what the caller has found so far; it is raised with what is found here.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from recbole_raserec.compare_plan import Cell
+from recbole_raserec.comparison.plan import Cell
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.evaluation.comparison import Run
 from recbole_raserec.fileio import read_json

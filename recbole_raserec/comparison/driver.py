@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from recbole_raserec import plots
-from recbole_raserec.compare_cells import command_words, environment_of, finished, run_cells
-from recbole_raserec.compare_plan import CELLS, SAVED, Cell, Plan, make_plan
-from recbole_raserec.compare_specs import Problems, Several
+from recbole_raserec.comparison.cells import command_words, environment_of, finished, run_cells
+from recbole_raserec.comparison.plan import CELLS, SAVED, Cell, Plan, make_plan
+from recbole_raserec.comparison.specs import Problems, Several
 from recbole_raserec.errors import MissingExtraError, RaSeRecError
 from recbole_raserec.evaluation.comparison import Row, figures
 from recbole_raserec.evaluation.report import PROTOCOL_TITLES, metric_title, versions
