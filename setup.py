@@ -24,7 +24,8 @@ EXTRAS_REQUIRE = {
     # RecBole's LDiffRec with n_cate > 1 and NNCF with neigh_info_method: louvain
     "baselines": ["kmeans-pytorch>=0.3", "python-louvain>=0.16", "networkx"],
     "plots": ["matplotlib>=3.5"],
-    "test": ["pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5"],
+    "tune": ["optuna>=4.0"],
+    "test": ["pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "optuna>=4.0"],
     "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
 }
 
@@ -62,7 +63,7 @@ setup(
     packages=[*find_packages(include=["recbole_raserec", "recbole_raserec.*"]), "recbole_raserec.properties"],
     package_dir={"recbole_raserec.properties": "properties"},
     package_data={
-        "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml"],
+        "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml", "tune/*.yaml"],
     },
     ext_modules=[kernels(name) for name in INSTRUCTIONS],
     entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli:main"]},

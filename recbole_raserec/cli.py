@@ -1,4 +1,4 @@
-"""The command ``recbole-raserec``: `run` (the default), `prepare` and `regenerate`.
+"""The command ``recbole-raserec``: `run` (the default), `prepare`, `regenerate` and `tune`.
 
 Nothing heavy is imported before it is needed: ``--help`` and a wrong option answer at once.
 """
@@ -20,11 +20,13 @@ USAGE = """\
 usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
        recbole-raserec prepare --input=FILE --format=FORMAT --output=DIR --name=NAME
        recbole-raserec regenerate --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
+       recbole-raserec tune --model=MODEL --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
        recbole-raserec --version
 
   run         train and evaluate a model (the default)
   prepare     turn raw data into the atomic files that `run` reads
   regenerate  regenerate a training set (DR4SR) and write it as atomic files
+  tune        search options by their validation figures (needs the extra `tune`)
 
 `recbole-raserec COMMAND --help` lists the options of a command."""
 
@@ -66,6 +68,23 @@ RecBole alone reads them) and a report. The same command continues an interrupte
   --regen_...                the others stand, with a comment each, in properties/overall.yaml
   --data_path, --seed, --checkpoint_dir, --threads, --config_files as of `recbole-raserec run`"""
 
+TUNE_HELP = """\
+usage: recbole-raserec tune --model=MODEL --dataset=DATASET --output=DIR [--trials=N] [--OPTION=VALUE ...]
+
+Searches options by the validation metric, with Optuna (pip install 'recbole-raserec[tune]'), and reports the test
+figures of the best trial alone. The same command continues an interrupted search; after its end it prints the result
+again.
+
+  -m, --model=NAME           RaSeRec, DuoRec, SASRec, or any model of RecBole (then with --space)
+  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
+  --output=DIR               the study lives there; DIR/best.yaml is for `run --config_files=DIR/best.yaml`
+  --trials=N                 in all (default: 30; --sampler=grid: every combination)
+  --space=FILE               YAML file of the options to search, or one of RaSeRec, SASRec, DuoRec (the defaults of
+                             these models), regeneration; an option given here is not searched
+  --sampler=NAME             tpe (the default), random, grid or gp
+  --pruner=NAME              median (the default), halving or none: ends hopeless trials early
+  --OPTION=VALUE             as of `recbole-raserec run`, for every trial"""
+
 PREPARE_HELP = """\
 formats:
   sequences  one user a line, `user item item ...` in the order of time
@@ -97,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for an error of this package (one message on stderr), 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "prepare": _prepare, "regenerate": _regenerate}
+    commands = {"run": _run, "prepare": _prepare, "regenerate": _regenerate, "tune": _tune}
     if words[:1] in (["-h"], ["--help"], ["help"]):
         print(USAGE)
         return 0
@@ -150,6 +169,22 @@ def _regenerate(words: list[str]) -> None:
     from recbole_raserec.regenerate import regenerate_dataset
 
     print(regenerate_dataset(dataset, Path(own["output"]), own.get("name"), model, files, None, rest))
+
+
+def _tune(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(TUNE_HELP)
+        return
+    model, dataset, files, options = parse_run(words)
+    pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
+    names = ("output", "trials", "space", "sampler", "pruner")
+    own: dict[str, Any] = {key: value for _, key, value in pairs if key in names}
+    if own.get("trials", "").isdecimal():
+        own["trials"] = int(own["trials"])
+    rest = [option for option, key, _ in pairs if key not in own]
+    from recbole_raserec.tune import tune_hyper_parameters
+
+    tune_hyper_parameters(model, dataset, **own, config_file_list=files, argv=rest)
 
 
 def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:

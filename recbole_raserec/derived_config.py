@@ -29,6 +29,16 @@ class DerivedConfigs:
         options = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
         return type(self)(self.final_config_dict["backbone"], self.dataset, config_dict=Parsed(options), argv=[])
 
+    def with_options(self: Any, options: dict[str, Any]) -> Any:
+        """The same configuration, in which `options` take the place of what was given.
+
+        Raises:
+            ConfigError: with every problem of the new configuration.
+        """
+        dropped = ("model", "dataset", "config_files")
+        given = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
+        return type(self)(self.model, self.dataset, config_dict=Parsed({**given, **options}), argv=[])
+
     def without_regeneration(self: Any) -> Any:
         """The same configuration with `regeneration: false`."""
         options = {name: value for name, value in self.external_config_dict.items() if name not in REGENERATION}

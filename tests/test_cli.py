@@ -81,7 +81,7 @@ def test_values_with_signs_spaces_and_equals_pass_unchanged(runner):
         (["--dataset="], "--dataset is empty"),
         (["-x=1"], "-x=1: the only short options"),
         (["prepre"], "unknown sub-command 'prepre': did you mean prepare?"),
-        (["zzz"], "unknown sub-command 'zzz': choose one of run, prepare, regenerate."),
+        (["zzz"], "unknown sub-command 'zzz': choose one of run, prepare, regenerate, tune."),
         (["prepare"], "--input, --format, --output, --name"),
         (["prepare", "--inptu=x"], "unknown option --inptu: did you mean --input?"),
         (["prepare", "--input=x", "--format=ratings", "--output=o", "--name=n", "--k_core=few"], "--k_core"),

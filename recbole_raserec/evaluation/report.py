@@ -75,6 +75,18 @@ def results_table(results: Mapping[str, Results], *, style: str = "text", width:
     return _table(list(results.items()), False, style, width, digits)
 
 
+def record_table(record: Mapping[str, Any], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
+    """The test figures of a record of :func:`result_record`, in the table that fits it."""
+    metrics, name = record["metrics"], record["backbone"] or record["model"]
+    if "stages" in metrics:
+        rows = {stage.replace("base", name): phases["test"] for stage, phases in metrics["stages"].items()}
+        return stages_table(rows, style=style, width=width, digits=digits)
+    if "ours" not in metrics:
+        return results_table({name: metrics["base"]["test"]}, style=style, width=width, digits=digits)
+    pair = metrics["base"]["test"], metrics["ours"]["test"]
+    return comparison_table(*pair, (name, record["model"]), style=style, width=width, digits=digits)
+
+
 def improvement(base: float, ours: float) -> float | None:
     """Improvement of `ours` over `base` in percent; None where there is no base to improve on."""
     return None if base == 0 or not math.isfinite(base) or not math.isfinite(ours) else 100 * (ours - base) / base
@@ -184,7 +196,7 @@ def _table(results: Sequence[tuple[str, Results]], compare: bool, style: str, wi
             base, ours = results[0][1][protocol], results[-1][1][protocol]
             rows.append([IMPROVEMENT, *(_percent(improvement(base[key], ours[key])) for key in metrics)])
         title = PROTOCOL_TITLES.get(protocol, protocol)
-        blocks.append(_markdown(title, rows) if style == "markdown" else _text(title, rows, width))
+        blocks.append(_markdown(title, rows) if style == "markdown" else text_table(title, rows, width))
     return "\n\n".join(blocks)
 
 
@@ -201,7 +213,7 @@ def _shared_keys(results: Sequence[tuple[str, Results]]) -> tuple[list[str], lis
     return protocols, first[1][protocols[0]] if protocols else []
 
 
-def _text(title: str, rows: list[list[str]], width: int) -> str:
+def text_table(title: str, rows: list[list[str]], width: int) -> str:
     """Rows under a title, first column to the left, the others to the right, in bands no wider than `width`."""
     name_width = max(len(row[0]) for row in rows)
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(1, len(rows[0]))]
