@@ -34,7 +34,7 @@ MEASURES = frozenset(
 DIGITS = 6
 
 #: Combinations with which a value is tried that is refused beside the other options as they stand.
-_COMPANY = 20
+_COMPANY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ def check_space(config: Any, space: Space, path: Path) -> list[str]:
     """Problems of options that the run does not read, that must not be searched, or that refuse their own values.
 
     Every bound and every choice is put into the configuration. One that is refused beside the other options as they
-    stand is wrong where it is refused beside twenty draws of them too; what a single combination is refused for fails
+    stand is wrong where it is refused beside ten draws of them too; what a single combination is refused for fails
     the trial that draws it.
     """
     problems = []
@@ -159,8 +159,11 @@ def check_space(config: Any, space: Space, path: Path) -> list[str]:
             continue
         for value in parameter.edges():
             wrong = _refusals(config, {name: value})
-            if wrong and all(_refusals(config, {**others, name: value}) for others in company):
+            alone = wrong and config.never_takes(name, value)
+            if alone or (wrong and all(_refusals(config, {**others, name: value}) for others in company)):
                 problems += wrong
+            if wrong and not config.reads(name):
+                break  # the next value is refused in the same words
     unique = list(dict.fromkeys(problem.replace(" (in config_dict)", "") for problem in problems))
     return [f"space: {problem} (in {path})" for problem in unique]
 

@@ -122,16 +122,16 @@ def open_study(directory: Path, name: str, maximize: bool, identity: Mapping[str
     return study
 
 
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> list[str]:
     words = []
     for key in sorted({*found, *wanted}):
         old, new = found.get(key), wanted.get(key)
         if old == new:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            words += _differences(old, new, f"{key} of ")
+            words += _differences(old, new, f" of {key}{within}")
         else:
-            words.append(f"{prefix}{key} is {shown(old)} there and {shown(new)} here")
+            words.append(f"{key}{within} is {shown(old)} there and {shown(new)} here")
     return words[:5]
 
 
