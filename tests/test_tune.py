@@ -293,6 +293,10 @@ def test_options_that_do_not_go_together_fail_their_trial_alone(tmp_path):
     assert [row["state"] for row in rows] == [trial["state"] for trial in made.record["trials"]]
     assert rows[failed["number"]]["reason"] == failed["reason"]
     assert rows[failed["number"]]["value"] == ""
+    over = Config("RaSeRec", "tiny", [made.output / "best.yaml"], {"backbone": "SASRec"}, argv=[])
+    assert over["model"] == "RaSeRec"
+    best = made.record["trials"][made.record["best"]]["options"]
+    assert {name: over.for_backbone()[name] for name in space} == best
 
 
 def test_a_loss_that_is_not_a_number_fails_a_trial_and_a_defect_ends_the_search(tmp_path, monkeypatch):
