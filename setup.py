@@ -29,9 +29,10 @@ EXTRAS_REQUIRE = {
     "frames": ["polars>=0.20"],
     "serve": SERVE,
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.6"],
+    "tune": ["optuna>=4.0"],
     "test": [
         *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20", *SERVE, "httpx>=0.27"),
-        *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20"),
+        *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20", "optuna>=4.0"),
     ],
     "fuzz": ["schemathesis>=4.10"],  # wants Python 3.10
     "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
@@ -71,7 +72,7 @@ setup(
     packages=[*find_packages(include=["recbole_raserec", "recbole_raserec.*"]), "recbole_raserec.properties"],
     package_dir={"recbole_raserec.properties": "properties"},
     package_data={
-        "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml"],
+        "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml", "tune/*.yaml"],
         "recbole_raserec.serving": ["*.css", "*.js"],
     },
     ext_modules=[kernels(name) for name in INSTRUCTIONS],

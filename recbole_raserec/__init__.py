@@ -20,6 +20,7 @@ _PUBLIC = {
     "SASRec": "recbole_raserec.recommendation.sasrec",
     "load_checkpoint": "recbole_raserec.serving.checkpoint",
     "run_recbole_raserec": "recbole_raserec.quick_start",
+    "tune_hyper_parameters": "recbole_raserec.tune",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from recbole_raserec import __version__
-from recbole_raserec.cli_help import COMPARE_HELP, PREPARE_HELP, REGENERATE_HELP, RUN_HELP, USAGE
+from recbole_raserec.cli_help import COMPARE_HELP, PREPARE_HELP, REGENERATE_HELP, RUN_HELP, TUNE_HELP, USAGE
 from recbole_raserec.errors import ConfigError, RaSeRecError
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "run": _run, "prepare": _prepare, "regenerate": _regenerate, "recommend": _recommend, "explain": _explain,
-        "serve": _serve, "compare": _compare, "doctor": _doctor,
+        "serve": _serve, "compare": _compare, "tune": _tune, "doctor": _doctor,
     }  # fmt: skip
     if words[:1] in (["-h"], ["--help"], ["help"]):
         print(USAGE)
@@ -172,6 +172,22 @@ def _compare(words: list[str]) -> None:
     pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
     own = {key: value for _, key, value in pairs if key in OWN}
     run_command(own, files, [option for option, key, _ in pairs if key not in own], model, dataset)
+
+
+def _tune(words: list[str]) -> None:
+    if {"-h", "--help"} & set(words):
+        print(TUNE_HELP)
+        return
+    model, dataset, files, options = parse_run(words)
+    pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
+    names = ("output", "trials", "space", "sampler", "pruner")
+    own: dict[str, Any] = {key: value for _, key, value in pairs if key in names}
+    if own.get("trials", "").isdecimal():
+        own["trials"] = int(own["trials"])
+    rest = [option for option, key, _ in pairs if key not in own]
+    from recbole_raserec.tune import tune_hyper_parameters
+
+    tune_hyper_parameters(model, dataset, **own, config_file_list=files, argv=rest)
 
 
 def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:

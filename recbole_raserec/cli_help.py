@@ -7,6 +7,7 @@ usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...
        recbole-raserec prepare --input=FILE --format=FORMAT --output=DIR --name=NAME
        recbole-raserec regenerate --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
        recbole-raserec compare --models=MODEL,MODEL --datasets=DATASET,... --output=DIR [--OPTION=VALUE ...]
+       recbole-raserec tune --model=MODEL --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
        recbole-raserec recommend DIR --items=IDS [--k=N]
        recbole-raserec explain DIR --items=IDS [--k=N]
        recbole-raserec serve DIR [--port=N] [--token_file=FILE]
@@ -17,6 +18,7 @@ usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...
   prepare     turn raw data into the atomic files that `run` reads
   regenerate  regenerate a training set (DR4SR) and write it as atomic files
   compare     models against each other over data sets and seeds, with significance
+  tune        search options by their validation figures (needs the extra `tune`)
   recommend   the best items for a history, from the checkpoint of a finished run
   explain     why these: the memories behind each recommended item
   serve       answer over HTTP, and take up new interactions
@@ -91,3 +93,20 @@ examples:
   recbole-raserec prepare --input=ratings.dat --format=ratings --output=dataset --name=ml-1m --k_core=5
   recbole-raserec prepare --input=log.csv --format=ratings --user_col=uid --item_col=sku --time_col=when \\
       --rating_col=none --output=dataset --name=shop"""
+
+TUNE_HELP = """\
+usage: recbole-raserec tune --model=MODEL --dataset=DATASET --output=DIR [--trials=N] [--OPTION=VALUE ...]
+
+Searches options by the validation metric, with Optuna (pip install 'recbole-raserec[tune]'), and reports the test
+figures of the best trial alone. The same command continues an interrupted search; after its end it prints the result
+again.
+
+  -m, --model=NAME           RaSeRec, DuoRec, SASRec, or any model of RecBole (then with --space)
+  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
+  --output=DIR               the study lives there; DIR/best.yaml is for `run --config_files=DIR/best.yaml`
+  --trials=N                 in all (default: 30; --sampler=grid: every combination)
+  --space=FILE               YAML file of the options to search, or one of RaSeRec, SASRec, DuoRec (the defaults of
+                             these models), regeneration; an option given here is not searched
+  --sampler=NAME             tpe (the default), random, grid or gp
+  --pruner=NAME              median (the default), halving or none: ends hopeless trials early
+  --OPTION=VALUE             as of `recbole-raserec run`, for every trial"""

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from recbole.utils import ModelType
+
+from recbole_raserec.option_checks import check_names
 from recbole_raserec.option_sources import Parsed
 from recbole_raserec.option_text import plain
-from recbole_raserec.options import ENCODER, NOT_TRAINING, REGENERATION, RETRIEVAL, RETRIEVAL_MODEL, SEQUENTIAL
+from recbole_raserec.options import (
+    ENCODER,
+    NOT_TRAINING,
+    REGENERATION,
+    RETRIEVAL,
+    RETRIEVAL_MODEL,
+    SEQUENTIAL,
+    rules_for,
+)
 
 
 class DerivedConfigs:
@@ -28,6 +39,25 @@ class DerivedConfigs:
         dropped = {"model", "dataset", "config_files", *RETRIEVAL}
         options = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
         return type(self)(self.final_config_dict["backbone"], self.dataset, config_dict=Parsed(options), argv=[])
+
+    def reads(self: Any, name: str) -> bool:
+        """Whether this run reads an option of that name; True where that cannot be told."""
+        return not check_names({name: None}, self._known_keys(), {})
+
+    def never_takes(self: Any, name: str, value: Any) -> bool:
+        """Whether an option is not read, or refuses a value whatever the others are."""
+        rule = rules_for(self._names, self.model_class.type == ModelType.SEQUENTIAL).get(name)
+        return not self.reads(name) or (rule is not None and not rule.accepts(value))
+
+    def with_options(self: Any, options: dict[str, Any]) -> Any:
+        """The same configuration, in which `options` take the place of what was given.
+
+        Raises:
+            ConfigError: with every problem of the new configuration.
+        """
+        dropped = ("model", "dataset", "config_files")
+        given = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
+        return type(self)(self.model, self.dataset, config_dict=Parsed({**given, **options}), argv=[])
 
     def without_regeneration(self: Any) -> Any:
         """The same configuration with `regeneration: false`."""

@@ -69,6 +69,34 @@ def bars(
     _write(figure, path)
 
 
+def points(
+    path: str | os.PathLike, series: Mapping[str, Sequence[tuple[Any, float]]], xlabel: str, ylabel: str,
+    steps: Optional[Mapping[str, Sequence[tuple[Any, float]]]] = None, log: bool = False,
+) -> None:  # fmt: skip
+    """One panel of single points.
+
+    Args:
+        path: of the PNG; replaced atomically.
+        series: {label: (x, y) pairs}; x are numbers, or texts that get a place each. A series without any is left out.
+        steps: {label: (x, y) pairs}, drawn as lines that keep their height up to the next pair.
+        log: a logarithmic x axis.
+
+    Raises:
+        MissingExtraError: there is no matplotlib.
+    """
+    figure, (axis,) = _axes(1)
+    for label, pairs in series.items():
+        if pairs:
+            axis.scatter(*zip(*pairs), label=label, s=18, marker="x" if label == "pruned" else "o")
+    for label, pairs in (steps or {}).items():
+        if pairs:
+            axis.step(*zip(*pairs), where="post", label=label, color="0.4")
+    if log:
+        axis.set_xscale("log")
+    _finish(axis, "", xlabel, ylabel)
+    _write(figure, path)
+
+
 def _axes(panels: int) -> tuple[Any, Any]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -16,11 +16,9 @@ from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation.protocols import evaluation_problems
 from recbole_raserec.evaluation.ranks_file import write_ranks
 from recbole_raserec.evaluation.report import (
-    comparison_table,
     protocol_description,
+    record_table,
     result_record,
-    results_table,
-    stages_table,
     write_result,
 )
 from recbole_raserec.personalise import personalise
@@ -28,7 +26,7 @@ from recbole_raserec.recommendation.backbone import REFUSED, SUPPORTED
 from recbole_raserec.regenerate import regenerate
 from recbole_raserec.registry import get_model
 from recbole_raserec.serving.checkpoint import read_manifest
-from recbole_raserec.stages import Outcome, fine_tune, train_model
+from recbole_raserec.stages import Outcome, Trial, fine_tune, train_model
 
 
 def run_recbole_raserec(
@@ -58,38 +56,56 @@ def run_recbole_raserec(
         DatasetError: the data set is missing or unfit.
         CheckpointError: a checkpoint to reuse is damaged or foreign.
     """
-    started = time.perf_counter()
-    keep_freed_memory()
     config = Config(model, dataset, config_file_list, config_dict, argv)
     check_run(config)
+    init_logger(config)
+    return run(config)
+
+
+def run(config: Any) -> dict[str, Any]:
+    """All stages and the report of a configuration that :func:`check_run` let through; returns the record."""
+    started = time.perf_counter()
+    stages, data = run_stages(config)
+    return _report(config, stages, data, time.perf_counter() - started)
+
+
+def run_stages(config: Any, trial: Optional[Trial] = None) -> tuple[dict[str, Outcome], Any]:
+    """The stages that the options ask for, by name and in their order, and the data of stage i or None.
+
+    Args:
+        config: checked, see :func:`check_run`.
+        trial: given where the run is one of a search; the last stage is then what counts.
+    """
+    keep_freed_memory()
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
     init_seed(config["seed"], config["reproducibility"])
-    init_logger(config)
     ensure_dataset(config)
 
+    before = None if trial is None else trial.unwatched()
     stages: dict[str, Outcome] = {}
     if not config["regeneration"]:
         plain, data = config, None
     else:
-        plain, data = config.without_regeneration(), regenerate(config)  # stage i
+        plain, data = config.without_regeneration(), regenerate(config, before)  # stage i
         personal = config["regeneration"] == "personalised"
     if config["model"] == "RaSeRec":
-        base = stages["base"] = train_model(plain.for_backbone(), config["backbone_checkpoint"])  # stage ii
+        base = train_model(plain.for_backbone(), config["backbone_checkpoint"], trial=before)  # stage ii
+        stages["base"] = base
         if data is not None:
             data = personalise(config.for_backbone(), data, base) if personal else data
-            stages["base + (i)"] = base_i = train_model(config.for_backbone(), regenerated=data)
-            stages["base + (iii)"] = fine_tune(plain, base)
-            stages["base + (i) + (iii)"] = fine_tune(config, base_i)
+            stages["base + (i)"] = base_i = train_model(config.for_backbone(), regenerated=data, trial=before)
+            if trial is None:  # nothing rests on it
+                stages["base + (iii)"] = fine_tune(plain, base)
+            stages["base + (i) + (iii)"] = fine_tune(config, base_i, trial)
         else:
-            stages["base + (iii)"] = fine_tune(config, base)  # stage iii
+            stages["base + (iii)"] = fine_tune(config, base, trial)  # stage iii
     else:
-        base = stages["base"] = train_model(plain)
+        base = stages["base"] = train_model(plain, trial=before if data is not None else trial)
         if data is not None:
             data = personalise(config, data, base) if personal else data
-            stages["base + (i)"] = train_model(config, regenerated=data)
-
-    return _report(config, stages, data, time.perf_counter() - started)
+            stages["base + (i)"] = train_model(config, regenerated=data, trial=trial)
+    return stages, data
 
 
 def check_run(config: Any) -> None:
@@ -166,16 +182,11 @@ def _report(config: Any, stages: dict[str, Outcome], data: Any, seconds: float) 
     )
     if config["ranks_file"]:
         users = base.splits.vocabulary()["users"]
-        write_ranks(config["ranks_file"], {name: outcome.ranks for name, outcome in stages.items()}, users)
+        ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
+        write_ranks(config["ranks_file"], ranks, users)
     if config["result_file"]:
         write_result(config["result_file"], record)
-    if ours is None:
-        print("\n" + results_table({base.name: base.metrics["test"]}))
-    elif data is not None:
-        rows = {name.replace("base", base.name): outcome.metrics["test"] for name, outcome in stages.items()}
-        print("\n" + stages_table(rows))
-    else:
-        print("\n" + comparison_table(base.metrics["test"], ours.metrics["test"], (base.name, config["model"])))
+    print("\n" + record_table(record))
     logger = getLogger()
     if config["result_file"]:
         logger.info(f"Figures written to {config['result_file']}")

@@ -29,7 +29,7 @@ from recbole_raserec.regeneration.inference import generate
 from recbole_raserec.regeneration.regenerator import Regenerator
 from recbole_raserec.regeneration.sources import make_pairs, pieces, training_sequences
 from recbole_raserec.regeneration.training import STATE, Schedule, fit
-from recbole_raserec.stages import prepare_data, train_model
+from recbole_raserec.stages import Trial, prepare_data, train_model
 from recbole_raserec.stored_arrays import MANIFEST
 
 REPORT = "report.json"
@@ -57,19 +57,20 @@ class RegeneratedData:
     report: dict[str, Any]
 
 
-def regenerate(config: Any) -> RegeneratedData:
+def regenerate(config: Any, trial: Optional[Trial] = None) -> RegeneratedData:
     """Stage i: regenerate the training set, continue an interrupted run, or reuse what one with the same options, data
     and seed left.
 
     Args:
         config: of a sequential model, with `regeneration` on.
+        trial: given where the run is one of a search.
 
     Raises:
         ConfigError: `regen_heads` does not divide the vectors. DatasetError: no pattern is frequent.
         CheckpointError: a stored part is damaged or foreign.
     """
     given = config["regenerated_data"]
-    made = _given(config, Path(given)) if given else _regenerate(config)
+    made = _given(config, Path(given)) if given else _regenerate(config, trial)
     origin = {"patterns": "pattern", "generated": "generated"}.get(config["regen_rows"])
     if origin is None:
         return made
@@ -77,12 +78,12 @@ def regenerate(config: Any) -> RegeneratedData:
     return dataclasses.replace(made, data=made.data.only(origin), fingerprint=mark)
 
 
-def _regenerate(config: Any) -> RegeneratedData:
+def _regenerate(config: Any, trial: Optional[Trial]) -> RegeneratedData:
     options = {name: config[name] for name in sorted(REGENERATION) if not name.startswith("regen_personal")}
     for name in ("regeneration", "regen_rows"):  # whether they are weighed, and which are taken, comes later
         del options[name]
     _check_heads(config)
-    source = train_model(config.for_embeddings()) if config["regen_pretrained"] else None
+    source = train_model(config.for_embeddings(), trial=trial) if config["regen_pretrained"] else None
     splits = _splits(config, source.splits if source is not None else prepare_data(config.for_embeddings()))
     parts = [splits.fingerprint, source.fingerprint if source is not None else ""]
     base = {

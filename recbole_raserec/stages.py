@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from recbole.data.dataloader import TrainDataLoader
 from recbole.utils import ModelType, init_seed
@@ -44,8 +44,9 @@ class Outcome:
 
     Attributes:
         name: model name. model: with its best weights, in evaluation mode. splits: the data it was trained on.
-        metrics: phase -> protocol -> metric -> value. seconds: training time over all its runs.
-        directory: its checkpoint. ranks: of the test targets, which its test metrics are made of.
+        metrics: phase -> protocol -> metric -> value; of a trial those of "valid" alone.
+        seconds: training time over all its runs.
+        directory: its checkpoint. ranks: of the test targets, which its test metrics are made of; None of a trial.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Outcome:
     seconds: float
     directory: Path
     fingerprint: str
-    ranks: Ranks
+    ranks: Optional[Ranks] = None
 
     @property
     def parameters(self) -> int:
@@ -63,13 +64,37 @@ class Outcome:
         return sum(values.numel() for values in self.model.parameters())
 
 
-def train_model(config: Any, checkpoint: Optional[str] = None, regenerated: Any = None) -> Outcome:
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A run that a search over options makes: its stages are trained and validated, and never tested.
+
+    What such a stage leaves is what a run killed before its test leaves: one with the same options goes on from there,
+    and none takes it for finished.
+
+    Attributes:
+        after_epoch: called after each validated epoch of the last stage with its number, from 0, and its value of the
+            metric that stops it early; what it raises ends the run.
+        top_k: neighbours to search for where the option `top_k` asks for fewer, so that the other trials find theirs.
+    """
+
+    after_epoch: Optional[Callable[[int, float], None]] = None
+    top_k: int = 0
+
+    def unwatched(self) -> Trial:
+        """The same for a stage that is not the last."""
+        return dataclasses.replace(self, after_epoch=None)
+
+
+def train_model(
+    config: Any, checkpoint: Optional[str] = None, regenerated: Any = None, trial: Optional[Trial] = None
+) -> Outcome:
     """Stage ii: train the configured model, continue its training, or reuse what a run with the same fingerprint left.
 
     Args:
         config: the model's configuration.
         checkpoint: checkpoint directory whose weights are used instead of training.
         regenerated: of stage i (:class:`~recbole_raserec.regenerate.RegeneratedData`); it joins the training split.
+        trial: given where the run is one of a search.
 
     Raises:
         CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
@@ -87,22 +112,23 @@ def train_model(config: Any, checkpoint: Optional[str] = None, regenerated: Any 
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
     options = config.training_options()
     if checkpoint:
-        return _from_checkpoint(config, splits, model, Path(checkpoint))
+        return _from_checkpoint(config, splits, model, Path(checkpoint), trial)
     parts = [] if regenerated is None else [regenerated.fingerprint]
     parts += [str(MODEL_VERSIONS[config["model"]])] if config["model"] in MODEL_VERSIONS else []
     mark = fingerprint(options, splits.fingerprint, *parts)
     directory = _directory(config, mark)
-    protocol = SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
-    return _run(config, splits, model, splits.train, directory, mark, protocol, {"options": config.explain()})
+    manifest = {"options": config.explain()}
+    return _run(config, splits, model, splits.train, directory, mark, manifest, trial=trial)
 
 
-def fine_tune(config: Any, base: Outcome) -> Outcome:
+def fine_tune(config: Any, base: Outcome, trial: Optional[Trial] = None) -> Outcome:
     """Stage iii: build the memory from the training split, train the retrieval-augmented module, let the validation
     pairs join the memory, and evaluate on the test split.
 
     Args:
         config: configuration of the RaSeRec run.
         base: the trained backbone.
+        trial: given where the run is one of a search.
 
     Raises:
         ConfigError: the backbone's score is not a dot product of user and item vectors.
@@ -116,7 +142,8 @@ def fine_tune(config: Any, base: Outcome) -> Outcome:
     train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
     joined = train if train.original is not None else None  # with regenerated rows
     train = train if joined is None else joined.original
-    cache = NeighbourCache(Path(config["checkpoint_dir"]) / "neighbours") if config["cache_neighbours"] else None
+    searches = Path(config["checkpoint_dir"]) / "neighbours"
+    cache = NeighbourCache(searches, least=trial.top_k if trial else 0) if config["cache_neighbours"] else None
     keeper = MemoryKeeper(model, train, valid, config, cache, joined if config["memory_regenerated"] else None)
     stage = _ram_config(config)
     windows = BucketLoader if backbone.trims else TrainDataLoader
@@ -129,7 +156,12 @@ def fine_tune(config: Any, base: Outcome) -> Outcome:
         "validation_in_memory": True,
     }
     init_seed(config["seed"], config["reproducibility"])
-    return _run(stage, splits, model, loader, _directory(config, mark), mark, SEEN_KEPT, manifest, keeper, test)
+    return _run(stage, splits, model, loader, _directory(config, mark), mark, manifest, keeper, test, trial)
+
+
+def selection_protocol(config: Any) -> str:
+    """The protocol whose validation figures stop a training early and choose among trials."""
+    return SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
 
 
 def prepare_data(config: Any, regenerated: Any = None) -> Splits:
@@ -153,12 +185,12 @@ def _directory(config: Any, mark: str) -> Path:
 
 
 def _run(
-    config: Any, splits: Splits, model: Any, train_data: Any, directory: Path, mark: str, protocol: str,
-    manifest: dict[str, Any], keeper: Optional[MemoryKeeper] = None, test: Any = None,
+    config: Any, splits: Splits, model: Any, train_data: Any, directory: Path, mark: str, manifest: dict[str, Any],
+    keeper: Optional[MemoryKeeper] = None, test: Any = None, trial: Optional[Trial] = None,
 ) -> Outcome:  # fmt: skip
     """Train to the end (or take up a finished run), evaluate the best weights, complete the checkpoint."""
     logger = getLogger()
-    name = config["model"]
+    name, protocol = config["model"], selection_protocol(config)
 
     def validate(model: Any, data: Any) -> Any:
         if keeper is not None:
@@ -179,7 +211,8 @@ def _run(
         if not finished:
             trainer.keep()
     elif not finished or trainer.start_epoch == 0:
-        trainer.fit(train_data, splits.valid, show_progress=config["show_progress"])
+        watch = trial.after_epoch if trial is not None else None
+        trainer.fit(train_data, splits.valid, show_progress=config["show_progress"], callback_fn=watch)
     trainer.load_best()
     model.eval()
     if keeper is not None:
@@ -194,6 +227,8 @@ def _run(
         logger.info(f"kNN head: share {share:g}, tau {tau:g}, validation {trainer.valid_metric} {best:.4f}")
         trainer.keep()
     metrics = {"valid": evaluate(model, splits.valid, config, splits.seen["valid"], decimals=DECIMALS)}
+    if trial is not None:
+        return Outcome(name, model, splits, metrics, trainer.seconds, directory, mark)
     if keeper is not None:
         keeper.admit_validation(test)
     ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
@@ -207,7 +242,7 @@ def _run(
     return outcome
 
 
-def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path) -> Outcome:
+def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path, trial: Optional[Trial]) -> Outcome:
     """The weights of another run's checkpoint, evaluated on this run's data."""
     manifest = read_manifest(directory)
     if manifest["model"] != config["model"]:
@@ -224,8 +259,10 @@ def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path) -
     load_weights(model, weights, directory / BEST)
     model.eval()
     metrics = {"valid": evaluate(model, splits.valid, config, splits.seen["valid"], decimals=DECIMALS)}
-    ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
-    metrics["test"] = metrics_by_protocol(ranks, config, decimals=DECIMALS)
+    ranks = None
+    if trial is None:
+        ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
+        metrics["test"] = metrics_by_protocol(ranks, config, decimals=DECIMALS)
     seconds = float(manifest.get("seconds", 0.0))
     return Outcome(config["model"], model, splits, metrics, seconds, directory, manifest["fingerprint"], ranks)
 

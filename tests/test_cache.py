@@ -147,3 +147,15 @@ def test_the_oldest_go_first(tmp_path, searches):
         cache.search(queries, bank_of(queries), TOP_K)  # used again: it stays
     assert len(list(tmp_path.iterdir())) == 2
     assert len(searches) == 3
+
+
+def test_a_search_finds_more_than_is_asked_for_where_later_ones_ask_for_more(tmp_path, searches):
+    queries = queries_of()
+    bank, cache = bank_of(queries), NeighbourCache(tmp_path / "n", least=TOP_K)
+    for top_k in (2, 4, TOP_K):
+        looked_up = found(cache, queries, bank, top_k)
+        queries.search(bank, top_k)
+        assert looked_up == (queries.ids.tolist(), queries.mask.tolist())
+    assert searches == [TOP_K, 2, 4, TOP_K]  # the first by the cache, the others by this test
+    found(cache, queries, bank, TOP_K + 1)
+    assert searches[-1] == TOP_K + 1

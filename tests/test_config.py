@@ -22,7 +22,7 @@ from recbole_raserec import option_sources, options, registry
 from recbole_raserec.config import Config
 
 RECBOLE = Path(recbole.__file__).parent
-SHIPPED = sorted(option_sources.PROPERTIES.rglob("*.yaml"))
+SHIPPED = sorted(path for path in option_sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
 MODELS = sorted(
     name
     for package, base in (

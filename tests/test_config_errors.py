@@ -18,7 +18,7 @@ from recbole_raserec.config import Config
 from recbole_raserec.errors import ConfigError
 
 RECBOLE = Path(recbole.__file__).parent
-SHIPPED = sorted(option_sources.PROPERTIES.rglob("*.yaml"))
+SHIPPED = sorted(path for path in option_sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
 MODELS = sorted(
     name
     for package, base in (

@@ -75,6 +75,18 @@ def results_table(results: Mapping[str, Results], *, style: str = "text", width:
     return _table(list(results.items()), False, style, width, digits)
 
 
+def record_table(record: Mapping[str, Any], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
+    """The test figures of a record of :func:`result_record`, in the table that fits it."""
+    metrics, name = record["metrics"], record["backbone"] or record["model"]
+    if "stages" in metrics:
+        rows = {stage.replace("base", name): phases["test"] for stage, phases in metrics["stages"].items()}
+        return stages_table(rows, style=style, width=width, digits=digits)
+    if "ours" not in metrics:
+        return results_table({name: metrics["base"]["test"]}, style=style, width=width, digits=digits)
+    pair = metrics["base"]["test"], metrics["ours"]["test"]
+    return comparison_table(*pair, (name, record["model"]), style=style, width=width, digits=digits)
+
+
 def improvement(base: float, ours: float) -> float | None:
     """Improvement of `ours` over `base` in percent; None where there is no base to improve on."""
     return None if base == 0 or not math.isfinite(base) or not math.isfinite(ours) else 100 * (ours - base) / base

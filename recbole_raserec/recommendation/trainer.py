@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import time
+import weakref
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -52,6 +53,7 @@ class ResumableTrainer(Trainer):
         before_epoch: Optional[Callable[[int], None]] = None,
     ):  # fmt: skip
         super().__init__(config, model)
+        weakref.finalize(self, self.tensorboard.close)  # it has a thread and an open file
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.saved_model_file = str(self.directory / BEST)
@@ -83,6 +85,8 @@ class ResumableTrainer(Trainer):
         self, train_data: Any, valid_data: Any = None, verbose: bool = True, saved: bool = True,
         show_progress: bool = False, callback_fn: Any = None,
     ) -> Any:  # fmt: skip
+        """As RecBole's; what `callback_fn` raises ends the run as a kill would, and the epoch it saw is repeated when
+        the run is taken up again: with the same value, so that whoever counts the calls misses none."""
         self._loader = train_data
         if self._resumed is not None:
             self._restore_random(self._resumed)
@@ -92,9 +96,9 @@ class ResumableTrainer(Trainer):
             return self.best_valid_score, self.best_valid_result
 
         def after_epoch(epoch: int, score: float) -> None:
-            self.save_state(epoch)
             if callback_fn:
                 callback_fn(epoch, score)
+            self.save_state(epoch)
 
         self._epoch_start = time.perf_counter()
         result = super().fit(train_data, valid_data, verbose, saved, show_progress, after_epoch)

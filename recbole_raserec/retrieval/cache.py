@@ -36,10 +36,11 @@ class NeighbourCache:
 
     Args:
         directory: made when something is stored. keep: searches kept in it.
+        least: neighbours of a search that is made, where fewer are asked for; later ones for up to that many find it.
     """
 
-    def __init__(self, directory: Path, keep: int = KEEP):
-        self.directory, self.keep = Path(directory), keep
+    def __init__(self, directory: Path, keep: int = KEEP, least: int = 0):
+        self.directory, self.keep, self.least = Path(directory), keep, least
 
     def search(self, queries: Queries, memory: MemoryBank, top_k: int, desc: Optional[str] = None) -> None:
         """What :meth:`Queries.search` does, looked up where it can be."""
@@ -53,12 +54,14 @@ class NeighbourCache:
             queries.ids = found.clamp(min=0).to(device)
             queries.mask = (found >= 0).to(device)
             return
-        queries.search(memory, top_k, desc)
+        searched = max(top_k, self.least)
+        queries.search(memory, searched, desc)
         assert queries.ids is not None
         assert queries.mask is not None
         ids = torch.where(queries.mask, queries.ids, -1).to(torch.int32).cpu()
-        write_tensors(self.directory / f"{mark}-{top_k}.safetensors", {"ids": ids}, _digest(ids))
+        write_tensors(self.directory / f"{mark}-{searched}.safetensors", {"ids": ids}, _digest(ids))
         self._prune()
+        queries.ids, queries.mask = queries.ids[:, :top_k].contiguous(), queries.mask[:, :top_k].contiguous()
 
     def _read(self, mark: str, rows: int, entries: int, top_k: int) -> Optional[torch.Tensor]:
         """Ids [rows, top_k], -1 where there is none; None: not here."""

@@ -1,0 +1,139 @@
+"""What a search leaves behind: ``best.yaml``, ``trials.csv``, ``study.json``, plots, and a table for the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from recbole_raserec import plots
+from recbole_raserec.errors import MissingExtraError
+from recbole_raserec.evaluation.report import ABSENT, PROTOCOL_TITLES, text_block
+from recbole_raserec.fileio import replacing, write_json
+from recbole_raserec.option_text import plain
+
+BEST, TRIALS, STUDY, PLOTS = "best.yaml", "trials.csv", "study.json", "plots"
+
+#: Trials in the table.
+SHOWN = 10
+
+#: Columns of a table in the terminal.
+_WIDTH = 100
+
+#: Optuna's names of how a trial ended -> ours.
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+
+
+def trial_record(trial: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial that is over, ready for JSON.
+
+    Args:
+        trial: Optuna's. options: as its run got them.
+
+    Returns:
+        `number`, `state`, `value` (of a complete trial: the metric of its best weights), `options`, `epochs`
+        ({epoch, from 1: the metric after it}), `seconds` (of the process that ended it) and, where it failed, `reason`.
+    """
+    state = STATES[trial.state.name]
+    found = {
+        "number": trial.number,
+        "state": state,
+        "value": trial.value if state == "complete" else None,
+        "options": dict(options),
+        "epochs": {str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())},
+        "seconds": trial.user_attrs.get("seconds"),
+    }
+    reason = trial.user_attrs.get("reason")
+    return found if reason is None else {**found, "reason": reason}
+
+
+def write_best(path: Path, header: Sequence[str], options: Mapping[str, Any]) -> None:
+    """A configuration file; `header` becomes comments, a line each."""
+    body = yaml.safe_dump(plain(options), sort_keys=False, allow_unicode=True, width=120)
+    with replacing(path) as part:
+        part.write_text("".join(f"# {line}\n" for line in header) + body, encoding="utf-8")
+
+
+def write_trials(path: Path, trials: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """One trial a line; what a trial does not have is empty, and what is not a text or number is JSON."""
+    with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["trial", "state", "value", "epochs", "seconds", *names, "reason"])
+        for trial in trials:
+            options = [_cell(trial["options"][name]) if name in trial["options"] else "" for name in names]
+            last = max(map(int, trial["epochs"]), default=0)
+            cells = [trial["number"], trial["state"], _cell(trial["value"], ""), last, _cell(trial["seconds"], "")]
+            writer.writerow([*cells, *options, trial.get("reason", "")])
+
+
+def write_study(path: Path, record: Mapping[str, Any]) -> None:
+    """The whole study as JSON."""
+    write_json(path, plain(record))
+
+
+def trials_table(record: Mapping[str, Any]) -> str:
+    """The best trials of a study's record, and what became of the others."""
+    names = list(record["space"])
+    maximize = record["direction"] == "maximize"
+    complete = [trial for trial in record["trials"] if trial["state"] == "complete"]
+    complete.sort(key=lambda trial: (-trial["value"] if maximize else trial["value"], trial["number"]))
+    rows = [["trial", record["metric"], "epochs", "seconds", *names]]
+    for trial in complete[:SHOWN]:
+        seconds = ABSENT if trial["seconds"] is None else f"{trial['seconds']:.0f}"
+        last = max(map(int, trial["epochs"]), default=0)
+        rows.append([str(trial["number"]), f"{trial['value']:.4f}", str(last), seconds])
+        rows[-1] += [str(_cell(trial["options"].get(name))) for name in names]
+    counts = {state: sum(trial["state"] == state for trial in record["trials"]) for state in STATES.values()}
+    title = (
+        f"{record['study']}: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}; validation "
+        f"{record['metric']},\n{PROTOCOL_TITLES[record['protocol']]}"
+    )
+    lines = [text_block(title, rows, _WIDTH)]
+    if record["importances"]:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in record["importances"].items())
+        lines.append(f"importance: {shares}")
+    return "\n".join(lines)
+
+
+def draw(directory: Path, record: Mapping[str, Any]) -> Optional[Path]:
+    """Plots of the value by trial and by each option; None where there is no matplotlib."""
+    folder = directory / PLOTS
+    maximize = record["direction"] == "maximize"
+    by_trial: dict[str, list[tuple[Any, float]]] = {"complete": [], "pruned": []}
+    by_option: dict[str, dict[str, list[tuple[Any, float]]]] = {
+        name: {state: [] for state in by_trial} for name in record["space"]
+    }
+    best: list[tuple[Any, float]] = []
+    for trial in record["trials"]:
+        state, height = trial["state"], trial["value"]
+        if state == "pruned" and trial["epochs"]:
+            height = trial["epochs"][max(trial["epochs"], key=int)]
+        if height is None:
+            continue
+        by_trial[state].append((trial["number"], height))
+        for name, entry in record["space"].items():
+            by_option[name][state].append((_place(trial["options"][name], entry), height))
+        if state == "complete":
+            better = not best or (height > best[-1][1] if maximize else height < best[-1][1])
+            best.append((trial["number"], height if better else best[-1][1]))
+    with contextlib.suppress(MissingExtraError):
+        plots.points(folder / "history.png", by_trial, "trial", record["metric"], steps={"best so far": best})
+        for name, entry in record["space"].items():
+            plots.points(folder / f"{name}.png", by_option[name], name, record["metric"], log=bool(entry.get("log")))
+        return folder
+    return None
+
+
+def _place(value: Any, entry: Mapping[str, Any]) -> Any:
+    return str(_cell(value)) if entry["type"] == "categorical" else value
+
+
+def _cell(value: Any, absent: str = "null") -> Any:
+    if value is None:
+        return absent
+    return json.dumps(value) if isinstance(value, bool) else value
