@@ -55,7 +55,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Turn links out of docs/ into links within the site, and fill in the texts of the command line."""
-    markdown = USAGE.sub(lambda match: constants(ROOT / "recbole_raserec" / "cli.py")[match[1]], markdown)
+    markdown = USAGE.sub(lambda match: constants(ROOT / "recbole_raserec" / "cli_help.py")[match[1]], markdown)
     here = page.file.src_uri
     changed, last = [], 0
     for match, target in links(markdown, origin_of(here)):

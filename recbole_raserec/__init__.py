@@ -18,6 +18,7 @@ _PUBLIC = {
     "Recommender": "recbole_raserec.serving.recommender",
     "RaSeRec": "recbole_raserec.retrieval.raserec",
     "SASRec": "recbole_raserec.recommendation.sasrec",
+    "compare": "recbole_raserec.comparison.driver",
     "load_checkpoint": "recbole_raserec.serving.checkpoint",
     "run_recbole_raserec": "recbole_raserec.quick_start",
     "tune_hyper_parameters": "recbole_raserec.tune",

@@ -54,7 +54,7 @@ def search(directory, space=SPACE, model="RaSeRec", trials=3, **given):
     own = {name: options.pop(name) for name in ("sampler", "pruner") if name in options}
     printed, before = io.StringIO(), os.getcwd()
     train_epoch, search_memory = ResumableTrainer._train_epoch, MemoryBank.search
-    evaluate, prepare_data = stages.evaluate, stages.prepare_data
+    evaluate, collect_ranks, prepare_data = stages.evaluate, stages.collect_ranks, stages.prepare_data
     tests: list = []
 
     def training(self, data, epoch_idx, *args, **kwargs):
@@ -70,16 +70,20 @@ def search(directory, space=SPACE, model="RaSeRec", trials=3, **given):
         tests.append(splits.test)
         return splits
 
-    def evaluating(model, data, *args, **kwargs):
-        if any(data is test for test in tests):
-            made.tested.append("Test figures" in printed.getvalue())
-        return evaluate(model, data, *args, **kwargs)
+    def watched(function):
+        def reading(model, data, *args, **kwargs):
+            if any(data is test for test in tests):
+                made.tested.append("Test figures" in printed.getvalue())
+            return function(model, data, *args, **kwargs)
+
+        return reading
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(ResumableTrainer, "_train_epoch", training)
         patch.setattr(MemoryBank, "search", searching)
         patch.setattr(stages, "prepare_data", preparing)
-        patch.setattr(stages, "evaluate", evaluating)
+        patch.setattr(stages, "evaluate", watched(evaluate))
+        patch.setattr(stages, "collect_ranks", watched(collect_ranks))
         os.chdir(directory)
         try:
             options = {"data_path": ".", **options}
