@@ -66,7 +66,9 @@ class Catalogue:
 
 def catalogue_of(splits: Splits, config: Any) -> Catalogue:
     """The catalogue of a prepared data set."""
-    dataset, parts = splits.train._dataset, [splits.train._dataset, splits.valid._dataset, splits.test._dataset]
+    dataset = splits.train._dataset
+    dataset = getattr(dataset, "original", None) or dataset  # regenerated rows are nobody's history
+    parts = [dataset, splits.valid._dataset, splits.test._dataset]
     tokens = splits.vocabulary()["items"]
     titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", tokens)
     if not all(isinstance(part, SequenceDataset) and part.is_lazy for part in parts):
