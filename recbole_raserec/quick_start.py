@@ -56,6 +56,7 @@ def run_recbole_raserec(
         ConfigError: options are wrong; all problems at once, before any data is read.
         DatasetError: the data set is missing or unfit.
         CheckpointError: a checkpoint to reuse is damaged or foreign.
+        MissingExtraError: the model needs an extra of this package.
     """
     started = time.perf_counter()
     keep_freed_memory()
@@ -127,6 +128,9 @@ def _check(config: Any) -> None:
         )
     if problems:
         raise ConfigError(problems)
+    installed = getattr(get_model(target), "check_installed", None)
+    if installed is not None:
+        installed(config)
 
 
 def _report(config: Any, stages: dict[str, Outcome], data: Any, seconds: float) -> dict[str, Any]:
