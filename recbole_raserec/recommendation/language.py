@@ -67,6 +67,8 @@ def load_pretrained(name: Optional[str]) -> tuple[Any, Any]:
         model = transformers.AutoModel.from_pretrained(
             source, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
         )
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # unused, and drawn at random where the file has none
     return model, load_tokenizer(name)
 
 
@@ -82,10 +84,13 @@ def _reading(name: Optional[str]) -> Iterator[tuple[Any, str]]:
     source = model_source(name)
     import transformers
 
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    logging = transformers.utils.logging
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # heads that we do not use are reported as missing
     try:
-        yield transformers, source
+        with torch.random.fork_rng(devices=[]):
+            yield transformers, source
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -97,8 +102,9 @@ def _reading(name: Optional[str]) -> Iterator[tuple[Any, str]]:
             ]
         ) from error
     finally:
+        logging.set_verbosity(verbosity)
         if bars:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 class Adapter(nn.Module):
