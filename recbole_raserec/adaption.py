@@ -34,6 +34,9 @@ from recbole_raserec.stages import train_model
 #: Inner sizes to choose among.
 CHOICES = (0, 8, 16, 32, 64)
 
+#: Trials at random before the Gaussian process proposes.
+STARTUP = 5
+
 SAMPLERS = ("gp", "random")
 
 
@@ -94,9 +97,9 @@ def search(
         trial = study.ask()
         for layer in range(layers):
             for place in ("attention", "feed_forward"):
-                trial.suggest_categorical(f"{place}_{layer}", list(choices))
-        study.tell(trial, _value(config, _sizes(trial.params, layers), epochs))
-    found = [(_sizes(t.params, layers), float(t.value)) for t in study.trials if t.value is not None]
+                trial.suggest_int(f"{place}_{layer}", 0, len(choices) - 1)  # which choice: they have an order
+        study.tell(trial, _value(config, _sizes(trial.params, layers, choices), epochs))
+    found = [(_sizes(t.params, layers, choices), float(t.value)) for t in study.trials if t.value is not None]
     best, value = max(found, key=lambda pair: pair[1])
     return Adaption(best, value, found)
 
@@ -105,13 +108,15 @@ def _sampler(optuna: Any, name: str, seed: int) -> Any:
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     try:
-        return optuna.samplers.GPSampler(seed=seed)
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
     except ImportError as error:
         raise MissingExtraError("tune", "optuna", "its Gaussian-process sampler is part of Optuna 3.6") from error
 
 
-def _sizes(params: dict[str, int], layers: int) -> list[tuple[int, int]]:
-    return [(params[f"attention_{layer}"], params[f"feed_forward_{layer}"]) for layer in range(layers)]
+def _sizes(params: dict[str, int], layers: int, choices: Sequence[int]) -> list[tuple[int, int]]:
+    return [
+        (choices[params[f"attention_{layer}"]], choices[params[f"feed_forward_{layer}"]]) for layer in range(layers)
+    ]
 
 
 def _value(config: Any, sizes: Sequence[tuple[int, int]], epochs: int) -> float:
@@ -179,7 +184,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         output = Path(own["output"])
         found = search(
             config, number_of_layers(config["llm"]), int(own["trials"]), int(own["adaption_epochs"]),
-            output.with_suffix(".journal"), own["sampler"],
+            output.with_suffix(".journal"), own["sampler"], CHOICES,
         )  # fmt: skip
         write_architecture(output, found, "python -m recbole_raserec.adaption " + " ".join(words))
         print(f"{output}: {found.sizes}, validation {config['valid_metric']} {found.value:.4f}")
