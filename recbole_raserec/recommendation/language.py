@@ -64,9 +64,14 @@ def load_pretrained(name: Optional[str]) -> tuple[Any, Any]:
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError([f"llm: {source} is an encoder-decoder; name an encoder or a causal decoder."])
         # whatever was stored (bfloat16, mostly), we compute in float32 unless llm_precision says otherwise
-        model = transformers.AutoModel.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, attn_implementation=_attention()
-        )
+        options = {"use_safetensors": True, "dtype": torch.float32}
+        try:
+            model = transformers.AutoModel.from_pretrained(source, attn_implementation=_attention(), **options)
+        except KeyError as error:
+            if ATTENTION not in error.args:
+                raise
+            # before transformers 5 the BERT family has its attention by class, see _give_attention
+            model = transformers.AutoModel.from_pretrained(source, attn_implementation="eager", **options)
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # unused, and drawn at random where the file has none
     return model, load_tokenizer(name)
@@ -165,10 +170,13 @@ class LanguageModel(nn.Module):
         self.adapters = nn.ModuleDict()
         self.causal = False
         for number, (layer, pair) in enumerate(zip(layers, sizes)):
-            attention = next((m for m in layer.modules() if hasattr(m, "is_causal")), None)
+            if model.config._attn_implementation == ATTENTION:
+                attention = next((m for m in layer.modules() if hasattr(m, "is_causal")), None)
+            else:
+                attention = _give_attention(layer)
             if attention is None:
                 raise ConfigError([f"llm: {type(model).__name__} has an attention of its own, which cannot be guided."])
-            self.causal = self.causal or bool(attention.is_causal)
+            self.causal = self.causal or bool(getattr(attention, "is_causal", False))
             slot = _Slot(self, number)
             for module in layer.modules():
                 object.__setattr__(module, "places_slot", slot)
@@ -180,6 +188,8 @@ class LanguageModel(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(layers), self.heads)) if bias else None
         self.injection: Any = None
         self.autocast = False
+        # those that _give_attention was for keep types for as many tokens as they have positions, unless they are given
+        self._typed = model.config._attn_implementation != ATTENTION
         self._view: Optional[View] = None
 
     def train(self, mode: bool = True) -> LanguageModel:
@@ -194,10 +204,11 @@ class LanguageModel(nn.Module):
     def forward(self, inputs: torch.Tensor, view: View) -> torch.Tensor:
         """Last hidden states [N, D] of N input embeddings [N, D] that stand and see as `view` says."""
         positions = (view.places.position + self.position_offset)[None]
+        more = {"token_type_ids": torch.zeros_like(positions)} if self._typed else {}
         self._view = view
         try:
             with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.autocast):
-                output = self.frozen.model(inputs_embeds=inputs[None], position_ids=positions)
+                output = self.frozen.model(inputs_embeds=inputs[None], position_ids=positions, **more)
         finally:
             self._view = None
         return output.last_hidden_state[0].to(inputs.dtype)
@@ -279,6 +290,25 @@ def _attend(
         raise ConfigError([f"llm: its attention uses {', '.join(asked)}, which is not supported; name another model."])
     slot = module.places_slot
     return slot.owner.attend(slot.layer, query, key, value, scaling), None
+
+
+def _give_attention(layer: nn.Module) -> Optional[nn.Module]:
+    """Put our attention into a layer of the BERT family as `transformers` 4 has it; None where there is no such one."""
+    found = next((m for m in layer.modules() if all(hasattr(m, name) for name in ("query", "key", "value"))), None)
+    if found is None or not hasattr(found, "num_attention_heads") or getattr(found, "is_decoder", False):
+        return None
+    attention: Any = found
+
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        def heads(x: torch.Tensor) -> torch.Tensor:  # [1, N, D] -> [1, heads, N, d]
+            return x.view(1, x.shape[1], attention.num_attention_heads, -1).transpose(1, 2)
+
+        q, k, v = (heads(part(hidden_states)) for part in (attention.query, attention.key, attention.value))
+        out, weights = _attend(attention, q, k, v)
+        return out.reshape(hidden_states.shape), weights
+
+    attention.forward = forward
+    return found
 
 
 def _layers(model: Any) -> list[nn.Module]:
