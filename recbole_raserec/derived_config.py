@@ -11,6 +11,7 @@ from recbole_raserec.option_sources import Parsed
 from recbole_raserec.option_text import plain
 from recbole_raserec.options import (
     ENCODER,
+    LANGUAGE,
     NOT_TRAINING,
     REGENERATION,
     RETRIEVAL,
@@ -64,6 +65,25 @@ class DerivedConfigs:
         options = {name: value for name, value in self.external_config_dict.items() if name not in REGENERATION}
         options = {name: value for name, value in options.items() if name not in ("model", "dataset", "config_files")}
         return type(self)(self.model, self.dataset, config_dict=Parsed(options), argv=[])
+
+    def for_collaborator(self: Any) -> Any:
+        """The configuration of the model that the option `collaborative` of DARec names, the same as of a run of it.
+
+        Of the options given, those hold that the model and DARec have in common and that do not describe the training
+        or the size of DARec itself: the data, the split, the seed, the place of the checkpoints.
+        """
+        name = self.final_config_dict["collaborative"]
+        model = type(self)(name, self.dataset, config_dict=Parsed({}), argv=[])
+        own = {"model", "dataset", "config_files", "loss_type", "training", "packed_copies", *LANGUAGE, *REGENERATION}
+        own |= {"epochs", "stopping_step", "learning_rate", "train_batch_size", "weight_averaging", "initializer_range"}
+        own |= {"MAX_ITEM_LIST_LENGTH", "eval_batch_size", *RETRIEVAL}
+        known = model._known_keys()
+        options = {
+            option: value
+            for option, value in self.external_config_dict.items()
+            if option not in own and (known is None or option in known)
+        }
+        return type(self)(name, self.dataset, config_dict=Parsed(options), argv=[])
 
     def for_embeddings(self: Any) -> Any:
         """The configuration of the SASRec whose item vectors the regenerator starts from.

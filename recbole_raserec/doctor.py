@@ -32,8 +32,8 @@ PACKAGES = (
 )
 #: Extra of this package -> a module that only it brings.
 EXTRAS = {
-    "baselines": "kmeans_pytorch", "docs": "mkdocs", "frames": "polars", "plots": "matplotlib", "serve": "fastapi",
-    "tune": "optuna",
+    "baselines": "kmeans_pytorch", "docs": "mkdocs", "frames": "polars", "llm": "transformers", "plots": "matplotlib",
+    "serve": "fastapi", "tune": "optuna",
 }  # fmt: skip
 
 

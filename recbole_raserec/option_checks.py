@@ -109,6 +109,11 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
                 f"memory_span: {span} leaves no pattern with a prefix of memory_min_length: {shortest}; "
                 f"set memory_span to {shortest + 1} or more"
             )
+    alike = options.get("hard_similarity") if reads("hard_similarity") and options.get("hard_weight") else None
+    if alike == "collaborative" and not options.get("collaborative"):
+        problems.append(
+            "hard_similarity: collaborative needs vectors of a trained model; add for example collaborative: SASRec"
+        )
     targets = ["valid_metric", "ram_valid_metric"] if retrieval else ["valid_metric"]
     return problems + _check_metrics(options, targets) + _check_eval_args(options) + _check_negatives(options)
 

@@ -128,6 +128,52 @@ CONTRAST: dict[str, Rule] = {
     "sim": _choice("dot", "cos"),
 }
 
+
+def _sizes(value: Any) -> bool:
+    def size(x: Any) -> bool:
+        return type(x) is int and x >= 0
+
+    def pair(x: Any) -> bool:
+        return isinstance(x, (list, tuple)) and len(x) == 2 and all(map(size, x))
+
+    return size(value) or (isinstance(value, (list, tuple)) and bool(value) and all(size(x) or pair(x) for x in value))
+
+
+_NAMES = Rule(
+    "a list of names",
+    lambda value: isinstance(value, (list, tuple)) and all(isinstance(name, str) and name for name in value),
+    kind=list,
+)
+_NUMBERS = Rule(
+    "a list of integers >= 0",
+    lambda value: isinstance(value, (list, tuple)) and all(type(n) is int and n >= 0 for n in value),
+    kind=list,
+)
+
+#: Options of DARec: the language model, its texts, adapters, tasks, and what is put into its attention.
+LANGUAGE: dict[str, Rule] = {
+    "loss_type": _choice("CE"),
+    "training": _choice("packed"),
+    "packed_copies": _integer(1),
+    "llm": _optional(_TEXT),
+    "llm_precision": _choice("float32", "bfloat16"),
+    "item_text_fields": _optional(_NAMES),
+    "item_text_length": _integer(1),
+    "history": _choice("items", "tokens"),
+    "text_items": _integer(2),
+    "token_budget": _integer(1),
+    "adapter_sizes": Rule("a size >= 0, or a list with a size or a pair of sizes for each layer", _sizes),
+    **dict.fromkeys(("adapter_dropout", "head_dropout"), _DROPOUT),
+    "head_from_text": _FLAG,
+    "context_mask": _choice("off", "bias", "dual"),
+    **dict.fromkeys(("align_weight", "hard_weight"), number(0)),
+    "hard_similarity": _choice("text", "collaborative"),
+    "hard_negatives": _integer(1),
+    "hard_tau": number(0, open_low=True),
+    "collaborative": _optional(_TEXT),
+    "collaborative_layers": _optional(_NUMBERS),
+}
+
 #: Options of the retrieval stage: changing one never changes the backbone.
 RETRIEVAL: dict[str, Rule] = {
     "backbone": Rule("a model", lambda value: True),  # looked up by name before this
@@ -231,6 +277,7 @@ COMPUTED_KEYS = frozenset(
     [
         "MODEL_TYPE",
         "MODEL_INPUT_TYPE",
+        "collaborative_options",
         "eval_type",
         "device",
         "single_spec",
@@ -302,6 +349,8 @@ def rules_for(models: Iterable[str], sequential: bool) -> dict[str, Rule]:
         rules.update(ENCODER)
     if "DuoRec" in models:
         rules.update(CONTRAST)
+    if "DARec" in models:
+        rules.update(LANGUAGE)
     if RETRIEVAL_MODEL in models:
         rules.update(RETRIEVAL)
     return rules

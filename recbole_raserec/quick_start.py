@@ -55,6 +55,7 @@ def run_recbole_raserec(
         ConfigError: options are wrong; all problems at once, before any data is read.
         DatasetError: the data set is missing or unfit.
         CheckpointError: a checkpoint to reuse is damaged or foreign.
+        MissingExtraError: the model needs an extra of this package.
     """
     config = Config(model, dataset, config_file_list, config_dict, argv)
     check_run(config)
@@ -148,6 +149,9 @@ def check_run(config: Any) -> None:
         )
     if problems:
         raise ConfigError(problems)
+    installed = getattr(get_model(target), "check_installed", None)
+    if installed is not None:
+        installed(config)
 
 
 def _report(config: Any, stages: dict[str, Outcome], data: Any, seconds: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from recbole_raserec.evaluation.protocols import (
 from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
 from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights, resumable
-from recbole_raserec.registry import get_dataset_class, get_model, get_trainer_class
+from recbole_raserec.registry import MODELS, get_dataset_class, get_model, get_trainer_class
 from recbole_raserec.retrieval.cache import NeighbourCache
 from recbole_raserec.retrieval.keeper import MemoryKeeper
 from recbole_raserec.retrieval.knn import KNNRaSeRec, raserec_class, tune
@@ -99,6 +99,7 @@ def train_model(
     Raises:
         CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
     """
+    collaborator = _collaborator(config) if config["collaborative"] else None
     splits = prepare_data(config, None if regenerated is None else regenerated.data)
     if regenerated is not None and regenerated.data.training is not None:
         own = splits.train._dataset.original
@@ -111,10 +112,14 @@ def train_model(
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
     options = config.training_options()
+    if collaborator is not None and not checkpoint:
+        _take_collaborator(model, splits, *collaborator)
     if checkpoint:
         return _from_checkpoint(config, splits, model, Path(checkpoint), trial)
     parts = [] if regenerated is None else [regenerated.fingerprint]
     parts += [str(MODEL_VERSIONS[config["model"]])] if config["model"] in MODEL_VERSIONS else []
+    parts += [collaborator[1]["fingerprint"]] if collaborator is not None else []
+    parts += model.fingerprint_parts() if hasattr(model, "fingerprint_parts") else []
     mark = fingerprint(options, splits.fingerprint, *parts)
     directory = _directory(config, mark)
     manifest = {"options": config.explain()}
@@ -152,7 +157,7 @@ def fine_tune(config: Any, base: Outcome, trial: Optional[Trial] = None) -> Outc
     manifest = {
         "options": config.explain(),
         "backbone": base.name,
-        "backbone_options": config.for_backbone().explain(),
+        "backbone_options": {**config.for_backbone().explain(), **getattr(base.model, "extra_options", {})},
         "validation_in_memory": True,
     }
     init_seed(config["seed"], config["reproducibility"])
@@ -177,7 +182,32 @@ def prepare_data(config: Any, regenerated: Any = None) -> Splits:
     kind = get_dataset_class(config)
     if regenerated is not None:
         kind = regenerated_class(kind)
-    return prepare(config, kind, trims(model_class), partners, packed, regenerated)
+    costs = getattr(model_class, "token_costs", None)
+    return prepare(config, kind, trims(model_class), partners, packed, regenerated, costs)
+
+
+def _collaborator(config: Any) -> tuple[Path, dict[str, Any]]:
+    """Directory and manifest of the model whose vectors DARec is given: trained, or found, or named."""
+    named = config["collaborative"]
+    directory = Path(named)
+    if not (directory / MANIFEST).is_file():
+        if named not in MODELS:
+            raise ConfigError(
+                [f"collaborative: {named} is neither a checkpoint directory nor one of SASRec and DuoRec; name one."]
+            )
+        directory = train_model(config.for_collaborator()).directory
+    manifest = read_manifest(directory)
+    config["collaborative_options"] = {**manifest["options"], "model": manifest["model"]}
+    return directory, manifest
+
+
+def _take_collaborator(model: Any, splits: Splits, directory: Path, manifest: dict[str, Any]) -> None:
+    """Put the weights of the collaborative model where the model keeps its own."""
+    if read_ids(directory) != splits.vocabulary():
+        raise CheckpointError(
+            f"collaborative: {directory} was trained on other users or items than this data set has; name another."
+        )
+    load_weights(model.collaborator.model, read_weights(directory, manifest), directory / BEST)
 
 
 def _directory(config: Any, mark: str) -> Path:

@@ -129,3 +129,21 @@ def test_what_a_pair_costs_under_the_baselines(monkeypatch):
     assert cost((7, 9), [7, 8, 9], ends, lambda item, place: 1.0) == pytest.approx(math.log(1 / 3) + math.log(1 / 2))
     behind = cost((9, 7), [7, 9], ends, lambda item, place: 1.0 if place >= 0 else 1e-3)
     assert behind == pytest.approx(math.log(0.5))  # one item left, wherever it stands
+
+
+def test_darec_part_by_part(script, tmp_path):
+    pytest.importorskip("transformers", reason="needs the extra llm")
+    from darec_helpers import tiny_llm
+
+    adapters = tmp_path / "adapters.yaml"
+    adapters.write_text("adapter_sizes: [[0, 4], [2, 0]]\n")
+    small = [*SMALL[:3], f"llm={tiny_llm(tmp_path)}", "text_items=8", "item_text_length=4", "top_k=4", "epochs=1"]
+    rows = ["SASRec", "adapters by search", "RaSeRec over DARec"]
+    figures, page, _ = script("darec", "--seeds", "1", f"--adapters={adapters}", "--rows", *rows, small=small[1:])
+    records = {label: runs["1"] for label, runs in figures["rows"].items() if runs}
+    assert list(records) == rows
+    assert records["RaSeRec over DARec"]["parameters"] == 0  # the backbone is frozen
+    assert records["adapters by search"]["parameters"] > 0
+    for record in records.values():
+        assert record["cold"]["targets"] + record["warm"]["targets"] == record["all"]["targets"] == 600
+    assert "| adapters by search | " in page

@@ -103,11 +103,15 @@ class PackedLoader(BucketLoader):
     one sequence then fall into different batches, as they do with one window per target.
     A batch holds ``item_id_list`` [U, L], ``item_length`` [U] and :data:`PACKED_TARGETS` [U, L]; with `same_target`
     also a window per target, in row-major order of the targets; where rows have weights, those of the targets [U, L].
+
+    Args:
+        costs: tokens of each item [V], for a model that reads items as text: a batch holds `token_budget` of them at
+            most (but one row at least). None: only targets are counted.
     """
 
     def __init__(
         self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
-        same_target: bool = False,
+        same_target: bool = False, costs: Optional[np.ndarray] = None,
     ):  # fmt: skip
         super().__init__(config, dataset, sampler, shuffle, bucket, same_target)
         users, positions, self._row_targets = dataset.windows()
@@ -116,6 +120,33 @@ class PackedLoader(BucketLoader):
         self._weights = feat[WEIGHT].numpy() if WEIGHT in feat.interaction else None
         self._copies = (config["packed_copies"] or 1) if shuffle else 1
         self._plan = plan_epoch(self._windows, 1)
+        self._budget = config["token_budget"] if costs is not None else None
+        # tokens before each item of the store
+        self._tokens = None if costs is None else np.concatenate([[0], np.cumsum(costs[dataset.store.items])])
+
+    def __len__(self) -> int:
+        if self._tokens is None:
+            return super().__len__()
+        plan = plan_epoch(self._windows, 1)
+        order = np.argsort(plan.length, kind="stable")
+        return len(np.unique(self._numbers(plan, order)))
+
+    def _numbers(self, plan: PackedPlan, order: np.ndarray) -> np.ndarray:
+        """Number of the batch that each row of `order` goes to."""
+        sizes = plan.sizes()[order]
+        if self._tokens is None:
+            return (np.cumsum(sizes) - 1) // self.step
+        windows, store = self._windows, self._dataset.store
+        window = plan.window[order]
+        start = store.offsets[windows.user[window]] + windows.start[window]
+        tokens = self._tokens[start + plan.length[order]] - self._tokens[start]
+        numbers, number, targets, total = [], 0, 0, 0
+        for size, cost in zip(sizes.tolist(), tokens.tolist()):
+            if total and (targets + size > self.step or total + cost > self._budget):
+                number, targets, total = number + 1, 0, 0
+            numbers.append(number)
+            targets, total = targets + size, total + cost
+        return np.array(numbers, dtype=np.int64)
 
     def batches(self) -> Iterator[np.ndarray]:
         """Row numbers, in the epoch's plan, of its batches."""
@@ -127,8 +158,7 @@ class PackedLoader(BucketLoader):
         if self.bucket and self.shuffle:
             block = np.cumsum(sizes[order]) // (BLOCK * self.step)
             order = order[np.lexsort((plan.length[order], block))]
-        batch = (np.cumsum(sizes[order]) - 1) // self.step
-        parts = np.split(order, np.flatnonzero(np.diff(batch)) + 1)
+        parts = np.split(order, np.flatnonzero(np.diff(self._numbers(plan, order))) + 1)
         turn = torch.randperm(len(parts), generator=self.generator).tolist() if self.shuffle else range(len(parts))
         for number in turn:
             if sizes[parts[number]].any():

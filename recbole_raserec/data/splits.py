@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Callable, Optional
 
 import numpy as np
 import scipy.sparse as sp
@@ -53,6 +53,7 @@ def prepare(
     same_target: bool = False,
     packed: bool = False,
     regenerated: Any = None,
+    costs: Optional[Callable[[Any, Any], np.ndarray]] = None,
 ) -> Splits:
     """Read, filter and split the data set as RecBole does, and put this package's loaders on it.
 
@@ -63,6 +64,7 @@ def prepare(
         same_target: the model's loss reads same-target windows (DuoRec).
         regenerated: sequences that join the training split; `dataset_class` must know the attribute.
         packed: train on all positions of a sequence in one pass.
+        costs: (config, training split) -> tokens of each item [V], for a model whose batches they bound.
     """
     dataset = dataset_class(config)
     if regenerated is not None:
@@ -77,7 +79,8 @@ def prepare(
     if lazy and trim and train_class is TrainDataLoader:
         bucket = config["bucket_batches"] is not False
         loader_class = PackedLoader if packed else BucketLoader
-        train = loader_class(config, built[0], samplers[0], config["shuffle"], bucket, same_target)
+        bounded = {"costs": costs(config, built[0])} if packed and costs is not None else {}
+        train = loader_class(config, built[0], samplers[0], config["shuffle"], bucket, same_target, **bounded)
         built[1].trim = built[2].trim = True
     else:
         train = train_class(config, built[0], samplers[0], shuffle=config["shuffle"])

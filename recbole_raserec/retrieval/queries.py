@@ -10,10 +10,14 @@ import torch
 from tqdm import tqdm
 
 from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.data.packed import PackedWindows
 from recbole_raserec.data.sequences import SequenceStore
 
 #: Position tokens per encoding batch.
 TOKENS = 1 << 16
+
+#: Positions per batch of a model that encodes all prefixes of a history in one pass.
+SHARED = 1 << 11
 
 
 @dataclasses.dataclass
@@ -97,6 +101,8 @@ def encode_windows(
 ) -> torch.Tensor:  # fmt: skip
     """The backbone's vectors [N, H] of the last `longest` items before `positions` [N] in the rows `users` [N] of a
     store, in batches of like length; `owners` [N]: the users the backbone is told, where they are not the rows."""
+    if getattr(getattr(backbone, "model", None), "shares_prefixes", False) and len(users) > len(np.unique(users)):
+        return _encode_shared(backbone, store, users, positions, longest, device, desc)
     owners = users if owners is None else owners
     h = torch.empty(len(users), backbone.hidden_size, device=device)
     was_training = backbone.training
@@ -119,5 +125,39 @@ def encode_windows(
             )
             start += len(part)
             bar.update(len(part))
+    backbone.train(was_training)
+    return h
+
+
+def _encode_shared(
+    backbone: Any, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
+    desc: Optional[str],
+) -> torch.Tensor:  # fmt: skip
+    """:func:`encode_windows` for a model with dear passes, one of which gives the vectors after every item.
+
+    The windows are those of packed training: of a history longer than `longest` a vector rests on the last
+    ``longest // 2`` to `longest` items instead of exactly `longest`.
+    """
+    windows = PackedWindows(store, users, positions, longest)
+    h = torch.empty(len(users), backbone.hidden_size, device=device)
+    was_training = backbone.training
+    backbone.eval()
+    order = np.argsort(windows.length, kind="stable")
+    parts = np.array_split(order, max(1, -(-int(windows.length.sum()) // SHARED)))
+    with tqdm(total=len(users), desc=desc, disable=desc is None, unit="windows", dynamic_ncols=True) as bar:
+        for part in parts:
+            start, length = store.offsets[windows.user[part]] + windows.start[part], windows.length[part]
+            columns = np.arange(int(length.max(initial=0)))
+            inside = columns < length[:, None]
+            item_seq = np.where(inside, store.items[np.where(inside, start[:, None] + columns, 0)], 0)
+            found = backbone.model.encode_positions(
+                torch.from_numpy(item_seq).to(device), torch.from_numpy(length).to(device)
+            )  # [W, L, H]
+            sizes = np.diff(windows.offsets)[part]
+            rows = np.concatenate([np.arange(a, a + n) for a, n in zip(windows.offsets[part], sizes)])
+            line = torch.from_numpy(np.repeat(np.arange(len(part)), sizes)).to(device)
+            column = torch.from_numpy(windows.column[rows]).to(device)
+            h[torch.from_numpy(windows.row[rows]).to(device)] = found[line, column]
+            bar.update(len(rows))
     backbone.train(was_training)
     return h

@@ -1,0 +1,138 @@
+"""DARec's parts one by one, and cold items: what does each addition change, and where does text win?
+
+    python experiments/darec.py --data_path=DIR [--dataset=ml-100k] [--seeds 2020 2021]
+
+Rows: SASRec; DARec with adapters only; with each task; with context masking; with collaborative vectors; with all; with
+the adapter sizes that a search chose (``--adapters=FILE`` of ``python -m recbole_raserec.adaption``) and with uniform
+ones of as many parameters; RaSeRec over DARec. Test targets are grouped by their count in the training split: fewer
+than five interactions are cold. Writes results/darec_<dataset>.json and the page (.md) beside it; a row that is there
+is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grid
+import numpy as np
+import torch
+from grid import Results, cells, mean
+from trained import Trained
+
+from recbole_raserec.adaption import Adaption
+from recbole_raserec.config import Config
+from recbole_raserec.data.source import ensure_dataset
+from recbole_raserec.evaluation.protocols import PROTOCOLS
+from recbole_raserec.option_sources import read_yaml
+from recbole_raserec.stages import fine_tune, train_model
+
+#: Fewer training interactions than these make an item cold.
+COLD = 5
+
+DAREC = "--model=DARec"
+ALONE = (DAREC, "--align_weight=0", "--hard_weight=0")
+SEARCHED, UNIFORM = "adapters by search", "uniform adapters, as many parameters"
+ROWS: dict[str, Sequence[str]] = {
+    "SASRec": ("--model=SASRec",),
+    "adapters only": ALONE,
+    "+ semantic alignment": (DAREC, "--hard_weight=0"),
+    "+ hard samples": (DAREC, "--align_weight=0"),
+    "both tasks": (DAREC,),
+    "+ context masking, bias": (DAREC, "--context_mask=bias"),
+    "+ context masking, dual": (DAREC, "--context_mask=dual"),
+    "+ collaborative vectors": (DAREC, "--collaborative=SASRec"),
+    SEARCHED: (DAREC,),
+    UNIFORM: (DAREC,),
+    "RaSeRec over DARec": ("--model=RaSeRec", "--backbone=DARec"),
+}
+
+
+def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """{"all" | "cold" | "warm": {"targets", "test": {protocol: metrics}}}, validation figures, seconds, parameters."""
+    argv = [*options, f"--dataset={args.dataset}", f"--data_path={args.data_path}", f"--seed={seed}"]
+    argv += [f"--checkpoint_dir={args.checkpoint_dir}"]
+    known = Config(argv=argv)._known_keys()
+    # SASRec does not know DARec's options
+    argv += [f"--{text}" for text in args.options if known is None or text.partition("=")[0] in known]
+    config = Config(argv=argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    ensure_dataset(config)
+    retrieval = config["model"] == "RaSeRec"
+    base = train_model(config.for_backbone() if retrieval else config)
+    ours = fine_tune(config, base) if retrieval else base
+    trained = Trained(config, base, ours)
+    train, test = base.splits.train._dataset, trained.test
+    users, positions, _ = train.windows()
+    counts = np.bincount(train.store.until(users, positions)[0], minlength=train.store.n_items)
+    targets = test.windows()[2]
+    ranks = trained.ranks(ours.model)
+    groups = {
+        "all": np.ones(len(targets), dtype=bool), "cold": counts[targets] < COLD, "warm": counts[targets] >= COLD
+    }  # fmt: skip
+    record: dict[str, Any] = {
+        name: {"targets": int(rows.sum()), "test": trained.metrics(ranks, rows) if rows.any() else None}
+        for name, rows in groups.items()
+    }
+    trained_weights = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
+    return {
+        **record, "valid": ours.metrics["valid"], "seconds": base.seconds, "parameters": trained_weights,
+        "options": {name: config[name] for name in ("epochs", "stopping_step")},
+    }  # fmt: skip
+
+
+def page(dataset: str, results: Results) -> str:
+    """The tables."""
+    lines = [
+        "# DARec, part by part",
+        "",
+        f"`python experiments/darec.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking, test split.",
+        "R@10 / N@10, mean over the seeds, standard deviation in brackets. Budget: the epochs of the last column at",
+        "most, early stopping on validation NDCG@10.",
+        "",
+        f"| row | {' | '.join(protocol.replace('_', ' ') for protocol in PROTOCOLS)} | seeds | minutes | epochs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, runs in results.items():
+        if runs:
+            records = list(runs.values())
+            minutes = mean((record["seconds"] / 60 for record in records), 1)
+            figures = " | ".join(cells(record["all"]["test"] for record in records))
+            epochs = records[0]["options"]["epochs"]
+            lines.append(f"| {label} | {figures} | {', '.join(runs)} | {minutes} | {epochs} |")
+    lines += ["", f"Targets with fewer than {COLD} training interactions (cold), and the others", ""]
+    lines += ["| row | group | targets | " + " | ".join(p.replace("_", " ") for p in PROTOCOLS) + " |"]
+    lines += ["|---|---|---|---|---|"]
+    for label, runs in results.items():
+        for group in ("cold", "warm"):
+            records = [record[group] for record in runs.values() if record[group]["test"]]
+            if records:
+                figures = " | ".join(cells(record["test"] for record in records))
+                lines.append(f"| {label} | {group} | {records[0]['targets']} | {figures} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is missing; write figures and page."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        "--adapters", type=Path, help="file of a search for adapter sizes; without it its rows are left out"
+    )
+    given, rest = own.parse_known_args()
+    sys.argv[1:] = rest
+    rows = dict(ROWS)
+    if given.adapters is None:
+        del rows[SEARCHED], rows[UNIFORM]
+    else:
+        pairs = [tuple(pair) for pair in read_yaml(given.adapters)["adapter_sizes"]]
+        rows[SEARCHED] = (DAREC, f"--adapter_sizes={[list(pair) for pair in pairs]}")
+        rows[UNIFORM] = (DAREC, f"--adapter_sizes={Adaption(pairs, 0.0, []).uniform_size()}")
+    grid.main(__doc__, rows, "darec", page, "ml-100k", measure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Items as text: flattened attributes, the id where there is none, tokens cut and counted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from recbole_raserec.data.item_text import read_item_texts, tokenise
+from recbole_raserec.errors import ConfigError
+
+TABLE = """\
+item_id:token\tmovie_title:token_seq\tprice:float\tclass:token_seq
+x\tToy Story\t3\tAnimation Comedy
+y\t\t1\t
+z\tHeat
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "d.item"
+    file.write_text(TABLE, encoding="utf-8")
+    return file
+
+
+def test_all_columns_of_text_are_read_by_default(path):
+    found = read_item_texts(path, ["[PAD]", "y", "x", "z", "q"])
+    assert found.texts == ["", "y", "movie title: Toy Story, class: Animation Comedy", "movie title: Heat", "q"]
+    assert found.missing == 2
+
+
+def test_columns_are_chosen_and_ordered(path):
+    assert (
+        read_item_texts(path, ["[PAD]", "x"], ["price", "movie_title"]).texts[1] == "price: 3, movie title: Toy Story"
+    )
+    assert read_item_texts(path, ["[PAD]", "x"], []).missing == 1
+    with pytest.raises(ConfigError, match=r"item_text_fields.*no column colour.*movie_title"):
+        read_item_texts(path, ["[PAD]", "x"], ["colour"])
+
+
+def test_without_a_file_ids_are_read(tmp_path):
+    found = read_item_texts(tmp_path / "none.item", ["[PAD]", "x", "y"])
+    assert found.texts == ["", "x", "y"]
+    assert found.missing == 2
+
+
+def test_tokens_are_cut_and_counted():
+    rows = {"": [], "a b c": [5, 6, 7], "a": [5]}
+    found = tokenise(list(rows), lambda texts: [rows[text] for text in texts], 2)
+    assert np.array_equal(found.ids, [[0, 0], [5, 6], [5, 0]])
+    assert found.lengths.tolist() == [1, 2, 1]
+    assert found.cut == 1
