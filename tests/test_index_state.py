@@ -101,13 +101,96 @@ def test_an_outgrown_index_is_trained_again(tmp_path):
     assert loaded._index.trained_on == 2600
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
-def test_nothing_is_stored_of_the_others(tmp_path, kind):
-    bank = bank_of(kind, 300)
+def test_nothing_is_stored_of_exact_search(tmp_path):
+    bank = bank_of("flat", 300)
     bank.search(vectors_of(1, WIDTH), 1, None, None)
     bank.save(tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("index")]
     assert MemoryBank.load(tmp_path)._stored is None
+
+
+# -- graphs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_graph_is_opened_as_it_was(tmp_path, similarity, no_training):
+    bank, queries = bank_of("hnsw", similarity=similarity), vectors_of(200, WIDTH, 3)
+    wanted = bank.search(queries, 10, None, None)
+    bank.save(tmp_path)
+    no_training()
+    again = MemoryBank.load(tmp_path)
+    found = again.search(queries, 10, None, None)
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_array_equal(found.similarity, wanted.similarity)
+    assert (again.index_recall, again._index.effort) == (bank.index_recall, bank._index.effort)
+    add(again, 400, seed=5)  # and it grows
+    users, late = np.full(100, 99), np.zeros(100, int)
+    found = again.search(vectors_of(400, WIDTH, 5)[:100], 1, users, late)
+    assert (found.ids[:, 0] == SIZE + np.arange(100)).mean() > 0.95
+    again.save(tmp_path / "grown")
+    grown = MemoryBank.load(tmp_path / "grown")
+    np.testing.assert_array_equal(grown.search(queries, 5, None, None).ids, again.search(queries, 5, None, None).ids)
+
+
+def test_the_links_of_a_forgotten_entry_are_not_stored(tmp_path):
+    bank = bank_of("hnsw")
+    bank.search(vectors_of(1, WIDTH), 1, None, None)
+    bank.save(tmp_path / "whole")
+    bank.forget(7)
+    bank.save(tmp_path / "live")
+    reopened = MemoryBank.load(tmp_path / "whole")
+    reopened.forget(7)  # before its first search
+    reopened.save(tmp_path / "reopened")
+    for place in ("live", "reopened"):
+        assert not [path for path in (tmp_path / place).iterdir() if path.name.startswith("index")]
+        again = MemoryBank.load(tmp_path / place)
+        found = again.search(vectors_of(50, WIDTH, 3), 5, None, None)  # linked anew, from what is left
+        assert not again.gone[found.ids].any()
+    again.save(tmp_path / "linked")
+    assert [path for path in (tmp_path / "linked").iterdir() if path.name.startswith("index_links")]
+
+
+GRAPHS = {
+    "a link to an entry that is not there": ("index_links", lambda a: np.where(np.arange(len(a)) == 3, SIZE, a)),
+    "a link below none": ("index_links", lambda a: np.where(np.arange(len(a)) == 3, -2, a)),
+    "links cut": ("index_links", lambda a: a[:-1]),
+    "too many links": ("index_links", lambda a: np.concatenate([a, a[:32]])),
+    "a table of links": ("index_links", lambda a: a[:, None]),
+    "no level": ("index_levels", lambda a: a * 0),
+    "levels without end": ("index_levels", lambda a: a + 1000),
+    "an entry higher than its links": ("index_levels", lambda a: a + (np.arange(len(a)) == 5)),
+    "more entries than the bank": ("index_levels", lambda a: np.concatenate([a, a])),
+    "no entries": ("index_levels", lambda a: a[:0]),
+    "upper links to anybody": ("index_links", lambda a: np.where(a < 0, 1, a)),
+}
+
+
+@pytest.mark.parametrize("wrong", GRAPHS)
+def test_a_graph_that_does_not_fit_is_refused(wrong, tmp_path):
+    bank = bank_of("hnsw")
+    bank.search(vectors_of(1, WIDTH), 1, None, None)
+    bank.save(tmp_path)
+    name, change = GRAPHS[wrong]
+    loaded = MemoryBank.load(tmp_path)
+    arrays = loaded._stored[0]
+    arrays[name] = np.ascontiguousarray(change(np.array(arrays[name])))
+    with pytest.raises(CheckpointError, match=r"is damaged: its .*Delete it and build it again"):
+        loaded.search(vectors_of(1, WIDTH), 1, None, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"start": SIZE}, {"start": -1}, {"start": "0"}, {"links": 16}, {"links": 0}, {"effort": 0}, {"effort": None}],
+)
+def test_a_graph_described_otherwise_is_refused(change):
+    bank = bank_of("hnsw")
+    bank.search(vectors_of(1, WIDTH), 1, None, None)
+    arrays, about = state_of(bank._index)
+    lower = int(np.flatnonzero(arrays["index_levels"] == 1)[0])
+    for wrong in (change, {"start": lower}):
+        with pytest.raises(ValueError, match="its graph"):
+            restore(arrays, {**about, **wrong}, bank._vectors.values, 2)
+    assert len(restore(arrays, about, bank._vectors.values, 2)) == SIZE
 
 
 WRONG = {

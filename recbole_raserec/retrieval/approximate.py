@@ -155,19 +155,34 @@ class HNSWIndex(ApproximateIndex):
         vectors: [N, H] float32, copied. links: neighbours of a vector in the graph. effort: candidates kept while
             searching, at least the number of entries asked for; doubled, up to 16 times over, while the measured recall
             is below .95.
+
+    Attributes:
+        links, effort: as used. overwritten: whether a vector was removed, whose links still tell what it was like.
     """
 
     kind = "hnsw"
 
     def __init__(self, vectors: np.ndarray, links: int = 32, effort: int = 128):
-        share_threads()
-        self._index = faiss.IndexHNSWFlat(vectors.shape[1], links, faiss.METRIC_INNER_PRODUCT)
-        self._index.hnsw.efConstruction = max(80, links * 2)
+        self._make(vectors.shape[1], links)
         self.extend(vectors)
-        for self._effort in (effort * times for times in (1, 2, 4, 8, 16)):
-            self._finish(vectors, f"{links} links, {self._effort} candidates")
+        for self.effort in (effort * times for times in (1, 2, 4, 8, 16)):
+            self._finish(vectors, f"{links} links, {self.effort} candidates")
             if self.recall >= _RECALL_ENOUGH:
                 break
+
+    @classmethod
+    def empty(cls, width: int, links: int, effort: int) -> HNSWIndex:
+        """A graph without vectors."""
+        index = cls.__new__(cls)
+        index._make(width, links)
+        index.effort = effort
+        return index
+
+    def _make(self, width: int, links: int) -> None:
+        share_threads()
+        self.links, self.overwritten = links, False
+        self._index = faiss.IndexHNSWFlat(width, links, faiss.METRIC_INNER_PRODUCT)
+        self._index.hnsw.efConstruction = max(80, links * 2)
 
     def extend(self, vectors: np.ndarray) -> None:
         """See :meth:`ApproximateIndex.extend`."""
@@ -180,6 +195,7 @@ class HNSWIndex(ApproximateIndex):
         if len(ids):
             storage: Any = faiss.downcast_index(self._index.storage)
             stored = faiss.rev_swig_ptr(storage.get_xb(), self._size * self._index.d).reshape(self._size, -1)
+            self.overwritten |= bool(stored[ids].any())
             stored[ids] = 0
 
     def outgrown(self, size: int) -> bool:
@@ -189,7 +205,7 @@ class HNSWIndex(ApproximateIndex):
     def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`FlatIndex.search`."""
         share_threads()
-        self._index.hnsw.efSearch = max(self._effort, fetch)
+        self._index.hnsw.efSearch = max(self.effort, fetch)
         return self._index.search(queries, fetch)
 
 

@@ -127,7 +127,8 @@ class MemoryBank(Ledger):
         elif len(known):
             self._vectors.writable()[known] = 0
         if self._stored is not None:
-            self._stored = scrub(self._stored[0], ids), self._stored[1]
+            left = scrub(self._stored[0], ids)
+            self._stored = None if left is None else (left, self._stored[1])
         if self._index is not None and not isinstance(self._index, FlatIndex):
             self._index.remove(known)
 
