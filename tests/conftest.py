@@ -112,3 +112,17 @@ def tiny(tmp_path):
         return run(tmp_path, model, "tiny", **given_)
 
     return build
+
+
+@pytest.fixture(params=["_native_avx512", "_native_avx2"])
+def flavour(request, monkeypatch):
+    """Each library of compiled kernels that this processor runs."""
+    from recbole_raserec.kernels import native
+
+    assert request.param in native.NAMES
+    if not native._runs(request.param):
+        pytest.skip(f"{request.param} does not run here")
+    monkeypatch.setattr(native, "_runs", lambda name: name == request.param)
+    native.loaded.cache_clear()
+    yield native.loaded()
+    native.loaded.cache_clear()

@@ -17,17 +17,6 @@ from recbole_raserec.regeneration.sources import Sequences
 pytestmark = pytest.mark.skipif(native.loaded() is None, reason="no compiled kernels here (no C compiler?)")
 
 
-@pytest.fixture(params=native.NAMES)
-def flavour(request, monkeypatch):
-    """Each library that this processor runs."""
-    if not native._runs(request.param):
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setattr(native, "_runs", lambda name: name == request.param)
-    native.loaded.cache_clear()
-    yield native.loaded()
-    native.loaded.cache_clear()
-
-
 def model_of(n_items: int, seed: int = 0, **options) -> Regenerator:
     torch.manual_seed(seed)
     given_ = {"size": 32, "inner_size": 48, "longest": 20, "conditions": 3, "pattern_length": 4, **options}

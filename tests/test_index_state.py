@@ -25,6 +25,17 @@ def add(bank: MemoryBank, size: int, seed: int = 0) -> None:
     bank.add(2.5 * vectors_of(size, WIDTH, seed), np.arange(size) % 9 + 1, users, np.arange(size) // 50)
 
 
+def refused(bank: MemoryBank, directory, name: str, change) -> None:
+    """Stored with one array changed, the bank is refused when its index is opened."""
+    bank.search(vectors_of(1, WIDTH), 1, None, None)
+    bank.save(directory)
+    loaded = MemoryBank.load(directory)
+    arrays = loaded._stored[0]
+    arrays[name] = np.ascontiguousarray(change(np.array(arrays[name])))
+    with pytest.raises(CheckpointError, match=r"is damaged: its .*Delete it and build it again"):
+        loaded.search(vectors_of(1, WIDTH), 1, None, None)
+
+
 @pytest.fixture
 def no_training(monkeypatch):
     def refuse(*args):
@@ -167,15 +178,7 @@ GRAPHS = {
 
 @pytest.mark.parametrize("wrong", GRAPHS)
 def test_a_graph_that_does_not_fit_is_refused(wrong, tmp_path):
-    bank = bank_of("hnsw")
-    bank.search(vectors_of(1, WIDTH), 1, None, None)
-    bank.save(tmp_path)
-    name, change = GRAPHS[wrong]
-    loaded = MemoryBank.load(tmp_path)
-    arrays = loaded._stored[0]
-    arrays[name] = np.ascontiguousarray(change(np.array(arrays[name])))
-    with pytest.raises(CheckpointError, match=r"is damaged: its .*Delete it and build it again"):
-        loaded.search(vectors_of(1, WIDTH), 1, None, None)
+    refused(bank_of("hnsw"), tmp_path, *GRAPHS[wrong])
 
 
 @pytest.mark.parametrize(
@@ -214,15 +217,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_state_that_does_not_fit_is_refused(wrong, tmp_path):
     """As a foreign file with sound checksums could hold it."""
-    bank = bank_of("ivfpq")
-    bank.search(vectors_of(1, WIDTH), 1, None, None)
-    bank.save(tmp_path)
-    name, change = WRONG[wrong]
-    loaded = MemoryBank.load(tmp_path)
-    arrays = loaded._stored[0]
-    arrays[name] = np.ascontiguousarray(change(np.array(arrays[name])))
-    with pytest.raises(CheckpointError, match=r"is damaged: its .*Delete it and build it again"):
-        loaded.search(vectors_of(1, WIDTH), 1, None, None)
+    refused(bank_of("ivfpq"), tmp_path, *WRONG[wrong])
 
 
 @pytest.mark.parametrize(

@@ -24,17 +24,6 @@ needs_bfloat16 = pytest.mark.skipif(not native.has_cross_entropy(), reason="no A
 SIZES = {"hidden_size": 64, "inner_size": 96, "n_heads": 2}
 
 
-@pytest.fixture(params=native.NAMES)
-def flavour(request, monkeypatch):
-    """Each library that this processor runs."""
-    if not native._runs(request.param):
-        pytest.skip(f"{request.param} does not run here")
-    monkeypatch.setattr(native, "_runs", lambda name: name == request.param)
-    native.loaded.cache_clear()
-    yield native.loaded()
-    native.loaded.cache_clear()
-
-
 def models(**changes):
     """SASRec that uses the kernels, and one with the same weights that does not."""
     torch.manual_seed(0)

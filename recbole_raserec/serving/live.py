@@ -54,6 +54,7 @@ class LiveMemory:
     _trims: bool
     _trained_users: int
     _number: dict[str, int]
+    items: list[str]
 
     def __init__(self, directory: Path, users: Sequence[str], catalogue: Catalogue, applied: int = 0):
         self.directory, self.catalogue, self.applied = Path(directory), catalogue, applied
@@ -179,7 +180,7 @@ class LiveMemory:
         target = Path(directory) if directory is not None else self.directory
         with self._changing:
             memory = self.model.memory if isinstance(self.model, RaSeRec) else None
-            ids = {"users": self.users, "items": [*self._items()]}
+            ids = {"users": self.users, "items": self.items}
             save_parts(self.directory, target, ids, memory, self.catalogue, self._trained_users, self.applied)
             if target.resolve() == self.directory.resolve():
                 self._saved = self.applied
@@ -195,9 +196,6 @@ class LiveMemory:
             self._held.release()
 
     # -- how --------------------------------------------------------------------------------------------------------
-
-    def _items(self) -> list[str]:
-        raise NotImplementedError
 
     def _apply(self, events: Sequence[Event]) -> Update:
         histories, known = self.histories, len(self.users)

@@ -98,9 +98,6 @@ class Recommender(TrainedModel):
         found._held = held
         return found
 
-    def _items(self) -> list[str]:
-        return self.items
-
     # -- what people ask --------------------------------------------------------------------------------------------
 
     def recommend(

@@ -42,7 +42,6 @@ class TrainedModel(LiveMemory):
     """The questions of a :class:`~recbole_raserec.serving.recommender.Recommender`, by internal ids and as tensors."""
 
     name: str
-    items: list[str]
     _names: list[str]
 
     def _query(self, sequences: Any, users: Ids, strict: bool) -> Query:
