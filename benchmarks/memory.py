@@ -18,9 +18,6 @@ ENTRIES, WIDTH, QUERIES = 10_000_000, 64, 2_000
 FAR_QUERIES = 500
 TOP_K = 20
 
-#: Entries of those that take longer than minutes to build at that size.
-SMALLER = {"hnsw": 1_000_000}
-
 #: Approximate indexes and their settings at that size.
 SETTINGS: dict[str, dict[str, int]] = {
     "ivf": {"ivf_lists": 4096, "ivf_probes": 64},
@@ -52,13 +49,13 @@ def bank_of(keys: np.ndarray, kind: str) -> Any:
     return bank
 
 
-def index_at_size(kind: str, size: int = ENTRIES) -> Side:
+def index_at_size(kind: str) -> Side:
     """Build, save, reopen, search, and search the reopened one: seconds of each."""
 
     def run(data_path: str) -> dict[str, Any]:
         from recbole_raserec.retrieval.memory import MemoryBank
 
-        keys = vectors(size)
+        keys = vectors(ENTRIES)
         queries = vectors(QUERIES, seed=1)
         bank = bank_of(keys, kind)
         del keys
@@ -76,7 +73,7 @@ def index_at_size(kind: str, size: int = ENTRIES) -> Side:
             bank.save(folder)
             saved = time.perf_counter() - started
             del bank
-            per_entry = sum(path.stat().st_size for path in folder.iterdir()) / size
+            per_entry = sum(path.stat().st_size for path in folder.iterdir()) / ENTRIES
             started = time.perf_counter()
             reopened = MemoryBank.load(folder, verify=False)
             opened = time.perf_counter() - started
@@ -86,7 +83,7 @@ def index_at_size(kind: str, size: int = ENTRIES) -> Side:
         finally:
             shutil.rmtree(folder)
         note = (
-            f"{size} entries, {per_entry:.0f} bytes each on disk; index {built:.0f} s, saved in {saved:.1f} s, "
+            f"{ENTRIES} entries, {per_entry:.0f} bytes each on disk; index {built:.0f} s, saved in {saved:.1f} s, "
             f"reopened in {opened:.3f} s, first search then {first:.1f} s; {QUERIES / seconds:.0f} queries a second"
         )
         ids = {"ids": found.ids.tolist(), "far": far.ids.tolist()}
@@ -142,10 +139,10 @@ def bare_product(data_path: str) -> dict[str, Any]:
 
 CASES = {
     f"memory-index-{kind}": Case(
-        f"memory of {size / 1e6:.0f} M x 64 float32 keys, {QUERIES} queries, K = {TOP_K}: {kind} against exact search",
-        index_at_size(kind, size), index_at_size("flat", size), recall,
+        f"memory of {ENTRIES / 1e6:.0f} M x 64 float32 keys, {QUERIES} queries, K = {TOP_K}: {kind} against exact search",
+        index_at_size(kind), index_at_size("flat"), recall,
     )
-    for kind, size in ((kind, SMALLER.get(kind, ENTRIES)) for kind in SETTINGS)
+    for kind in SETTINGS
 }  # fmt: skip
 CASES["memory-exact"] = Case(
     f"exact guarded search, 131,413 queries over as many entries of 64 floats, K = {TOP_K}: against the bare product",

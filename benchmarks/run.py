@@ -25,7 +25,7 @@ from benchmarks import decoding, epochs, memory, mining, preparation, ranking, r
 from benchmarks.common import Side
 
 #: Figures of a side that have a place of their own in the record.
-KNOWN = ("seconds", "peak_mb", "note", "versions", "ids")
+KNOWN = ("seconds", "peak_mb", "note", "versions", "ids", "far")
 
 GROUPS = (decoding, epochs, memory, mining, preparation, ranking, retrieval, serving)
 CASES = {name: case for group in GROUPS for name, case in group.CASES.items()}
