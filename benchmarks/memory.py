@@ -139,7 +139,7 @@ def bare_product(data_path: str) -> dict[str, Any]:
 
 CASES = {
     f"memory-index-{kind}": Case(
-        f"memory of {ENTRIES / 1e6:.0f} M x 64 float32 keys, {QUERIES} queries, K = {TOP_K}: {kind} against exact search",
+        f"memory of {ENTRIES // 10**6} M x 64 float32 keys, {QUERIES} queries, K = {TOP_K}: {kind} against exact",
         index_at_size(kind), index_at_size("flat"), recall,
     )
     for kind in SETTINGS

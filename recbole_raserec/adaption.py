@@ -150,7 +150,7 @@ def write_architecture(path: Path, found: Adaption, command: str) -> None:
 
 def number_of_layers(name: Optional[str]) -> int:
     """Layers of the language model that the option `llm` names."""
-    from recbole_raserec.recommendation.language import load_pretrained
+    from recbole_raserec.recommendation.pretrained import load_pretrained
 
     return int(load_pretrained(name)[0].config.num_hidden_layers)
 

@@ -156,7 +156,7 @@ LANGUAGE: dict[str, Rule] = {
     "training": _choice("packed"),
     "packed_copies": _integer(1),
     "llm": _optional(_TEXT),
-    "llm_precision": _choice("float32", "bfloat16"),
+    "llm_precision": _choice("auto", "float32", "bfloat16"),
     "item_text_fields": _optional(_NAMES),
     "item_text_length": _integer(1),
     "history": _choice("items", "tokens"),

@@ -17,8 +17,9 @@ from recbole_raserec.config import Config
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.recommendation.backbone import wrap_backbone
-from recbole_raserec.recommendation.darec import DARec, adapter_pairs
+from recbole_raserec.recommendation.darec import DARec
 from recbole_raserec.recommendation.hard_negatives import hard_contrast, mine_hard_negatives
+from recbole_raserec.recommendation.item_reader import adapter_pairs
 from recbole_raserec.retrieval.queries import encode_split
 from recbole_raserec.serving.checkpoint import load_checkpoint
 from recbole_raserec.serving.recommender import Recommender

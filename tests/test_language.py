@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.recommendation.language import LanguageModel, load_pretrained
+from recbole_raserec.recommendation.language import LanguageModel, computes_in_bfloat16
 from recbole_raserec.recommendation.places import Places, View, histories_as_rows, texts_as_rows
+from recbole_raserec.recommendation.pretrained import load_pretrained
 
 #: Tokens of each item of a history.
 HISTORY = st.lists(st.integers(1, 4), min_size=1, max_size=5)
@@ -104,3 +105,37 @@ def test_views(rows, causal, own_item):
                     sees = sees and k <= q
                 assert bool(visible[number, q, k]) == (sees or q == k)
         assert not visible[number, : len(tokens), len(tokens) :].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_states_and_gradients_are_nearly_the_same(tmp_path, family):
+    ours = language(tmp_path, family)
+    with torch.no_grad():
+        for adapter in ours.adapters.values():
+            adapter.up.weight.normal_(std=0.1)
+    places = texts_as_rows(torch.tensor([3, 6, 2]))
+    view = View(places, places.visible(ours.causal))
+    x, direction = torch.randn(2, len(places.row), SIZE, generator=torch.Generator().manual_seed(2))
+    x.requires_grad_()
+    found = {}
+    for ours.autocast in (False, True):
+        states = ours(x, view)
+        assert states.dtype == torch.float32
+        weights = [adapter.down.weight for adapter in ours.adapters.values()]
+        found[ours.autocast] = [states, *torch.autograd.grad((states * direction).sum(), [x, *weights])]
+    for exact, near in zip(found[False], found[True]):
+        assert not torch.equal(exact, near)
+        assert (exact - near).norm() < 0.04 * exact.norm()
+
+
+def test_products_are_in_bfloat16_where_the_processor_has_them(monkeypatch):
+    cpu = torch.device("cpu")
+    for precision in ("float32", "bfloat16"):
+        assert computes_in_bfloat16(precision, cpu) is (precision == "bfloat16")
+    for avx512, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512: answer, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer, raising=False)
+        assert computes_in_bfloat16("auto", cpu) is (avx512 or amx)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.delattr(torch.cpu, name)
+    assert computes_in_bfloat16("auto", cpu) is False

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from logging import getLogger
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from recbole.model.abstract_recommender import SequentialRecommender
 from torch import nn
 
-from recbole_raserec.data.item_text import read_item_texts, tokenise
 from recbole_raserec.data.packed import PACKED_TARGETS
-from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels.losses import linear_cross_entropy
-from recbole_raserec.recommendation import language
+from recbole_raserec.recommendation import pretrained
 from recbole_raserec.recommendation.hard_negatives import hard_contrast, mine_hard_negatives
 from recbole_raserec.recommendation.injection import Collaborator, Injection, layers_to_inject
-from recbole_raserec.recommendation.places import Places, View, histories_as_rows, texts_as_rows
+from recbole_raserec.recommendation.item_reader import ItemReader, item_tokens
+from recbole_raserec.recommendation.places import Places, View, histories_as_rows
 
 #: Norm of the item head's rows at the start, per square root of their length: that of normally drawn ones.
 START = 0.02
 
 
-class DARec(SequentialRecommender):
+class DARec(ItemReader):
     """User vectors are a language model's states at [SEQ] after the items' texts; an item head scores all items.
 
     From the paper's public description: items as "key: value" text, the tokens [ALIGN] and [SEQ], two adapters in each
@@ -37,51 +33,31 @@ class DARec(SequentialRecommender):
     items`` each text is read on its own, and its state at [ALIGN] stands for it in the history. In a training step the
     texts of `text_items` items are read with gradient; the other items have the state they had when the epoch began.
 
-    Options: ``properties/model/DARec.yaml``.
-
-    Raises:
-        MissingExtraError: `transformers` or the default language model is not installed.
-        ConfigError: options and language model do not fit.
+    Options: ``properties/model/DARec.yaml``. Raises as :class:`ItemReader`.
     """
 
     trims = True
     #: one pass gives the states of all prefixes, and many passes would be dear: retrieval encodes a split that way
     shares_prefixes = True
 
-    item_tokens: torch.Tensor
-    item_lengths: torch.Tensor
     hard: torch.Tensor
 
     def __init__(self, config: Any, dataset: Any):
         super().__init__(config, dataset)
-        model, tokenizer = language.load_pretrained(config["llm"])
-        layers, std = int(model.config.num_hidden_layers), config["initializer_range"]
-        self.history, self.context_mask = config["history"], config["context_mask"]
-        self.token_budget, self.text_items = config["token_budget"], config["text_items"]
+        self.history = config["history"]
         self.align_weight, self.hard_weight, self.hard_tau = (
             config["align_weight"], config["hard_weight"], config["hard_tau"],
         )  # fmt: skip
         self.softmax_precision = config["softmax_precision"] or "auto"
-        self.longest = int(config["MAX_ITEM_LIST_LENGTH"])
-        self.language = language.LanguageModel(
-            model, adapter_pairs(config["adapter_sizes"], layers), config["adapter_dropout"], std,
-            self.context_mask == "bias",
-        )  # fmt: skip
-        self.language.autocast = config["llm_precision"] == "bfloat16"
+        self.longest, std = int(config["MAX_ITEM_LIST_LENGTH"]), config["initializer_range"]
         size = self.language.hidden_size
-        words = self.language.embed(torch.arange(model.config.vocab_size))  # [W, D]
-        self.scale = float(words.norm(dim=1).mean())
-        self.special = nn.Embedding(2, size)  # [ALIGN], [SEQ]
         self.item_position = nn.Embedding(self.longest, size)
         self.item_input = nn.Linear(size, size)
         self.head, self.head_dropout = nn.Linear(size, size), nn.Dropout(config["head_dropout"])
         self.item_embedding = nn.Embedding(self.n_items, size, padding_idx=0)
         if self.context_mask == "dual":
             self.mix = nn.Parameter(torch.tensor(0.5))
-        self._start(words, std)
-        self._take_texts(config, dataset, tokenizer)
-        self._known: Optional[tuple[Any, torch.Tensor]] = None
-        self.collaborator: Optional[Collaborator] = None
+        self._start(std)
         self._similarity, self._hard_negatives = config["hard_similarity"], config["hard_negatives"]
         self._split = dataset if hasattr(dataset, "windows") else None
         self.register_buffer("hard", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
@@ -96,34 +72,20 @@ class DARec(SequentialRecommender):
         if given:
             self.extra_options["collaborative_options"] = dict(given)
             self.collaborator = Collaborator(_Options(given), dataset)
-            chosen = layers_to_inject(config["collaborative_layers"], layers)
+            chosen = layers_to_inject(config["collaborative_layers"], self.layers)
             self.language.injection = Injection(
                 self.collaborator.hidden_size, self.language.key_heads, self.language.head_size, chosen, std
             )
-
-    @staticmethod
-    def check_installed(config: Any) -> None:
-        """Whether what the model reads is installed, before any data is.
-
-        Raises:
-            MissingExtraError: it is not.
-        """
-        language.model_source(config["llm"])
 
     @staticmethod
     def token_costs(config: Any, dataset: Any) -> np.ndarray:
         """Tokens of each item in a history, its [SEQ] included: int64 [V]; the loader bounds a batch's by it."""
         if config["history"] == "items":
             return np.full(dataset.item_num, 2)
-        return item_tokens(config, dataset, language.load_tokenizer(config["llm"])).lengths.astype(np.int64) + 1
+        return item_tokens(config, dataset, pretrained.load_tokenizer(config["llm"])).lengths.astype(np.int64) + 1
 
-    # -- start ------------------------------------------------------------------------------------------------------
-
-    def _start(self, words: torch.Tensor, std: float) -> None:
+    def _start(self, std: float) -> None:
         with torch.no_grad():
-            # new tokens begin as a word that means nothing in particular
-            noise = torch.randn_like(self.special.weight) * words.std()
-            self.special.weight.copy_(words.mean(dim=0) + noise)
             nn.init.zeros_(self.item_position.weight)
             for square in (self.item_input, self.head):
                 nn.init.eye_(square.weight)
@@ -131,87 +93,10 @@ class DARec(SequentialRecommender):
             nn.init.normal_(self.item_embedding.weight, std=std)
             self.item_embedding.weight[0] = 0
 
-    def _take_texts(self, config: Any, dataset: Any, tokenizer: Any) -> None:
-        """Token ids of all items as buffers: with them a checkpoint is whole. Without a data set they are empty."""
-        longest = config["item_text_length"]
-        ids, lengths = np.zeros((self.n_items, longest), np.int32), np.ones(self.n_items, np.int32)
-        if hasattr(dataset, "field2id_token"):
-            found = item_tokens(config, dataset, tokenizer)
-            ids, lengths = found.ids, found.lengths
-        self.register_buffer("item_tokens", torch.from_numpy(ids))
-        self.register_buffer("item_lengths", torch.from_numpy(lengths))
-
-    @torch.no_grad()
-    def text_vectors(self) -> torch.Tensor:
-        """The items' texts as the language model has them, means of its states over the tokens, centred: [V, D].
-
-        Called while the adapters are at zero, so that the vectors are the frozen model's.
-        """
-        parts = []
-        for numbers in self._text_blocks(torch.arange(self.n_items, device=self.item_tokens.device)):
-            states, places = self._read_texts(numbers)
-            words = ~places.special
-            total = states.new_zeros(len(numbers), states.shape[1]).index_add(0, places.row[words], states[words])
-            parts.append(total / self.item_lengths[numbers][:, None])
-        vectors = torch.cat(parts)
-        return vectors - vectors[1:].mean(dim=0)
-
     def _head_from_text(self, vectors: torch.Tensor) -> None:
         with torch.no_grad():
             vectors = F.normalize(vectors, dim=1) * START * self.item_embedding.embedding_dim**0.5
             self.item_embedding.weight[1:] = vectors[1:]
-
-    def fingerprint_parts(self) -> list[str]:
-        """What of the data and the language model decides the result, beside the log: for the run's fingerprint."""
-        import hashlib
-
-        digest = hashlib.sha256(self.item_tokens.cpu().numpy().tobytes() + self.item_lengths.cpu().numpy().tobytes())
-        digest.update(self.language.frozen.mark.cpu().numpy().tobytes())
-        return [digest.hexdigest()]
-
-    # -- texts ------------------------------------------------------------------------------------------------------
-
-    def _read_texts(self, numbers: torch.Tensor) -> tuple[torch.Tensor, Places]:
-        """States [N, D] of the texts of items [n], each followed by [ALIGN] and on its own."""
-        places = texts_as_rows(self.item_lengths[numbers].long())
-        ids = self.item_tokens[numbers[places.row], places.position.clamp(max=self.item_tokens.shape[1] - 1)].long()
-        inputs = self._inputs(self.language.embed(ids), places, 0)
-        view = View(places, places.visible(self.language.causal))
-        if self.collaborator is not None:
-            view.given, view.items = self.collaborator.items(numbers), places.sees_items(1)
-        return self.language(inputs, view), places
-
-    def read_items(self, numbers: torch.Tensor) -> torch.Tensor:
-        """States at [ALIGN] of the texts of items [n]: [n, D]."""
-        states, places = self._read_texts(numbers)
-        return states[places.special]
-
-    def _text_blocks(self, numbers: torch.Tensor) -> list[torch.Tensor]:
-        """Items in parts of at most `token_budget` tokens."""
-        ends = (self.item_lengths[numbers].long() + 1).cumsum(0)
-        parts = torch.bincount((ends - 1) // self.token_budget).tolist()
-        return [part for part in numbers.split(parts) if len(part)]
-
-    @torch.no_grad()
-    def known_items(self) -> torch.Tensor:
-        """States at [ALIGN] of all items [V, D]: while training those of the epoch's start, otherwise the present."""
-        marks = "epoch" if self.training else [(p.data_ptr(), p._version) for p in self.parameters()]
-        if self._known is None or self._known[0] != marks:
-            was_training = self.training
-            self.language.eval()
-            numbers = torch.arange(self.n_items, device=self.item_tokens.device)
-            found = torch.cat([self.read_items(part) for part in self._text_blocks(numbers)])
-            self.language.train(was_training)
-            self._known = marks, found
-        return self._known[1]
-
-    def train(self, mode: bool = True) -> DARec:
-        if mode:  # RecBole calls it at the start of each epoch
-            self._known = None
-        return super().train(mode)
-
-    def _inputs(self, embedded: torch.Tensor, places: Places, special: int) -> torch.Tensor:
-        return torch.where(places.special[:, None], self.special.weight[special], embedded)
 
     # -- histories --------------------------------------------------------------------------------------------------
 
@@ -224,7 +109,7 @@ class DARec(SequentialRecommender):
             item_seq_len = (item_seq > 0).sum(dim=1)
         if torch.is_grad_enabled():
             items = item_seq[torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]]  # [M]
-            return self._encode(item_seq, item_seq_len, self._fresh(items) if self.training else None)
+            return self._encode(item_seq, item_seq_len, self.fresh_items(items) if self.training else None)
         h = self.item_embedding.weight.new_zeros(*item_seq.shape, self.item_embedding.embedding_dim)
         order = torch.argsort(item_seq_len, stable=True)
         for rows in self._history_blocks(item_seq[order], item_seq_len[order]):
@@ -233,17 +118,8 @@ class DARec(SequentialRecommender):
             h[part, :width] = self._encode(item_seq[part, :width], item_seq_len[part], None)
         return h
 
-    def _fresh(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items whose texts a training step reads with gradient, and their states: half of them of the batch, half of
-        all, so that rare ones are aligned too."""
-        here = torch.unique(items)
-        some = here[torch.randperm(len(here), device=items.device)[: -(-self.text_items // 2)]]
-        any_ = torch.randint(1, self.n_items, (self.text_items // 2,), device=items.device)
-        numbers = torch.unique(torch.cat([some, any_]))
-        return numbers, self.read_items(numbers)
-
     def _encode(self, item_seq: torch.Tensor, counts: torch.Tensor, fresh: Any) -> torch.Tensor:
-        """See :meth:`encode_positions`; `fresh`: items and states of :meth:`_fresh` that replace the known ones."""
+        """See :meth:`encode_positions`; `fresh`: what :meth:`fresh_items` gives, in place of the known ones."""
         by_items = self.history == "items"
         inside = torch.arange(item_seq.shape[1], device=item_seq.device) < counts[:, None]  # [B, L]
         items = item_seq[inside]  # [M]
@@ -313,7 +189,7 @@ class DARec(SequentialRecommender):
         item_seq, counts = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         targets = interaction[PACKED_TARGETS]  # [U, L]
         inside = torch.arange(item_seq.shape[1], device=item_seq.device) < counts[:, None]
-        fresh = self._fresh(item_seq[inside]) if self.history == "items" or self.align_weight else None
+        fresh = self.fresh_items(item_seq[inside]) if self.history == "items" or self.align_weight else None
         found = self._encode(item_seq, counts, fresh)
         h, targets = found[targets > 0], targets[targets > 0]
         table = self.item_vectors()
@@ -363,41 +239,3 @@ class _Options(dict):
 
     def __missing__(self, key: str) -> None:
         return None
-
-
-def adapter_pairs(sizes: Any, layers: int) -> list[tuple[int, int]]:
-    """The option `adapter_sizes` as (after attention, after feed-forward) for each layer.
-
-    Raises:
-        ConfigError: it lists another number of layers than the language model has.
-    """
-    if isinstance(sizes, int):
-        return [(sizes, sizes)] * layers
-    pairs = [(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])) for size in sizes]
-    if len(pairs) != layers:
-        raise ConfigError([f"adapter_sizes: {len(pairs)} entries, but the language model has {layers} layers."])
-    return pairs
-
-
-def item_tokens(config: Any, dataset: Any, tokenizer: Any) -> Any:
-    """The items' texts as tokens (:class:`~recbole_raserec.data.item_text.ItemTokens`), and a line in the log.
-
-    They are kept with the data set: it is read by the loader and by the model.
-    """
-    kept = getattr(dataset, "item_text_tokens", None)
-    if kept is not None:
-        return kept
-    path = Path(config["data_path"]) / f"{config['dataset']}.item"
-    names: Sequence[str] = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-    texts = read_item_texts(
-        path, names, config["item_text_fields"], config["field_separator"] or "\t", dataset.iid_field
-    )
-    found = tokenise(
-        texts.texts, lambda rows: tokenizer(rows, add_special_tokens=False)["input_ids"], config["item_text_length"]
-    )
-    getLogger().info(
-        f"Item texts: {len(names) - 1} items, {texts.missing} without a text (their id is read instead), "
-        f"{found.lengths[1:].mean():.1f} tokens each, {found.cut} cut at {config['item_text_length']}"
-    )
-    dataset.item_text_tokens = found
-    return found
