@@ -16,9 +16,10 @@ from typing import Any
 import grid
 import numpy as np
 from grid import Results, mean
-from trained import load, quintiles
+from trained import load
 
 from recbole_raserec import plots
+from recbole_raserec.evaluation.groups import quintiles
 from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT
 
 ROWS = {"RaSeRec over SASRec": ("--model=RaSeRec", "--backbone=SASRec")}

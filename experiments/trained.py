@@ -82,10 +82,3 @@ def add_rows(bank: MemoryBank, source: MemoryBank, rows: np.ndarray) -> None:
         name: getattr(source, name)[rows] for name in ("keys", "targets", "users", "positions", "times")
     }
     bank.add(**columns)
-
-
-def quintiles(values: np.ndarray) -> list[np.ndarray]:
-    """Five groups of rows of about equal size by rising value; equal values stay together."""
-    edges = np.quantile(values, (0.2, 0.4, 0.6, 0.8), method="lower")
-    group = np.searchsorted(edges, values, side="left")
-    return [np.flatnonzero(group == number) for number in range(5) if (group == number).any()]

@@ -136,6 +136,12 @@ def _numpy_names(module: Any) -> None:
         vars(module).setdefault(old, getattr(module, new))
 
 
+@_mend("numpy-aliases", "recbole.evaluator.metrics", needed=lambda: _at_least("numpy", "1.20"))
+def _numpy_aliases(module: Any) -> None:
+    """RecBole's metrics use np.float and np.bool, which RecBole's Config puts into numpy; needed without one too."""
+    module.np = _View(module.np, float=module.np.float64, bool=module.np.bool_)
+
+
 def _without_pkg_resources() -> bool:
     return "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None
 

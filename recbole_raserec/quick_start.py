@@ -183,11 +183,12 @@ def _report(config: Any, stages: dict[str, Outcome], data: Any, seconds: float) 
         options=config.explain(),
         parameters={name: outcome.parameters for name, outcome in (("base", base), ("ours", ours)) if outcome},
         peak_memory_mb=peak_memory_mb(),
+        curves={name: outcome.curve for name, outcome in (("base", base), ("ours", ours)) if outcome},
     )
     if config["ranks_file"]:
         users = base.splits.vocabulary()["users"]
         ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
-        write_ranks(config["ranks_file"], ranks, users)
+        write_ranks(config["ranks_file"], ranks, users, base.splits.seen)
     if config["result_file"]:
         write_result(config["result_file"], record)
     print("\n" + record_table(record))

@@ -47,6 +47,7 @@ class Outcome:
         metrics: phase -> protocol -> metric -> value; of a trial those of "valid" alone.
         seconds: training time over all its runs.
         directory: its checkpoint. ranks: of the test targets, which its test metrics are made of; None of a trial.
+        curve: of its training (:attr:`ResumableTrainer.curve`); empty where it was not kept.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Outcome:
     directory: Path
     fingerprint: str
     ranks: Optional[Ranks] = None
+    curve: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -263,10 +265,11 @@ def _run(
         keeper.admit_validation(test)
     ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
     metrics["test"] = metrics_by_protocol(ranks, config, decimals=DECIMALS)
-    outcome = Outcome(name, model, splits, metrics, trainer.seconds, directory, mark, ranks)
+    curve = done.get("curve", {}) if finished else trainer.curve
+    outcome = Outcome(name, model, splits, metrics, trainer.seconds, directory, mark, ranks, curve)
     if not finished:
         full = {"model": name, "dataset": config["dataset"], "fingerprint": mark, "data": splits.fingerprint}
-        full.update(manifest, metrics=metrics, seconds=trainer.seconds)
+        full.update(manifest, metrics=metrics, seconds=trainer.seconds, curve=curve)
         known = catalogue_of(splits, config)
         write_checkpoint(directory, full, splits.vocabulary(), getattr(model, "memory", None), known)
     return outcome
@@ -293,8 +296,8 @@ def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path, t
     if trial is None:
         ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
         metrics["test"] = metrics_by_protocol(ranks, config, decimals=DECIMALS)
-    seconds = float(manifest.get("seconds", 0.0))
-    return Outcome(config["model"], model, splits, metrics, seconds, directory, manifest["fingerprint"], ranks)
+    seconds, mark, curve = float(manifest.get("seconds", 0.0)), manifest["fingerprint"], manifest.get("curve", {})
+    return Outcome(config["model"], model, splits, metrics, seconds, directory, mark, ranks, curve)
 
 
 def _ram_config(config: Any) -> Any:

@@ -92,20 +92,6 @@ def test_groups_of_targets(script):
     assert "target popularity" in page
 
 
-def test_quintiles_keep_equal_values_together(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    import numpy as np
-
-    quintiles = importlib.import_module("trained").quintiles
-    values = np.array([1] * 50 + [2] * 30 + list(range(3, 23)))
-    groups = quintiles(np.random.default_rng(0).permutation(values))
-    assert sorted(np.concatenate(groups).tolist()) == list(range(100))
-    spans = [
-        (values_.min(), values_.max()) for values_ in (np.random.default_rng(0).permutation(values)[g] for g in groups)
-    ]
-    assert all(a[1] < b[0] for a, b in zip(spans, spans[1:]))
-
-
 def test_the_regenerator_against_baselines(script):
     quick = [option for option in SMALL if not option.startswith("ram")]
     quick += ["regen_epochs=2", "regen_layers=1", "regen_inner_size=16", "regen_heads=1"]

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from scipy.sparse import csr_matrix
 from test_pipeline import TINY, tiny_run  # noqa: F401  a fixture
 
 from recbole_raserec.allocator import peak_memory_mb
@@ -133,9 +134,13 @@ def test_the_ranks_give_the_figures_of_the_record(tiny_run, tmp_path, model, opt
 
 def test_a_file_of_ranks_is_written_whole_and_read_without_pickle(tmp_path):
     path = tmp_path / "deep" / "ranks.npz"
-    ranks = Ranks(torch.tensor([3, 1]), None, torch.tensor([0, 1]), torch.tensor([2, 1]))
-    write_ranks(path, {"base": ranks}, ["[PAD]", "anna", "björn"])
+    ranks = Ranks(*(torch.tensor(x) if x else None for x in ([3, 1], None, [0, 1], [2, 1], [1, 3])))
+    seen = {"valid": csr_matrix([[0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 0, 0]]), "test": csr_matrix([[0], [1], [4]]) > 0}
+    write_ranks(path, {"base": ranks}, ["[PAD]", "anna", "björn"], seen)
     stored = read_ranks(path)["base"]
+    assert {name: values.tolist() for name, values in stored.groupings.items()} == {
+        "popularity": [2, 1], "history": [1, 1]
+    }  # fmt: skip
     assert list(stored.users) == ["björn", "anna"]
     assert stored.ranks["seen_kept"].tolist() == [3, 1]
     assert list(stored.ranks) == ["seen_kept"]
@@ -163,8 +168,10 @@ def run_of(tmp_path):
     def build(name, users, kept, base=None):
         kept = torch.as_tensor(kept)
         names = ["[PAD]", *users]
-        stages = {"base": Ranks(kept, None, torch.arange(len(kept)), torch.arange(1, len(names)))}
-        write_ranks(tmp_path / f"{name}.npz", stages, names)
+        rows = torch.arange(len(kept))
+        stages = {"base": Ranks(kept, None, rows, rows + 1, rows)}
+        nothing = csr_matrix((len(names), len(names)), dtype=bool)
+        write_ranks(tmp_path / f"{name}.npz", stages, names, {"valid": nothing, "test": nothing})
         metrics = {"test": {"seen_kept": metrics_from_ranks(kept, OPTIONS, decimals=DECIMALS)}}
         record = {
             "metrics": {"base": metrics} if base is None else {"base": base.record["metrics"]["base"], "ours": metrics},

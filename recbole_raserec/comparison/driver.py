@@ -8,23 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from recbole_raserec import plots
 from recbole_raserec.comparison.cells import command_words, environment_of, finished, run_cells
+from recbole_raserec.comparison.drawing import FIGURES, TABLES, draw
 from recbole_raserec.comparison.plan import CELLS, SAVED, Cell, Plan, make_plan
 from recbole_raserec.comparison.specs import Problems, Several
-from recbole_raserec.errors import MissingExtraError, RaSeRecError
+from recbole_raserec.errors import RaSeRecError
 from recbole_raserec.evaluation.comparison import Row, figures
-from recbole_raserec.evaluation.report import PROTOCOL_TITLES, metric_title, versions
+from recbole_raserec.evaluation.report import versions
 from recbole_raserec.evaluation.tables import STYLES
-from recbole_raserec.fileio import read_json, replacing, write_json
+from recbole_raserec.fileio import write_json
 from recbole_raserec.option_text import nearest
-
-#: The figures; every table and the plot are drawn from this file.
-FIGURES = "compare.json"
-
-#: Files of the tables, and the plot.
-TABLES = {"text": "compare.txt", "markdown": "compare.md", "latex": "compare.tex", "csv": "compare.csv"}
-PLOT = "compare.png"
 
 #: What can be printed.
 FORMATS = (*STYLES, "json")
@@ -106,20 +99,6 @@ def compare(
     return content
 
 
-def draw(output: Union[str, os.PathLike]) -> None:
-    """Make the tables and, with matplotlib, the plot of a directory anew from its ``compare.json``."""
-    content = read_json(Path(output) / FIGURES)
-    for style, name in TABLES.items():
-        with replacing(Path(output) / name) as part:
-            Path(part).write_text(STYLES[style](content).rstrip("\n") + "\n", encoding="utf-8")
-    try:
-        panels = _panels(content)
-        if panels:
-            plots.bars(Path(output) / PLOT, panels, "", "mean over the seeds")
-    except MissingExtraError as error:
-        _say(f"no {PLOT}: {error}")
-
-
 def run_command(
     own: Mapping[str, str], config_files: Optional[Sequence[str]], argv: Sequence[str], model: Optional[str],
     dataset: Optional[str],
@@ -175,27 +154,6 @@ def _rows(plan: Plan, dataset: str, failed: Mapping[str, str]) -> list[Row]:
         runs = {seed: run for seed, run in found.items() if run is not None}
         rows.append(Row(label, base, runs, {cell.seed: failed[cell.name] for cell in cells if cell.name in failed}))
     return rows
-
-
-def _panels(content: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """{data set and protocol: {model: {metric: values of the seeds}}}: bases and what stands on them, else all rows."""
-    panels = {}
-    for name, data in content["datasets"].items():
-        bases = {row["base"] for row in data["rows"]} - {None}
-        shown = [row for row in data["rows"] if not bases or row["base"] or row["model"] in bases]
-        for protocol in {each: None for row in shown for each in row["metrics"]}:
-            title = f"{name}: {PROTOCOL_TITLES[protocol].partition(' (')[0]}"
-            panels[title] = {
-                row["model"]: {
-                    metric_title(metric).replace("@", "\n@"): [
-                        seed["metrics"][protocol][metric] for seed in row["seeds"].values()
-                    ]
-                    for metric in row["metrics"][protocol]
-                }
-                for row in shown
-                if protocol in row["metrics"]
-            }
-    return panels
 
 
 def _failures(content: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from recbole_raserec.evaluation.groups import grouped
 from recbole_raserec.evaluation.ranks_file import read_ranks, user_metrics
 from recbole_raserec.evaluation.report import improvement
 from recbole_raserec.evaluation.significance import holm, paired_p
@@ -41,6 +42,12 @@ class Run:
     def parameters(self) -> Optional[int]:
         of = self.record["parameters"]
         return of.get("ours", of.get("base"))
+
+    @property
+    def curve(self) -> dict[str, Any]:
+        """Of the training of what is beyond the base; empty in records of earlier versions."""
+        of = self.record.get("curves", {})
+        return of.get("ours", of.get("base", {}))
 
     @property
     def training_seconds(self) -> float:
@@ -124,8 +131,18 @@ def _seed(run: Run) -> dict[str, Any]:
         "wall_seconds": record["seconds"]["this_run"],
         "peak_memory_mb": record["peak_memory_mb"],
         "continued": run.continued,
+        "curve": run.curve,
+        **_groups(run),
         "threads": record["options"].get("threads"),
     }
+
+
+def _groups(run: Run) -> dict[str, Any]:
+    """ "grouped", the metric that stops the training early, and "groups" of it, see :func:`groups.grouped`."""
+    metric = str(run.record["options"].get("valid_metric", "")).lower()
+    if metric not in next(iter(run.metrics.values()), {}):
+        return {}
+    return {"grouped": metric, "groups": grouped(_last(run), run.record["options"], metric)}
 
 
 def spread(values: Iterable[Optional[float]]) -> dict[str, Optional[float]]:

@@ -45,12 +45,14 @@ class Ranks:
         removed: int64 [P], seen items out of the ranking; None if the seen items were not given.
         queries: int64 [P], the query each rank belongs to (a general model may have several targets per query).
         users: int64 [n_queries], internal user id of each query.
+        targets: int64 [P], internal item id of each target.
     """
 
     kept: torch.Tensor
     removed: torch.Tensor | None
     queries: torch.Tensor
     users: torch.Tensor
+    targets: torch.Tensor
 
     def by_protocol(self) -> dict[str, torch.Tensor]:
         """The ranks under the name of their protocol."""
@@ -139,7 +141,7 @@ def collect_ranks(
                 if seen_by == "query":
                     seen_rows = ranks.n_queries + np.arange(len(users))
                 kept, removed = _rank_batch(scorer, interaction, positive_u, positive_i, seen, seen_rows)
-                ranks.add(kept, removed, positive_u, users)
+                ranks.add(kept, removed, positive_u, users, positive_i.cpu())
     finally:
         model.train(was_training)
     if not ranks.n_queries:
@@ -252,17 +254,22 @@ class _RankLists:
         self.removed: list[torch.Tensor] = []
         self.queries: list[torch.Tensor] = []
         self.users: list[torch.Tensor] = []
+        self.targets: list[torch.Tensor] = []
 
-    def add(self, kept: torch.Tensor, removed: torch.Tensor, rows: torch.Tensor, users: torch.Tensor) -> None:
+    def add(
+        self, kept: torch.Tensor, removed: torch.Tensor, rows: torch.Tensor, users: torch.Tensor, targets: torch.Tensor
+    ) -> None:
         self.kept.append(kept)
         self.removed.append(removed)
         self.queries.append(rows + self.n_queries)
         self.users.append(users)
+        self.targets.append(targets)
         self.n_queries += len(users)
 
     def joined(self, with_removed: bool) -> Ranks:
         removed = torch.cat(self.removed) if with_removed else None
-        return Ranks(torch.cat(self.kept), removed, torch.cat(self.queries), torch.cat(self.users))
+        queries, users, targets = (torch.cat(parts) for parts in (self.queries, self.users, self.targets))
+        return Ranks(torch.cat(self.kept), removed, queries, users, targets)
 
 
 def _cutoffs(config: Any) -> list[int]:

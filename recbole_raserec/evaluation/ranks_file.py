@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.evaluation.protocols import PROTOCOLS, Ranks, query_metrics
 from recbole_raserec.fileio import replacing
 
-#: Names in the file: ``<stage>/users``, ``<stage>/queries``, and ``<stage>/<protocol>`` for the ranks.
+#: Names in the file: ``<stage>/users``, ``<stage>/queries``, ``<stage>/<protocol>`` for the ranks, and what targets are
+#: grouped by.
 USERS, QUERIES = "users", "queries"
+POPULARITY, HISTORY = GROUPINGS = ("popularity", "history")
 
 
 @dataclass(frozen=True)
@@ -28,28 +31,39 @@ class StageRanks:
         users: str [n], the user of each query, as the log calls them.
         queries: int64 [P], the query (0..n-1) of each target; a query of a general model may have several.
         ranks: {protocol: int64 [P]}, 1-based.
+        groupings: {"popularity": int64 [P], users who had the target in the training split; "history": int64 [P],
+            different items that its user had before the test}; empty in files of earlier versions.
     """
 
     users: np.ndarray
     queries: np.ndarray
     ranks: dict[str, np.ndarray]
+    groupings: dict[str, np.ndarray]
 
 
-def write_ranks(path: str | os.PathLike, stages: Mapping[str, Ranks], users: Sequence[str]) -> None:
+def write_ranks(
+    path: str | os.PathLike, stages: Mapping[str, Ranks], users: Sequence[str], seen: Mapping[str, csr_matrix]
+) -> None:
     """Write the ranks of a run's stages as an ``.npz`` file without pickle, atomically.
 
     Args:
         path: of the file.
         stages: ranks by stage, from the base to the whole pipeline; they are read in that order.
         users: the name in the log of each internal user id.
+        seen: bool [n_users, n_items], what was there before the targets of "valid" and of "test".
     """
     names = np.asarray(users, dtype=str)
+    without = seen["valid"].getnnz(axis=1) == 0  # users without a validation target: all before the test is training
+    popularity = seen["valid"].getnnz(axis=0) + seen["test"][without].getnnz(axis=0)  # [n_items]
+    history = seen["test"].getnnz(axis=1)  # [n_users]
     arrays = {}
     for stage, ranks in stages.items():
         arrays[f"{stage}/{USERS}"] = names[ranks.users.numpy()]
         arrays[f"{stage}/{QUERIES}"] = ranks.queries.numpy().astype(np.int32)
         for protocol, values in ranks.by_protocol().items():
             arrays[f"{stage}/{protocol}"] = values.numpy().astype(np.int32)
+        arrays[f"{stage}/{POPULARITY}"] = popularity[ranks.targets.numpy()].astype(np.int32)
+        arrays[f"{stage}/{HISTORY}"] = history[ranks.users[ranks.queries].numpy()].astype(np.int32)
     with replacing(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -70,7 +84,10 @@ def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
             stage: StageRanks(
                 arrays[f"{stage}/{USERS}"],
                 arrays[f"{stage}/{QUERIES}"].astype(np.int64),
-                {name: arrays[f"{stage}/{name}"].astype(np.int64) for name in PROTOCOLS if f"{stage}/{name}" in arrays},
+                *(
+                    {name: arrays[f"{stage}/{name}"].astype(np.int64) for name in names if f"{stage}/{name}" in arrays}
+                    for names in (PROTOCOLS, GROUPINGS)
+                ),
             )
             for stage in stages
         }

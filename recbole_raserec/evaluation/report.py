@@ -104,6 +104,7 @@ def result_record(
     options: Mapping[str, Any] | None = None,
     parameters: Mapping[str, int] | None = None,
     peak_memory_mb: float | None = None,
+    curves: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything a result needs to be understood and repeated, ready for JSON.
 
@@ -116,6 +117,7 @@ def result_record(
         options: the options of the run that differ from the defaults, or all of them.
         parameters: {"base" | "ours": learned numbers of the model}.
         peak_memory_mb: largest memory of the process, MiB; None where that cannot be told.
+        curves: {"base" | "ours": validation values and training losses by epoch}.
     """
     base, ours = metrics.get("base"), metrics.get("ours")
     record: dict[str, Any] = {
@@ -139,6 +141,7 @@ def result_record(
     record["seconds"] = {stage: round(float(value), 3) for stage, value in seconds.items()}
     record["parameters"] = parameters or {}
     record["peak_memory_mb"] = _rounded(peak_memory_mb, 1)
+    record["curves"] = curves or {}
     record["versions"] = versions()
     record["options"] = options or {}
     return _plain(record)

@@ -60,6 +60,7 @@ class ResumableTrainer(Trainer):
         self._evaluate, self._protocol = evaluate, protocol
         self._before_epoch = before_epoch
         self.seconds = 0.0
+        self.valid_values: dict[int, float] = {}  # by epoch
         self._epoch_start = time.perf_counter()
         self._loader: Any = None
         self._resumed: Optional[dict[str, torch.Tensor]] = None
@@ -96,6 +97,7 @@ class ResumableTrainer(Trainer):
             return self.best_valid_score, self.best_valid_result
 
         def after_epoch(epoch: int, score: float) -> None:
+            self.valid_values[epoch] = float(score)
             if callback_fn:
                 callback_fn(epoch, score)
             self.save_state(epoch)
@@ -105,6 +107,13 @@ class ResumableTrainer(Trainer):
         if self._pretrains and last % self.save_step:
             self.save_pretrained_model(last - 1)  # RecBole keeps each `save_step`-th epoch only, perhaps none
         return result
+
+    @property
+    def curve(self) -> dict[str, Any]:
+        """{"metric": validated, "valid": [[epoch, value], ...], "train_loss": [[epoch, loss], ...]} of all its runs."""
+        pairs = {"valid": self.valid_values, "train_loss": self.train_loss_dict}
+        named = {name: [[epoch, float(of[epoch])] for epoch in sorted(of)] for name, of in pairs.items()}
+        return {"metric": self.valid_metric, **named}
 
     @property
     def _pretrains(self) -> bool:
@@ -192,6 +201,7 @@ class ResumableTrainer(Trainer):
             "best_valid_score": float(self.best_valid_score),
             "best_valid_result": self.best_valid_result and dict(self.best_valid_result),
             "train_loss": {str(k): float(v) for k, v in self.train_loss_dict.items()},
+            "valid_values": {str(k): v for k, v in self.valid_values.items()},
             "seconds": self.seconds,
             "param_groups": json.loads(json.dumps(optimizer["param_groups"], default=str)),
             "scalars": scalars,
@@ -224,6 +234,7 @@ class ResumableTrainer(Trainer):
             self.best_valid_score = meta["best_valid_score"]
             self.best_valid_result = meta["best_valid_result"]
             self.train_loss_dict = {int(k): v for k, v in meta["train_loss"].items()}
+            self.valid_values = {int(k): float(v) for k, v in meta.get("valid_values", {}).items()}
             self.seconds = float(meta["seconds"])
             self._resumed, self._resumed_meta = tensors, meta
         except CheckpointError as error:
