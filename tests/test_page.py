@@ -12,7 +12,6 @@ import pytest
 from browser import Browser, binary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import tiny_run  # noqa: F401  fixture
 
 from recbole_raserec import Recommender
 from recbole_raserec.serving.explain import Explanation, Item, Memory, Reason
@@ -259,7 +258,7 @@ def test_a_probability_is_shown_as_percent():
 
 
 @pytest.mark.parametrize("head", ["ram", "knn"])
-def test_of_a_model(tiny_run, head):  # noqa: F811
+def test_of_a_model(tiny_run, head):
     recommender = Recommender.load(tiny_run(head=head).ours.directory, "cpu")
     explanation = recommender.explain(None, 6, user=recommender.users[3])
     check_sums(check(explanation), explanation)

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from serve_helpers import TOKEN, Server
-from test_pipeline import planted_run  # noqa: F401  a fixture
 
 from recbole_raserec import Recommender, cli
 from recbole_raserec.errors import CheckpointError, ConfigError
@@ -34,13 +33,13 @@ AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 LIMITS = Settings(TOKEN, max_body=20_000, max_sequences=4, max_history=50, max_k=20, max_candidates=30, max_events=6)
 
 
-def fresh(planted_run, directory):  # noqa: F811
+def fresh(planted_run, directory):
     shutil.copytree(planted_run.ours.directory, directory)
     return directory
 
 
 @pytest.fixture(scope="module")
-def served(planted_run, tmp_path_factory):  # noqa: F811
+def served(planted_run, tmp_path_factory):
     """A recommender behind an application: what reads only is asked of this one."""
     directory = fresh(planted_run, tmp_path_factory.mktemp("served") / "checkpoint")
     recommender = Recommender.load(directory, "cpu", journal=True)
@@ -50,7 +49,7 @@ def served(planted_run, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture
-def own(planted_run, tmp_path):  # noqa: F811
+def own(planted_run, tmp_path):
     """The same for one test, which may change it."""
     recommender = Recommender.load(fresh(planted_run, tmp_path / "checkpoint"), "cpu", journal=True)
     app = create_app(recommender, LIMITS)
@@ -113,7 +112,7 @@ def test_changes(own):
 
 
 @pytest.mark.parametrize("path", ["/update", "/forget", "/save"])
-def test_changes_need_the_token(served, planted_run, path):  # noqa: F811
+def test_changes_need_the_token(served, planted_run, path):
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}, {"Authorization": "é"}):
         headers = {name: value.encode("latin-1") for name, value in headers.items()}
         answer = served.client.post(path, json={"user": "u", "events": []}, headers=headers)
@@ -334,7 +333,7 @@ def test_the_description_is_whole(served):
                 assert served_.status_code == (401 if "security" in route else 200), served_.text
 
 
-def test_fuzzed(planted_run, tmp_path):  # noqa: F811
+def test_fuzzed(planted_run, tmp_path):
     """Random requests by the description: no 5xx, and answers as described."""
     reason = "schemathesis is not installed (the extra fuzz, Python 3.10 or later)"
     schemathesis = pytest.importorskip("schemathesis", reason=reason)
@@ -384,7 +383,7 @@ def start():
             server.end(signal.SIGKILL)
 
 
-def test_killed_while_it_is_updated(planted_run, tmp_path, start):  # noqa: F811
+def test_killed_while_it_is_updated(planted_run, tmp_path, start):
     directory, log = fresh(planted_run, tmp_path / "checkpoint"), tmp_path / "log"
     first = start(directory, log, "--save_every=1")
     recommender = Recommender.load(directory, "cpu")
