@@ -149,3 +149,12 @@ def tiny_run(tmp_path):
         return run(tmp_path, model, "tiny", data_path=str(tmp_path), **given)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def served(planted_run, tmp_path_factory):
+    """A recommender behind an application: what reads only is asked of this one."""
+    from serve_helpers import application
+
+    with application(planted_run, tmp_path_factory.mktemp("served") / "checkpoint") as made:
+        yield made
