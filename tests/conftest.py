@@ -158,3 +158,11 @@ def served(planted_run, tmp_path_factory):
 
     with application(planted_run, tmp_path_factory.mktemp("served") / "checkpoint") as made:
         yield made
+
+
+@pytest.fixture
+def stand_in(workdir, monkeypatch):
+    """What runs the cells of a comparison in place of the runner."""
+    from compare_helpers import prepared
+
+    return prepared(workdir, monkeypatch)
