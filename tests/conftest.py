@@ -100,8 +100,8 @@ def extra():
 @pytest.fixture
 def tiny(tmp_path):
     """Runs a pipeline with stage i on a small log."""
+    from pipeline_helpers import run
     from regeneration_helpers import QUICK
-    from test_pipeline import run
 
     write_log(tmp_path, "tiny", random_log(0))
 
@@ -126,3 +126,43 @@ def flavour(request, monkeypatch):
     native.loaded.cache_clear()
     yield native.loaded()
     native.loaded.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def planted_run(tmp_path_factory):
+    """The run of PLANTED, once a session."""
+    from pipeline_helpers import PLANTED, run
+
+    return run(tmp_path_factory.mktemp("planted-run"), **PLANTED, result_file="result.json")
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """Factory of runs on a generated log, all below one directory."""
+    from pipeline_helpers import TINY, run, small
+
+    write_log(tmp_path, "tiny", random_log(0))
+
+    def build(model="RaSeRec", **options):
+        reader = options.get("backbone", TINY["backbone"]) if model == "RaSeRec" else model
+        given = {**(TINY if model == "RaSeRec" else {"epochs": 1}), **small(reader), **options}
+        return run(tmp_path, model, "tiny", data_path=str(tmp_path), **given)
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def served(planted_run, tmp_path_factory):
+    """A recommender behind an application: what reads only is asked of this one."""
+    from serve_helpers import application
+
+    with application(planted_run, tmp_path_factory.mktemp("served") / "checkpoint") as made:
+        yield made
+
+
+@pytest.fixture
+def stand_in(workdir, monkeypatch):
+    """What runs the cells of a comparison in place of the runner."""
+    from compare_helpers import prepared
+
+    return prepared(workdir, monkeypatch)

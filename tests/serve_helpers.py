@@ -1,4 +1,4 @@
-"""A server in a process of its own, and a client for it without any package."""
+"""What the tests of the service share: its application, and a server in a process of its own with a client for it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,39 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+
+from recbole_raserec import Recommender
+from recbole_raserec.serving.service import Settings
 
 TOKEN = "a-token-of-the-tests"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+LIMITS = Settings(TOKEN, max_body=20_000, max_sequences=4, max_history=50, max_k=20, max_candidates=30, max_events=6)
+
+
+def fresh(planted_run, directory):
+    """A copy of the shared run's checkpoint."""
+    shutil.copytree(planted_run.ours.directory, directory)
+    return directory
+
+
+@contextmanager
+def application(planted_run, directory):
+    """A recommender behind an application, on a copy of the shared run's checkpoint."""
+    from fastapi.testclient import TestClient
+
+    from recbole_raserec.serving.app import create_app
+
+    recommender = Recommender.load(fresh(planted_run, directory), "cpu", journal=True)
+    app = create_app(recommender, LIMITS)
+    yield SimpleNamespace(client=TestClient(app), app=app, recommender=recommender, directory=directory)
+    app.state.service.stop()
 
 
 class Server:

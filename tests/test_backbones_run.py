@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
-from test_pipeline import figures, tiny_run  # noqa: F401  a fixture
+from pipeline_helpers import figures
 
 from recbole_raserec.recommendation.backbone import SUPPORTED
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_a_supported_model_carries_retrieval(tiny_run, name):  # noqa: F811
+def test_a_supported_model_carries_retrieval(tiny_run, name):
     if name == "DARec":
         pytest.importorskip("transformers", reason="needs the extra llm")
     made = tiny_run("RaSeRec", backbone=name)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_pipeline import planted_run, tiny_run  # noqa: F401  fixtures
 
 from recbole_raserec import load_checkpoint
 from recbole_raserec.data.dataset import POSITION
@@ -42,7 +41,7 @@ for directory in sys.argv[1:]:
 
 
 @pytest.fixture
-def all_runs(planted_run, tiny_run):  # noqa: F811
+def all_runs(planted_run, tiny_run):
     """Finished stages by name, trained in this process."""
     duo = tiny_run(backbone="DuoRec")
     loose = tiny_run(freeze_backbone=False, ram="single", learnable_alpha=True)
@@ -80,7 +79,7 @@ def test_it_scores_as_the_training_process_did_with_nothing_but_the_directory(al
         np.testing.assert_allclose(found, scores, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_it_knows_options_figures_and_external_ids(planted_run):  # noqa: F811
+def test_it_knows_options_figures_and_external_ids(planted_run):
     checkpoint = load_checkpoint(planted_run.ours.directory)
     splits = planted_run.ours.splits
     assert checkpoint.options["alpha"] == planted_run.record["options"]["alpha"]
@@ -172,7 +171,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize(("name", "harm"), DAMAGE, ids=lambda x: getattr(x, "__name__", x))
-def test_damage_is_one_clear_error(planted_run, tmp_path, name, harm):  # noqa: F811
+def test_damage_is_one_clear_error(planted_run, tmp_path, name, harm):
     directory = tmp_path / "copy"
     shutil.copytree(planted_run.ours.directory, directory)
     load_checkpoint(directory)
@@ -186,7 +185,7 @@ def test_damage_is_one_clear_error(planted_run, tmp_path, name, harm):  # noqa: 
     assert len(message) < 600
 
 
-def test_a_checkpoint_of_another_model_does_not_pass_for_this_one(planted_run, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_another_model_does_not_pass_for_this_one(planted_run, tmp_path):
     directory = tmp_path / "mixed"
     shutil.copytree(planted_run.ours.directory, directory)
     shutil.copy(planted_run.base.directory / "model.safetensors", directory)

@@ -7,14 +7,13 @@ import io
 import json
 
 import pytest
-from test_pipeline import planted_run  # noqa: F401  a fixture
 
 from recbole_raserec import Recommender, doctor
 from recbole_raserec.cli import main
 
 
 @pytest.fixture(scope="module")
-def loaded(planted_run):  # noqa: F811
+def loaded(planted_run):
     directory = str(planted_run.ours.directory)
     return directory, Recommender.load(directory, "cpu")
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import planted_run, tiny_run  # noqa: F401  fixtures
 
 from recbole_raserec import Recommender
 from recbole_raserec.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def loaded(planted_run, tmp_path_factory):  # noqa: F811
+def loaded(planted_run, tmp_path_factory):
     directory = tmp_path_factory.mktemp("copy") / "checkpoint"
     shutil.copytree(planted_run.ours.directory, directory)
     return Recommender.load(directory, "cpu")
@@ -60,7 +59,7 @@ def test_the_parts_add_up(loaded, data):
         {"learnable_alpha": True, "beta": 1.0},
     ],
 )  # fmt: skip
-def test_other_heads_and_memories(tiny_run, options):  # noqa: F811
+def test_other_heads_and_memories(tiny_run, options):
     recommender = Recommender.load(tiny_run(**options).ours.directory, "cpu")
     for user in recommender.users[1:6]:
         check(recommender, [recommender.items[n] for n in recommender.stored([user])[0]], 4, user)
@@ -116,7 +115,7 @@ def test_memories_are_named_by_what_happened(loaded):
             assert position < len(own)
 
 
-def test_questions_without_sense(loaded, tiny_run):  # noqa: F811
+def test_questions_without_sense(loaded, tiny_run):
     with pytest.raises(InputError, match="nothing is known of this history"):
         loaded.explain(["unknown"])
     with pytest.raises(InputError, match="k: 0"):

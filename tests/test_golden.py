@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_pipeline import PLANTED, figures, planted_run, run  # noqa: F401  planted_run is a fixture
+from pipeline_helpers import PLANTED, figures, run
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 
@@ -24,14 +24,14 @@ TOLERANCE = 0.01
 MARGIN = 0.02
 
 
-def test_retrieval_beats_the_base_by_a_clear_margin(planted_run):  # noqa: F811
+def test_retrieval_beats_the_base_by_a_clear_margin(planted_run):
     for phase in ("valid", "test"):
         for protocol in PROTOCOLS:
             base, ours = (figures(planted_run.record)[who][phase][protocol]["ndcg@10"] for who in ("base", "ours"))
             assert ours > base + MARGIN, (phase, protocol)
 
 
-def test_the_figures_are_those_of_the_golden_file(planted_run):  # noqa: F811
+def test_the_figures_are_those_of_the_golden_file(planted_run):
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     assert golden["remake"] == REMAKE
     assert golden["options"] == PLANTED, f"the run has changed; remake the file: {REMAKE}"

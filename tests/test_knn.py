@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import PLANTED, figures, run, tiny_run  # noqa: F401  tiny_run is a fixture
+from pipeline_helpers import PLANTED, figures, run
 
 from recbole_raserec import load_checkpoint
 from recbole_raserec.retrieval.knn import SHARES, TAUS, KNNRaSeRec, interpolate, tune

@@ -10,7 +10,6 @@ import threading
 import numpy as np
 import pandas as pd
 import pytest
-from test_pipeline import planted_run, tiny_run  # noqa: F401  fixtures
 
 from recbole_raserec import Recommender, load_checkpoint
 from recbole_raserec.errors import CheckpointError, InputError
@@ -18,7 +17,7 @@ from recbole_raserec.serving.journal import Journal
 
 
 @pytest.fixture
-def directory(planted_run, tmp_path):  # noqa: F811
+def directory(planted_run, tmp_path):
     shutil.copytree(planted_run.ours.directory, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
@@ -284,7 +283,7 @@ def test_readers_beside_writers(directory):
 
 
 @pytest.mark.parametrize("model", ["GRU4Rec", "FPMC"])
-def test_models_without_a_memory_keep_histories(tiny_run, model, tmp_path):  # noqa: F811
+def test_models_without_a_memory_keep_histories(tiny_run, model, tmp_path):
     shutil.copytree(tiny_run(model).base.directory, tmp_path / "c")
     recommender = load(tmp_path / "c")
     done = recommender.update([("new", recommender.items[1]), ("new", recommender.items[2])])
@@ -295,7 +294,7 @@ def test_models_without_a_memory_keep_histories(tiny_run, model, tmp_path):  # n
     np.testing.assert_allclose(load(tmp_path / "c").score(users=["new"]), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_backbones_with_user_vectors_take_new_users(tiny_run, tmp_path):  # noqa: F811
+def test_backbones_with_user_vectors_take_new_users(tiny_run, tmp_path):
     shutil.copytree(tiny_run(backbone="FPMC").ours.directory, tmp_path / "c")
     recommender = load(tmp_path / "c")
     recommender.update([("new", item) for item in recommender.items[1:5]])

@@ -1,62 +1,21 @@
-"""The page of an explanation: well-formed, escaped, figures that add up; and in a browser where there is one."""
+"""The page of an explanation: well-formed, escaped, figures that add up."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from decimal import Decimal
 from html.parser import HTMLParser
 
 import pytest
-from browser import Browser, binary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import tiny_run  # noqa: F401  fixture
+from page_helpers import HOSTILE, example
 
 from recbole_raserec import Recommender
-from recbole_raserec.serving.explain import Explanation, Item, Memory, Reason
 from recbole_raserec.serving.page import RECENT, TOP, _asset, page
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-HOSTILE = [
-    "<script>document.documentElement.dataset.broken='yes'</script>",
-    "</script><script>document.documentElement.dataset.broken='yes'</script>",
-    "</style><img src=x onerror=\"document.documentElement.dataset.broken='yes'\">",
-    "\" onmouseover=\"document.documentElement.dataset.broken='yes'\" x='",
-    "' autofocus onfocus='alert(1)",
-    "--><!-- <![CDATA[ &amp; &#60; &lt;b&gt;",
-    "💿 film 👩‍👩‍👧‍👦 🏳️‍🌈",
-    "שלום עולם (2001) \u202e desrever",
-    "\x00\x1b[31m \ud800 \uffff",
-    "long " * 60,
-    "W" * 300,
-    "https://example.org/a.js",
-    "$& ${x} `x` {{x}} %s {0}",
-    "   ",
-]
-
-
-def example(titles=None, *, items=4, memories=5, history=12, unit="score", retrieval=(0.5,), backbone=(1.25,), **more):
-    """An explanation. titles: of all items, in turn; `retrieval` and `backbone` of the items, in turn."""
-
-    def item(number):
-        return Item(f"i{number}", titles[number % len(titles)] if titles else None)
-
-    held = [
-        Memory(
-            100 + n, item(n + 3), 0.98 - n / 50, 1 / memories, None if n % 3 == 2 else f"u{n}", 7 if n % 3 == 2 else 1,
-            [] if n % 3 == 2 else [item(n + place) for place in range(n % 6)],
-        )
-        for n in range(memories)
-    ]  # fmt: skip
-    reasons = []
-    for n in range(items):
-        own, found = backbone[n % len(backbone)], retrieval[n % len(retrieval)]
-        effects = [((-1) ** (n + m)) * (m + 1) * (n + 2) / 1000 for m in range(memories)]
-        reasons.append(Reason(item(n + 1), n + 1, own + found, own, found, (1, 9, 2, 60)[n % 4], own * 2, effects))
-    given = {"model": "RaSeRec", "dataset": "tiny", "alpha": 0.5, "dropped": 0, **more}
-    return Explanation(unit=unit, history=[item(n) for n in range(history)], memories=held, items=reasons, **given)
 
 
 class Reader(HTMLParser):
@@ -259,7 +218,7 @@ def test_a_probability_is_shown_as_percent():
 
 
 @pytest.mark.parametrize("head", ["ram", "knn"])
-def test_of_a_model(tiny_run, head):  # noqa: F811
+def test_of_a_model(tiny_run, head):
     recommender = Recommender.load(tiny_run(head=head).ours.directory, "cpu")
     explanation = recommender.explain(None, 6, user=recommender.users[3])
     check_sums(check(explanation), explanation)
@@ -295,118 +254,3 @@ def test_contrast(scheme):
             assert contrast(text, ground) >= 4.5, (text, ground)
     for mark in ("backbone", "retrieval", "taken", "gain", "loss", "soft", "ink"):
         assert contrast(mark, "track") >= 3, mark
-
-
-# ------------------------------------------------------------------ in a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if binary() is None:
-        pytest.skip("no Chromium or Chrome is installed")
-    try:
-        found = Browser(tmp_path_factory.mktemp("profile"))
-    except (RuntimeError, OSError, TimeoutError) as error:
-        pytest.skip(f"{binary()} does not start: {error}")
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def shown(browser, tmp_path):
-    """Opens the page of an explanation, and checks what must hold of every one."""
-
-    def show(explanation, width=1280, scheme="light", medium="", script=True):
-        path = tmp_path / "page.html"
-        path.write_text(page(explanation), encoding="utf-8")
-        browser.media(width, scheme, medium)
-        browser.call("Emulation.setScriptExecutionDisabled", value=not script)
-        browser.open(path)
-        requests = [event["params"]["request"]["url"] for event in browser.events
-                    if event["method"] == "Network.requestWillBeSent"]  # fmt: skip
-        assert [url for url in requests if not url.startswith("data:")] == [path.as_uri()]
-        bad = ("Runtime.exceptionThrown", "Log.entryAdded")
-        assert [event for event in browser.events if event["method"] in bad] == []
-        if script:
-            assert browser.ask("document.documentElement.dataset.ready") == "yes"
-            assert browser.ask("document.documentElement.dataset.broken || ''") == ""
-            assert browser.ask("document.documentElement.scrollWidth") <= width
-        return browser
-
-    yield show
-    shutil.rmtree(tmp_path, ignore_errors=True)
-
-
-def count(browser, selector):
-    return browser.ask(f"document.querySelectorAll({selector!r}).length")
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light"), (320, "dark")])
-def test_hostile_titles_in_a_browser(shown, width, scheme):
-    explanation = example(HOSTILE, items=len(HOSTILE), memories=6, history=20, retrieval=[0.5, -0.5])
-    found = shown(explanation, width, scheme)
-    assert count(found, ".card") == len(HOSTILE)
-    assert count(found, "tbody tr") == 6
-    assert count(found, "script") == 2
-    assert count(found, "img, iframe") == 0
-    found.ask("document.querySelector('details').open = true")
-    assert found.ask("document.documentElement.scrollWidth") <= width
-    titles = found.ask("Array.from(document.querySelectorAll('h3 .item')).map(e => e.textContent)")
-    for title, reason in zip(titles, explanation.items):
-        if "\x00" not in reason.item.title and reason.item.title.strip():
-            assert title == reason.item.title.strip()
-    dark = found.ask("getComputedStyle(document.documentElement).backgroundColor")
-    assert dark == {"dark": "rgb(21, 20, 19)", "light": "rgb(251, 250, 247)"}[scheme]
-
-
-def test_a_memory_is_traced(shown):
-    found = shown(example(memories=6, items=3))
-    lit = "Array.from(document.querySelectorAll('.lit')).map(e => e.tagName + e.dataset.memory).join()"
-    spot = "document.querySelectorAll('.card')[1].querySelector('[data-memory=\"4\"]')"
-    found.ask(f"{spot}.scrollIntoView({{block: 'center'}})")
-    box = found.ask(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({spot}.getBoundingClientRect())")
-    found.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
-    assert found.ask(lit) == "LI4,LI4,LI4,TR4"
-    told = found.ask("Array.from(document.querySelectorAll('.traced')).map(e => e.textContent)")
-    assert told == ["memory 5: +0.0100", "memory 5: −0.0150", "memory 5: +0.0200"]
-    listed = found.ask("document.querySelector('.card [data-memory=\"4\"] .amount').textContent")
-    assert told[0].endswith(listed)
-    found.call("Input.dispatchMouseEvent", type="mouseMoved", x=5, y=5)
-    assert found.ask(lit) == ""
-    found.ask("document.querySelector('.card .badge').focus()")
-    assert found.ask(lit) == "LI5,LI5,LI5,TR5"
-    found.ask("document.activeElement.blur()")
-    assert found.ask(lit) == ""
-
-
-def test_every_link_is_reached_by_the_keyboard(shown):
-    found = shown(example(items=2, memories=2))
-    links = "Array.from(document.querySelectorAll('summary, a'))"
-    reached = []
-    for _ in range(found.ask(f"{links}.length")):
-        for kind in ("keyDown", "keyUp"):
-            found.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
-        reached.append(found.ask(f"{links}.indexOf(document.activeElement)"))
-    assert reached == list(range(1 + 2 * 2 + 2))
-
-
-def test_without_script_and_on_paper(shown):
-    found = shown(example(HOSTILE, retrieval=[-0.5]), script=False)
-    tree = found.call("DOM.getDocument", depth=0)["root"]["nodeId"]
-    assert len(found.call("DOM.querySelectorAll", nodeId=tree, selector=".card .story")["nodeIds"]) == 12
-    found = shown(example(HOSTILE), medium="print")
-    assert found.ask("getComputedStyle(document.body).backgroundColor") == "rgba(0, 0, 0, 0)"
-    assert found.ask("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
-    paper = found.call("Page.printToPDF", printBackground=False)["data"]
-    assert len(paper) > 10_000
-
-
-def test_nothing_but_the_page_s_own_script_runs(browser, tmp_path):
-    """Its policy holds even if a text were not escaped."""
-    path = tmp_path / "page.html"
-    added = "<main><script>document.documentElement.dataset.broken='yes'</script><img src=http://localhost/x onerror=x>"
-    path.write_text(page(example()).replace("<main>", added), encoding="utf-8")
-    browser.call("Emulation.setScriptExecutionDisabled", value=False)
-    browser.open(path)
-    assert browser.ask("document.documentElement.dataset.ready") == "yes"
-    assert browser.ask("document.documentElement.dataset.broken || ''") == ""

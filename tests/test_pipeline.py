@@ -2,112 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
-import os
 import shutil
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import recbole
 import torch
-import yaml
-from conftest import ROOT, random_log, write_log
+from conftest import random_log, write_log
+from pipeline_helpers import PLANTED, TINY, figures, run
 
-from recbole_raserec import quick_start
-from recbole_raserec.config import Config
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.evaluation.report import PROTOCOL_TITLES
-from recbole_raserec.option_sources import keys_read_by
-from recbole_raserec.recommendation.trainer import ResumableTrainer
-from recbole_raserec.registry import get_model
 
 METRICS = {f"{metric}@{k}" for metric in ("recall", "ndcg") for k in (5, 10, 20)}
-
-#: The run most tests share: a few seconds, and long enough for retrieval to pay.
-PLANTED = {
-    "backbone": "SASRec",
-    "training": "packed",
-    "native_kernels": False,  # figures are to be the same on every processor
-    "softmax_precision": "float32",
-    "hidden_size": 32,
-    "inner_size": 64,
-    "hidden_dropout_prob": 0.2,
-    "attn_dropout_prob": 0.2,
-    "learning_rate": 0.005,
-    "epochs": 6,
-    "ram_inner_size": 64,
-    "ram_dropout": 0.2,
-    "ram_learning_rate": 0.003,
-    "ram_epochs": 4,
-    "alpha": 0.2,
-}
-
-#: One epoch of everything on a log of 30 users.
-TINY = {
-    "backbone": "SASRec",
-    "MAX_ITEM_LIST_LENGTH": 8,
-    "ram_inner_size": 16,
-    "train_batch_size": 64,
-    "epochs": 1,
-    "ram_epochs": 1,
-    "top_k": 5,
-}
-SIZES = {"hidden_size": 16, "inner_size": 16, "embedding_size": 16}
-
-
-def small(model):
-    """Those of :data:`SIZES` that the model reads; the others would be refused."""
-    return {name: size for name, size in SIZES.items() if name in keys_read_by(get_model(model))}
-
-
-def run(directory, model="RaSeRec", dataset="planted", **options):
-    """A run below `directory`: `record`, the text it `printed`, the epochs it `trained` by model, `base` and `ours`."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    kept = {"trained": []}
-    report, train_epoch = quick_start._report, ResumableTrainer._train_epoch
-
-    def reporting(config, stages, data, seconds):
-        base, *more = stages.values()
-        kept.update(base=base, ours=more[-1] if more else None, stages=stages, data=data)
-        return report(config, stages, data, seconds)
-
-    def training(self, data, epoch_idx, *args, **kwargs):
-        kept["trained"].append((self.config["model"], epoch_idx))
-        return train_epoch(self, data, epoch_idx, *args, **kwargs)
-
-    printed = io.StringIO()
-    options = {"show_progress": False, "state": "WARNING", "data_path": str(ROOT / "dataset"), **options}
-    before = os.getcwd()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(quick_start, "_report", reporting)
-        patch.setattr(ResumableTrainer, "_train_epoch", training)
-        os.chdir(directory)
-        try:
-            record = quick_start.run_recbole_raserec(model, dataset, config_dict=options, argv=[])
-            for outcome in filter(None, (kept["base"], kept["ours"])):
-                outcome.directory = outcome.directory.resolve()
-        finally:
-            os.chdir(before)
-    return SimpleNamespace(record=record, printed=printed.getvalue(), saved=directory / "saved", **kept)
-
-
-@cache
-def shared_run(directory: Path):
-    """The run of :data:`PLANTED`, once a session."""
-    return run(directory, **PLANTED, result_file="result.json")
-
-
-@pytest.fixture(scope="session")
-def planted_run(tmp_path_factory):
-    # base temp + fixed name: the fixture is imported by other files too, and they share one run
-    return shared_run(tmp_path_factory.getbasetemp() / "planted-run")
 
 
 @pytest.fixture
@@ -115,24 +25,6 @@ def planted_copy(planted_run, tmp_path):
     """A directory in which the shared run has already taken place."""
     shutil.copytree(planted_run.saved, tmp_path / "saved")
     return tmp_path
-
-
-@pytest.fixture
-def tiny_run(tmp_path):
-    """Factory of runs on a generated log, all below one directory."""
-    write_log(tmp_path, "tiny", random_log(0))
-
-    def build(model="RaSeRec", **options):
-        reader = options.get("backbone", TINY["backbone"]) if model == "RaSeRec" else model
-        given = {**(TINY if model == "RaSeRec" else {"epochs": 1}), **small(reader), **options}
-        return run(tmp_path, model, "tiny", data_path=str(tmp_path), **given)
-
-    return build
-
-
-def figures(record):
-    """Base and ours, every metric of both protocols."""
-    return record["metrics"]
 
 
 def directories(saved, model):
@@ -348,70 +240,3 @@ def test_the_runner_refuses_before_it_looks_for_data(tmp_path, options, words):
     with pytest.raises(ConfigError) as error:
         run(tmp_path, dataset="nowhere", **options)
     assert all(word in str(error.value) for word in words), error.value
-
-
-# ------------------------------------------------------------------ every shipped YAML file
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "properties" / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_model_file_loads_and_runs(tiny_run, path):
-    if path.stem == "DARec":
-        pytest.importorskip("transformers", reason="needs the extra llm")
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    made = tiny_run(path.stem, **({"backbone": options["backbone"]} if "backbone" in options else {}))
-    given = {*TINY, *SIZES}
-    used = made.record["options"]
-    assert {key: used[key] for key in options if key not in given} == {
-        key: value if not key.endswith("_eps") else float(value) for key, value in options.items() if key not in given
-    }
-    assert all(math.isfinite(v) for v in figures(made.record)["base"]["test"]["seen_kept"].values())
-
-
-def stand_in(directory, name):
-    """Generated histories under a data set's name, with a user and an item too rare for a 5-core."""
-    rows = random_log(3, users=60, items=30, longest=20)
-    rows += [(900, item, 2000 + item) for item in range(4)] + [(0, 900, 5000)]
-    write_log(directory, name, rows)
-
-
-def ml_100k_cut(directory):
-    """The first hundred users of RecBole's own copy."""
-    source = Path(recbole.__file__).parent / "dataset_example" / "ml-100k" / "ml-100k.inter"
-    head, *lines = source.read_text(encoding="utf-8").splitlines()
-    path = directory / "ml-100k" / "ml-100k.inter"
-    path.parent.mkdir(parents=True)
-    path.write_text("\n".join([head, *(line for line in lines if int(line.split("\t")[0]) <= 100)]) + "\n")
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "properties" / "dataset").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_data_set_file_loads_and_runs(tmp_path, path):
-    name = path.stem
-    if name == "ml-100k":
-        ml_100k_cut(tmp_path)
-    elif name != "planted":
-        stand_in(tmp_path, name)
-    where = ROOT / "dataset" if name == "planted" else tmp_path
-    sizes = {key: TINY[key] for key in ("ram_inner_size", "epochs", "ram_epochs")}
-    options = {**sizes, **small("SASRec"), "backbone": "SASRec", "train_batch_size": 2048}
-    made = run(tmp_path, dataset=name, data_path=str(where), **options)
-    expected = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert {key: made.record["options"][key] for key in expected} == expected
-    vocabulary = made.base.splits.vocabulary()
-    if "user_inter_num_interval" in expected:
-        assert "u900" not in vocabulary["users"]
-        assert "i900" not in vocabulary["items"]
-        offsets = made.base.splits.dataset.store.offsets
-        assert (offsets[2:] - offsets[1:-1]).min() >= 5
-    assert len(vocabulary["users"]) > 50
-    for who in ("base", "ours"):
-        assert 0 < figures(made.record)[who]["test"]["seen_removed"]["recall@20"] < 1
-
-
-def test_the_overall_file_is_what_a_run_starts_from(small_config):
-    overall = yaml.safe_load((ROOT / "properties" / "overall.yaml").read_text(encoding="utf-8"))
-    config = small_config("SASRec")
-    changed = {"data_path", "checkpoint_dir", "show_progress", "MAX_ITEM_LIST_LENGTH"}  # by the fixture
-    assert isinstance(config, Config)
-    for key, value in overall.items():
-        if key not in changed:
-            assert config[key] == value, key

@@ -9,14 +9,13 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
-from test_pipeline import planted_run, tiny_run  # noqa: F401  fixtures
 
 from recbole_raserec import Recommender
 from recbole_raserec.errors import CheckpointError, InputError
 
 
 @pytest.fixture(scope="module")
-def loaded(planted_run, tmp_path_factory):  # noqa: F811
+def loaded(planted_run, tmp_path_factory):
     """A copy of the checkpoint, loaded: the recommender and the run."""
     directory = tmp_path_factory.mktemp("copy") / "checkpoint"
     shutil.copytree(planted_run.ours.directory, directory)
@@ -54,7 +53,7 @@ def test_a_user_who_never_existed(loaded):
 @pytest.mark.parametrize(
     "model", ["SASRec", "DuoRec", "GRU4Rec", "BERT4Rec", "FPMC", "HGN", "NARM", "Caser", "LightSANs"]
 )
-def test_sequential_models(tiny_run, model):  # noqa: F811
+def test_sequential_models(tiny_run, model):
     outcome = tiny_run(model).base
     recommender = Recommender.load(outcome.directory, "cpu")
     batch = next(iter(outcome.splits.test))[0]
@@ -70,13 +69,13 @@ def test_sequential_models(tiny_run, model):  # noqa: F811
     assert len(recommender.recommend([["nothing"], [recommender.items[1]]], k=3)[1]) == 3
 
 
-def test_general_models_are_refused(tiny_run):  # noqa: F811
+def test_general_models_are_refused(tiny_run):
     with pytest.raises(CheckpointError, match="holds a BPR, which reads no histories"):
         Recommender.load(tiny_run("BPR").base.directory)
 
 
 @pytest.mark.parametrize("head", ["knn", "both"])
-def test_the_knn_head(tiny_run, head):  # noqa: F811
+def test_the_knn_head(tiny_run, head):
     outcome = tiny_run(head=head).ours
     recommender = Recommender.load(outcome.directory, "cpu")
     batch = next(iter(outcome.splits.test))[0]

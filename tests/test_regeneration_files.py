@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import random_log, write_log
+from pipeline_helpers import run
 from regeneration_helpers import QUICK
-from test_pipeline import run
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined

@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 from conftest import random_log, write_log
+from pipeline_helpers import figures, run
 from regeneration_helpers import QUICK, as_rows
-from test_pipeline import figures, run
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.regenerated import ORIGINS

@@ -13,7 +13,7 @@ import time
 
 import pytest
 from conftest import ROOT, random_log, write_log
-from test_pipeline import PLANTED, TINY, figures, planted_run, run, tiny_run  # noqa: F401  two are fixtures
+from pipeline_helpers import PLANTED, TINY, figures, run
 
 from recbole_raserec import stages
 from recbole_raserec.errors import CheckpointError
@@ -87,7 +87,7 @@ class Command:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9 is a signal of POSIX systems")
-def test_killed_in_every_stage_packed(planted_run, tmp_path):  # noqa: F811
+def test_killed_in_every_stage_packed(planted_run, tmp_path):
     command = Command(tmp_path / "killed", "planted", ROOT / "dataset", PLANTED)
     killed = []
     for name, reached in MOMENTS.items():
@@ -162,7 +162,7 @@ def breaking(patch, method, at, after):
         ),
     ],
 )
-def test_interrupted_in_every_epoch(tiny_run, form, method, after):  # noqa: F811
+def test_interrupted_in_every_epoch(tiny_run, form, method, after):
     options = {"epochs": 3, "ram_epochs": 3, **FORMS[form]}
     whole = tiny_run(checkpoint_dir="whole", **options)
     backbone = whole.record["backbone"]
@@ -185,7 +185,7 @@ def test_interrupted_in_every_epoch(tiny_run, form, method, after):  # noqa: F81
 @pytest.mark.parametrize(
     ("owner", "name"), [(stages, "write_checkpoint"), (MemoryBank, "save"), (stages, "evaluate")], ids=lambda x: str(x)
 )
-def test_interrupted_while_it_ends(tiny_run, tmp_path, owner, name):  # noqa: F811
+def test_interrupted_while_it_ends(tiny_run, tmp_path, owner, name):
     whole = tiny_run(checkpoint_dir="whole")
 
     def interrupt(*args, **kwargs):
@@ -203,7 +203,7 @@ def test_interrupted_while_it_ends(tiny_run, tmp_path, owner, name):  # noqa: F8
 
 
 @pytest.fixture
-def interrupted(tiny_run, tmp_path):  # noqa: F811
+def interrupted(tiny_run, tmp_path):
     """A run whose module has trained one of three epochs: `again()` continues it, `directory` is the module's."""
 
     def again(**options):
@@ -265,7 +265,7 @@ def test_damaged_weights_of_a_finished_run_are_told(interrupted):
         interrupted()
 
 
-def test_an_interrupted_run_is_no_checkpoint_for_others(interrupted, tiny_run, tmp_path):  # noqa: F811
+def test_an_interrupted_run_is_no_checkpoint_for_others(interrupted, tiny_run, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         breaking(patch, "_train_epoch", 2, True)
         with pytest.raises(KeyboardInterrupt):

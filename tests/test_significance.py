@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pipeline_helpers import TINY
 from scipy import stats
 from scipy.sparse import csr_matrix
-from test_pipeline import TINY, tiny_run  # noqa: F401  a fixture
 
 from recbole_raserec.allocator import peak_memory_mb
 from recbole_raserec.errors import CheckpointError
@@ -101,7 +101,7 @@ def test_spread():
     ],
     ids=["RaSeRec", "BPR", "SASRec"],
 )
-def test_the_ranks_give_the_figures_of_the_record(tiny_run, tmp_path, model, options):  # noqa: F811
+def test_the_ranks_give_the_figures_of_the_record(tiny_run, tmp_path, model, options):
     made = tiny_run(model, ranks_file="ranks.npz", **options)
     stored = read_ranks(tmp_path / "ranks.npz")
     figures_of = made.record["metrics"]

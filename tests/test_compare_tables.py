@@ -1,0 +1,139 @@
+"""The tables and the plot of a comparison: every row, the protocol, and the figures of the JSON file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from compare_helpers import go, prepared
+
+from recbole_raserec import cli
+from recbole_raserec.comparison import drawing, driver
+from recbole_raserec.comparison.drawing import TABLES
+from recbole_raserec.evaluation.tables import STYLES
+from recbole_raserec.fileio import read_json
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        prepared(directory, patch)
+        return go(), directory / "out"
+
+
+@pytest.fixture
+def content(finished, workdir):
+    shutil.copytree(finished[1], workdir / "out")
+    return finished[0]
+
+
+def test_every_table_names_the_protocol_and_has_every_row(content):
+    for style, name in TABLES.items():
+        text = STYLES[style](content)
+        assert Path("out", name).read_text(encoding="utf-8").rstrip("\n") == text.rstrip("\n")
+        plain = " ".join(text.replace("\\_", "_").split())
+        for words in ("valid_and_test", "every item of the data set", "kept_items", "removed_items", "lower id"):
+            assert words in plain, (style, words)
+        if style == "csv":
+            continue
+        assert "validation pairs in the memory: RaSeRec:backbone=SASRec" in plain
+        assert "validation items in the history that the test reads: SASRec, BPR, RaSeRec" in plain
+        assert "over SASRec" in plain
+        assert "Holm" in plain
+        assert "1,234" in plain
+    assert max(map(len, STYLES["text"](content).splitlines())) <= 120
+
+
+def test_the_figures_of_the_text_table_are_those_of_the_json(content):
+    text = STYLES["text"](content)
+    row = content["datasets"]["tiny"]["rows"][2]
+    kept = {line.split()[0]: line for line in text.split("\n\n")[0].splitlines()}
+    value = row["metrics"]["seen_kept"]["recall@5"]
+    assert kept["RaSeRec:backbone=SASRec"].split()[1:] != []
+    assert f"{value['mean']:.4f} ±{value['std']:.4f}" in text
+    lines = text.split("\n\n")[0].splitlines()
+    over = next(line for line in lines if line.startswith("- over SASRec"))
+    assert over.split()[3] == f"{row['improvement_percent']['seen_kept']['recall@5']:+.2f}%"
+    for test in ("users", "seeds"):
+        line = next(line for line in lines if line.startswith(f"- p over {test}"))
+        assert float(line.split()[4]) == pytest.approx(
+            row["significance"]["seen_kept"]["recall@5"][f"{test}_holm"], abs=5e-4
+        )
+
+
+def test_csv_has_one_line_a_figure(content):
+    lines = list(csv.DictReader(io.StringIO(STYLES["csv"](content))))
+    assert len(lines) == 3 * 2 * 6
+    line = next(
+        each
+        for each in lines
+        if (each["model"], each["protocol"], each["metric"]) == ("RaSeRec:backbone=SASRec", "seen_removed", "ndcg@10")
+    )
+    row = content["datasets"]["tiny"]["rows"][2]
+    assert float(line["mean"]) == row["metrics"]["seen_removed"]["ndcg@10"]["mean"]
+    assert float(line["p_users_holm"]) == row["significance"]["seen_removed"]["ndcg@10"]["users_holm"]
+    assert (line["base"], line["seeds"], line["parameters"], line["ties"]) == ("SASRec", "2", "1234", "lower id")
+    assert (line["validation_in_history"], line["validation_in_memory"]) == ("True", "True")
+    assert lines[0]["base"] == lines[0]["p_users"] == ""
+
+
+def test_latex_is_escaped_and_balanced(content):
+    text = STYLES["latex"](content)
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 3
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+        assert text.count(rule) == 3
+    bare = text.replace(r"\\", "").replace(r"\_", "").replace(r"\%", "").replace("$\\pm$", "").replace("$<$", "")
+    assert not set("_%#$±<") & set(bare)
+    tabulars = re.findall(r"\\begin\{tabular\}\{(l r*|lr*)\}(.*?)\\end\{tabular\}", text, re.S)
+    assert len(tabulars) == 3
+    for columns, body in tabulars:
+        rows = [line for line in body.splitlines() if line.endswith(r"\\")]
+        assert rows
+        assert all(line.count(" & ") == len(columns) - 1 for line in rows)
+
+
+def test_the_plot_shows_base_and_ours_and_is_drawn_from_the_file(content, monkeypatch):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    picture = Path("out/compare.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    drawn = []
+    monkeypatch.setattr(drawing.plots, "bars", lambda path, panels, *words: drawn.append(panels))
+    drawing.draw("out")
+    (panels,) = drawn
+    assert [title.partition(":")[0] for title in panels] == ["tiny", "tiny"]
+    for panel in panels.values():
+        assert list(panel) == ["SASRec", "RaSeRec:backbone=SASRec"]
+        assert all(len(values) == 2 for points in panel.values() for values in points.values())
+
+
+def test_without_matplotlib_the_rest_is_written(stand_in, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    go(models="SASRec", seeds=1)
+    assert "no compare.png: matplotlib is not installed" in capsys.readouterr().err
+    assert {path.name for path in Path("out").glob("compare.*")} == {"compare.json", *TABLES.values()}
+
+
+@pytest.mark.parametrize("style", ["text", "markdown", "latex", "csv", "json"])
+def test_the_format_is_what_is_printed(stand_in, capsys, style):
+    words = ["compare", "--models=SASRec", "--datasets=tiny", "--seeds=1", "--output=out", "--data_path=data"]
+    assert cli.main([*words, f"--format={style}"]) == 0
+    printed = capsys.readouterr().out
+    name = "compare.json" if style == "json" else TABLES[style]
+    assert printed == Path("out", name).read_text(encoding="utf-8")
+    if style == "json":
+        assert json.loads(printed) == read_json("out/compare.json")
+
+
+def test_help(capsys):
+    assert cli.main(["compare", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--{name}=" in printed for name in driver.OWN)
