@@ -2,9 +2,9 @@
 
 A :class:`Backbone` splits a model's score into a dot product: ``encode(...)`` gives the user vectors ``h``,
 ``item_vectors()`` the vectors ``v`` they are multiplied with, so that ``h @ v.T (+ item_bias())`` is what the model's
-own ``full_sort_predict`` returns. One small adapter per deviation of RecBole's models says how
-(:mod:`~recbole_raserec.recommendation.adapters`), and nothing is taken on trust: :func:`wrap_backbone` compares the
-scores on a random batch and refuses a model whose scores disagree.
+own ``full_sort_predict`` returns. For RecBole's models one small adapter per deviation says how (``adapters.py``), and
+nothing is taken on trust: :func:`wrap_backbone` compares the scores on a random batch and refuses a model whose scores
+disagree.
 
 ``python -m recbole_raserec.recommendation.backbone --table`` prints the table of ``docs/backbones.md``.
 """
