@@ -22,13 +22,12 @@ from typing import Any, Optional
 
 import yaml
 
-from recbole_raserec.cli import parse_run
+from recbole_raserec.cli_words import parse_run, take_own
 from recbole_raserec.config import Config
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.errors import ConfigError, MissingExtraError, RaSeRecError
 from recbole_raserec.evaluation.protocols import SEEN_KEPT
 from recbole_raserec.fileio import replacing
-from recbole_raserec.option_sources import Parsed
 from recbole_raserec.stages import train_model
 
 #: Inner sizes to choose among.
@@ -121,15 +120,8 @@ def _sizes(params: dict[str, int], layers: int, choices: Sequence[int]) -> list[
 
 def _value(config: Any, sizes: Sequence[tuple[int, int]], epochs: int) -> float:
     """`valid_metric` after a short training, seen items kept; a finished one is found again in `checkpoint_dir`."""
-    outcome = train_model(with_options(config, adapter_sizes=[list(pair) for pair in sizes], epochs=epochs))
+    outcome = train_model(config.with_options({"adapter_sizes": [list(pair) for pair in sizes], "epochs": epochs}))
     return outcome.metrics["valid"][SEEN_KEPT][str(config["valid_metric"]).lower()]
-
-
-def with_options(config: Any, **options: Any) -> Any:
-    """The same configuration with other values of some options."""
-    given = {name: value for name, value in config.external_config_dict.items() if name not in ("model", "dataset")}
-    given.pop("config_files", None)
-    return Config(config["model"], config["dataset"], config_dict=Parsed({**given, **options}), argv=[])
 
 
 def _study_name(config: Any, layers: int, epochs: int, sampler: str, choices: Sequence[int]) -> str:
@@ -163,14 +155,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0 if words else 2
     try:
         _, dataset, files, options = parse_run(words)
-        own = {"output": "", "trials": "12", "adaption_epochs": "1", "sampler": "gp"}
-        rest = []
-        for option in options:
-            key, _, value = option[2:].partition("=")
-            if key in own:
-                own[key] = value
-            else:
-                rest.append(option)
+        defaults = {"output": "", "trials": "12", "adaption_epochs": "1", "sampler": "gp"}
+        given, rest = take_own(options, list(defaults))
+        own = {**defaults, **given}
         if not own["output"] or own["sampler"] not in SAMPLERS or not own["trials"].isdigit():
             raise ConfigError(["write --output=FILE, --trials=N and --sampler=gp or random"])
         if not own["adaption_epochs"].isdigit():

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from recbole_raserec import __version__
 from recbole_raserec.cli_help import COMPARE_HELP, PREPARE_HELP, REGENERATE_HELP, RUN_HELP, TUNE_HELP, USAGE
+from recbole_raserec.cli_words import parse_run, take_own
 from recbole_raserec.errors import ConfigError, RaSeRecError
 
 
@@ -83,11 +84,9 @@ def _regenerate(words: list[str]) -> None:
         print(REGENERATE_HELP)
         return
     model, dataset, files, options = parse_run(words)
-    pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
-    own = {key: value for _, key, value in pairs if key in ("output", "name")}
+    own, rest = take_own(options, ("output", "name"))
     if not own.get("output"):
         raise ConfigError(["output: is not given; name the directory to write into, for example --output=dataset"])
-    rest = [option for option, key, _ in pairs if key not in own]
     from pathlib import Path
 
     from recbole_raserec.regenerate import regenerate_dataset
@@ -169,9 +168,8 @@ def _compare(words: list[str]) -> None:
     model, dataset, files, options = parse_run(words)
     from recbole_raserec.comparison.driver import OWN, run_command
 
-    pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
-    own = {key: value for _, key, value in pairs if key in OWN}
-    run_command(own, files, [option for option, key, _ in pairs if key not in own], model, dataset)
+    own, rest = take_own(options, OWN)
+    run_command(own, files, rest, model, dataset)
 
 
 def _tune(words: list[str]) -> None:
@@ -179,54 +177,13 @@ def _tune(words: list[str]) -> None:
         print(TUNE_HELP)
         return
     model, dataset, files, options = parse_run(words)
-    pairs = [(option, *option[2:].partition("=")[::2]) for option in options]
-    names = ("output", "trials", "space", "sampler", "pruner")
-    own: dict[str, Any] = {key: value for _, key, value in pairs if key in names}
-    if own.get("trials", "").isdecimal():
-        own["trials"] = int(own["trials"])
-    rest = [option for option, key, _ in pairs if key not in own]
+    texts, rest = take_own(options, ("output", "trials", "space", "sampler", "pruner"))
+    own: dict[str, Any] = dict(texts)
+    if texts.get("trials", "").isdecimal():
+        own["trials"] = int(texts["trials"])
     from recbole_raserec.tune import tune_hyper_parameters
 
     tune_hyper_parameters(model, dataset, **own, config_file_list=files, argv=rest)
-
-
-def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:
-    """Split the words of `run` into model, data set, configuration files, and the other options as ``--key=value``.
-
-    Raises:
-        ConfigError: a word is no option, an option has no value, or one of the three is given twice and differs.
-    """
-    pairs: list[tuple[str, str]] = []
-    problems: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("-") or word in ("-", "--"):
-            problems.append(f"{word!r} is no option: options have the form --key=value.")
-            continue
-        key, equals, value = word.partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                problems.append(f"{word} has no value: write {word}=VALUE (for a switch {word}=True).")
-                continue
-            value = rest.pop(0)
-        key = {"-m": "--model", "-d": "--dataset"}.get(key, key)
-        if not key.startswith("--"):
-            problems.append(f"{word}: the only short options are -m and -d; write --key=value.")
-            continue
-        pairs.append((key[2:], value))
-    own: dict[str, str] = {}
-    for key, value in pairs:
-        if key in ("model", "dataset", "config_files"):
-            if own.get(key, value) != value:
-                problems.append(f"--{key} is given twice, as {own[key]!r} and {value!r}: leave one out.")
-            elif not value.strip():
-                problems.append(f"--{key} is empty: give a value or leave it out.")
-            own[key] = value
-    if problems:
-        raise ConfigError(problems)
-    files = own["config_files"].split() if "config_files" in own else None
-    return own.get("model"), own.get("dataset"), files, [f"--{key}={value}" for key, value in pairs if key not in own]
 
 
 def _prepare(words: list[str]) -> None:

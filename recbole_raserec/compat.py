@@ -1,7 +1,7 @@
 """Mends for RecBole 1.2.1 on today's torch, numpy, pandas, scipy and setuptools.
 
 This is the only module that knows how RecBole breaks. Each mend is one small function; its docstring is the reason.
-:func:`apply` puts all of them in force. A mend waits until the module it concerns is imported, so that importing this
+:func:`apply` puts all of them in force, each as soon as the module it concerns is imported, so that importing this
 package does not import all of RecBole. :func:`mends` lists them for a report.
 """
 
@@ -10,18 +10,19 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from packaging.version import Version
+
+from recbole_raserec.mending import Mend, View, apply, mend, mends
+
+__all__ = ["Mend", "apply", "mends"]
 
 _DATASET = "recbole.data.dataset.dataset"
 _QUICK_START = "recbole.quick_start.quick_start"
@@ -30,105 +31,14 @@ _GENERAL = "recbole.model.general_recommender."
 _SEQUENTIAL = "recbole.model.sequential_recommender."
 
 
-@dataclass(frozen=True)
-class Mend:
-    """One mend: its `name`, the `reason` for it, and whether this environment needs it (`active`)."""
-
-    name: str
-    reason: str
-    active: bool
-
-
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    modules: tuple[str, ...]
-    needed: Callable[[], bool]
-    patch: Callable[..., Any]  # (module) -> None; if `around`: a generator function () that yields once
-    around: bool  # False: called when the module was executed; True: a context in which it is executed
-
-
-_ENTRIES: list[_Entry] = []
-_DONE: set[tuple[str, str]] = set()  # (mend, module)
-
-
-def _mend(name: str, *modules: str, needed: Callable[[], bool] = lambda: True, around: bool = False) -> Callable:
-    def register(patch: Callable) -> Callable:
-        _ENTRIES.append(_Entry(name, modules, needed, patch, around))
-        return patch
-
-    return register
-
-
 def _at_least(distribution: str, version: str) -> bool:
     return Version(importlib.metadata.version(distribution)) >= Version(version)
-
-
-def mends() -> list[Mend]:
-    """All mends, in the order in which they are applied."""
-    return [Mend(entry.name, " ".join((entry.patch.__doc__ or "").split()), entry.needed()) for entry in _ENTRIES]
-
-
-def apply() -> None:
-    """Put every mend in force, now or as soon as its module is imported. Calling it again changes nothing."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-    for name in dict.fromkeys(name for entry in _ENTRIES for name in entry.modules):
-        if name in sys.modules:
-            _patch(sys.modules[name])
-
-
-def _patch(module: types.ModuleType) -> None:
-    for entry in _ENTRIES:
-        key = (entry.name, module.__name__)
-        if module.__name__ in entry.modules and not entry.around and key not in _DONE and entry.needed():
-            _DONE.add(key)
-            entry.patch(module)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, and puts the mends around and after its execution."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if not any(fullname in entry.modules for entry in _ENTRIES):
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            # Set on this one loader, so that its type, which other tools look at, stays what it is.
-            vars(spec.loader)["exec_module"] = _mended(spec.loader.exec_module)
-        return spec
-
-
-def _mended(execute: Callable[[types.ModuleType], None]) -> Callable[[types.ModuleType], None]:
-    def exec_module(module: types.ModuleType) -> None:
-        with contextlib.ExitStack() as stack:
-            for entry in _ENTRIES:
-                if module.__name__ in entry.modules:
-                    _DONE.discard((entry.name, module.__name__))  # executing it again undoes the mend
-                    if entry.around:
-                        stack.enter_context(contextlib.contextmanager(entry.patch)())
-            execute(module)
-        _patch(module)
-
-    return exec_module
-
-
-class _View(types.ModuleType):
-    """A module as one module of RecBole shall see it: the real one, but for the attributes given."""
-
-    def __init__(self, real: types.ModuleType, **attributes: Any):
-        super().__init__(real.__name__, real.__doc__)
-        self.__dict__.update(attributes, _real=real)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_real"], name)
 
 
 # ---------------------------------------------------------------------------------------------------------- numpy, ray
 
 
-@_mend("numpy-names", "numpy", needed=lambda: _at_least("numpy", "2"))
+@mend("numpy-names", "numpy", needed=lambda: _at_least("numpy", "2"))
 def _numpy_names(module: Any) -> None:
     """numpy 2 removed the names bool8 (ray 2.6 uses it at import) and float_, complex_, unicode_ (RecBole's Config uses
     them). They are given back."""
@@ -136,17 +46,17 @@ def _numpy_names(module: Any) -> None:
         vars(module).setdefault(old, getattr(module, new))
 
 
-@_mend("numpy-aliases", "recbole.evaluator.metrics", needed=lambda: _at_least("numpy", "1.20"))
+@mend("numpy-aliases", "recbole.evaluator.metrics", needed=lambda: _at_least("numpy", "1.20"))
 def _numpy_aliases(module: Any) -> None:
     """RecBole's metrics use np.float and np.bool, which RecBole's Config puts into numpy; needed without one too."""
-    module.np = _View(module.np, float=module.np.float64, bool=module.np.bool_)
+    module.np = View(module.np, float=module.np.float64, bool=module.np.bool_)
 
 
 def _without_pkg_resources() -> bool:
     return "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None
 
 
-@_mend("pkg-resources", "ray", "ray.tune", needed=_without_pkg_resources, around=True)
+@mend("pkg-resources", "ray", "ray.tune", needed=_without_pkg_resources, around=True)
 def _pkg_resources() -> Iterator[None]:
     """ray 2.6 imports pkg_resources, which setuptools 82 removed and the versions before it warn about. ray asks it for
     the version of numpy and for the module `packaging`; a stand-in answers while ray is imported, and nobody else sees
@@ -175,10 +85,10 @@ def _torch_view() -> types.ModuleType:
 
     from recbole_raserec.recbole_checkpoint import load
 
-    return _View(torch, load=load)
+    return View(torch, load=load)
 
 
-@_mend(
+@mend(
     "torch-load",
     _TRAINER,
     *(_GENERAL + name for name in ("convncf", "nais", "neumf", "ract")),
@@ -191,7 +101,7 @@ def _torch_load(module: Any) -> None:
     module.torch = _torch_view()
 
 
-@_mend("load-data-and-model", _QUICK_START)
+@mend("load-data-and-model", _QUICK_START)
 def _load_data_and_model(module: Any) -> None:
     """As torch-load, for load_data_and_model of RecBole's quick start, which imports torch inside the function."""
 
@@ -209,19 +119,19 @@ def _load_data_and_model(module: Any) -> None:
             owner.load_data_and_model = new
 
 
-@_mend("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))
+@mend("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))
 def _grad_scaler(module: Any) -> None:
     """torch 2.4 deprecated torch.cuda.amp.GradScaler, which RecBole's Trainer makes (and torch warns about) in every
     epoch. The Trainer gets its successor, torch.amp.GradScaler."""
     import torch
 
-    module.amp = _View(module.amp, GradScaler=functools.partial(torch.amp.GradScaler, "cuda"))
+    module.amp = View(module.amp, GradScaler=functools.partial(torch.amp.GradScaler, "cuda"))
 
 
 # ------------------------------------------------------------------------------------------------------- pandas, scipy
 
 
-@_mend("pandas-fillna", _DATASET)
+@mend("pandas-fillna", _DATASET)
 def _pandas_fillna(module: Any) -> None:
     """RecBole fills missing values by feat[field].fillna(..., inplace=True): deprecated since pandas 2.2, and without
     effect in pandas 3. They are filled in the data frame before RecBole tries to, and the warning is silenced."""
@@ -251,10 +161,10 @@ def _pandas_fillna(module: Any) -> None:
             from_scratch(self)
 
     dataset._fill_nan, dataset._from_scratch = _fill_nan, _from_scratch
-    module.pd = _View(pd, read_csv=read_csv)
+    module.pd = View(pd, read_csv=read_csv)
 
 
-@_mend("missing-ids", _DATASET)
+@mend("missing-ids", _DATASET)
 def _missing_ids(module: Any) -> None:
     """RecBole drops interactions without a user, then those without an item, by labels that it takes for positions:
     where both occur it drops the wrong rows, or fails. They are dropped before RecBole looks."""
@@ -275,7 +185,7 @@ def _missing_ids(module: Any) -> None:
     dataset._filter_nan_user_or_item = _filter_nan_user_or_item
 
 
-@_mend("pandas-agg-len", _DATASET, needed=lambda: _at_least("pandas", "3"))
+@mend("pandas-agg-len", _DATASET, needed=lambda: _at_least("pandas", "3"))
 def _pandas_agg_len(module: Any) -> None:
     """RecBole takes the lengths of the sequences in a column by feat[field].agg(len); pandas 3 answers with the length
     of the column. In RecBole's module (which calls it on no other Series) len of a Series is the lengths."""
@@ -284,7 +194,7 @@ def _pandas_agg_len(module: Any) -> None:
     module.len = lambda value: value.map(len) if isinstance(value, pd.Series) else len(value)
 
 
-@_mend("scipy-dok-update", "recbole.model.abstract_recommender", needed=lambda: _at_least("scipy", "1.13"))
+@mend("scipy-dok-update", "recbole.model.abstract_recommender", needed=lambda: _at_least("scipy", "1.13"))
 def _dok_update(_: Any) -> None:
     """RecBole's graph models (GCMC, LightGCN, NCL, NGCF, SpectralCF, ...) fill their adjacency matrix by
     dok_matrix._update, a private method that scipy 1.13 removed. It is given back: one unchecked dict update."""
@@ -297,7 +207,7 @@ def _dok_update(_: Any) -> None:
 # --------------------------------------------------------------------------------------------- errors of RecBole's own
 
 
-@_mend("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")
+@mend("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")
 def _cpr_predict(module: Any) -> None:
     """GRU4RecCPR and SASRecCPR end predict in `assert False` for being slow; run_recbole calls it (to count the
     operations), and so does every evaluation on sampled items. The scores are taken from full_sort_predict."""
@@ -311,7 +221,7 @@ def _cpr_predict(module: Any) -> None:
             getattr(module, name).predict = predict
 
 
-@_mend("ksr-dtype", _SEQUENTIAL + "ksr")
+@mend("ksr-dtype", _SEQUENTIAL + "ksr")
 def _ksr_dtype(module: Any) -> None:
     """KSR multiplies its float32 memory with the relation vectors as numpy read them, in float64, which torch refuses.
     The vectors are cast when the model is made."""
@@ -325,7 +235,7 @@ def _ksr_dtype(module: Any) -> None:
     module.KSR.__init__ = __init__
 
 
-@_mend("sine-anomaly", _SEQUENTIAL + "sine")
+@mend("sine-anomaly", _SEQUENTIAL + "sine")
 def _sine_anomaly(module: Any) -> None:
     """RecBole bug: SINE's module turns torch's anomaly detection on for the whole process, and importing any sequential
     model imports it. Every backward pass then looks for NaN after each operation and records stack traces. It is a

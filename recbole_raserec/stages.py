@@ -11,6 +11,7 @@ from typing import Any, Callable, Optional
 from recbole.data.dataloader import TrainDataLoader
 from recbole.utils import ModelType, init_seed
 
+from recbole_raserec.collaborator import find_collaborator, take_collaborator
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loader import BucketLoader, RowLoader
 from recbole_raserec.data.regenerated import regenerated_class, training_hash
@@ -27,7 +28,7 @@ from recbole_raserec.evaluation.protocols import (
 from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
 from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights, resumable
-from recbole_raserec.registry import MODELS, get_dataset_class, get_model, get_trainer_class
+from recbole_raserec.registry import get_dataset_class, get_model, get_trainer_class
 from recbole_raserec.retrieval.cache import NeighbourCache
 from recbole_raserec.retrieval.keeper import MemoryKeeper
 from recbole_raserec.retrieval.knn import KNNRaSeRec, raserec_class, tune
@@ -101,7 +102,9 @@ def train_model(
     Raises:
         CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
     """
-    collaborator = _collaborator(config) if config["collaborative"] else None
+    collaborator = None
+    if config["collaborative"]:
+        collaborator = find_collaborator(config, lambda other: train_model(other).directory)
     splits = prepare_data(config, None if regenerated is None else regenerated.data)
     if regenerated is not None and regenerated.data.training is not None:
         own = splits.train._dataset.original
@@ -115,7 +118,7 @@ def train_model(
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
     options = config.training_options()
     if collaborator is not None and not checkpoint:
-        _take_collaborator(model, splits, *collaborator)
+        take_collaborator(model, splits, *collaborator)
     if checkpoint:
         return _from_checkpoint(config, splits, model, Path(checkpoint), trial)
     parts = [] if regenerated is None else [regenerated.fingerprint]
@@ -186,30 +189,6 @@ def prepare_data(config: Any, regenerated: Any = None) -> Splits:
         kind = regenerated_class(kind)
     costs = getattr(model_class, "token_costs", None)
     return prepare(config, kind, trims(model_class), partners, packed, regenerated, costs)
-
-
-def _collaborator(config: Any) -> tuple[Path, dict[str, Any]]:
-    """Directory and manifest of the model whose vectors DARec is given: trained, or found, or named."""
-    named = config["collaborative"]
-    directory = Path(named)
-    if not (directory / MANIFEST).is_file():
-        if named not in MODELS:
-            raise ConfigError(
-                [f"collaborative: {named} is neither a checkpoint directory nor one of SASRec and DuoRec; name one."]
-            )
-        directory = train_model(config.for_collaborator()).directory
-    manifest = read_manifest(directory)
-    config["collaborative_options"] = {**manifest["options"], "model": manifest["model"]}
-    return directory, manifest
-
-
-def _take_collaborator(model: Any, splits: Splits, directory: Path, manifest: dict[str, Any]) -> None:
-    """Put the weights of the collaborative model where the model keeps its own."""
-    if read_ids(directory) != splits.vocabulary():
-        raise CheckpointError(
-            f"collaborative: {directory} was trained on other users or items than this data set has; name another."
-        )
-    load_weights(model.collaborator.model, read_weights(directory, manifest), directory / BEST)
 
 
 def _directory(config: Any, mark: str) -> Path:

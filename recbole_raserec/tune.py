@@ -11,10 +11,8 @@ No trial reads a test pair. The best one is run to its end when all are over, an
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import time
-from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -26,15 +24,13 @@ from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, R
 from recbole_raserec.evaluation.protocols import SEEN_KEPT
 from recbole_raserec.evaluation.report import record_table, versions
 from recbole_raserec.fileio import read_json, write_json
-from recbole_raserec.option_text import nearest, plain, shown
+from recbole_raserec.option_text import plain
 from recbole_raserec.options import RETRIEVAL_MODEL
 from recbole_raserec.quick_start import check_run, run, run_stages
 from recbole_raserec.stages import Trial, selection_protocol
 from recbole_raserec.tuning import results
-from recbole_raserec.tuning.space import Space, check_space, find_space, grid, read_space
+from recbole_raserec.tuning.plan import Search, plan_search
 from recbole_raserec.tuning.study import (
-    PRUNERS,
-    SAMPLERS,
     STORAGE,
     best_first,
     finished,
@@ -47,58 +43,12 @@ from recbole_raserec.tuning.study import (
     values_of,
 )
 
-#: Trials of a search whose number is not given.
-TRIALS = 30
-
 #: The best trial's number, and the record of its run as `result_file` receives it.
 RECORD = "best.json"
-
-#: What a trial is run with unless the options say otherwise: thirty trainings need no progress bar each.
-_QUIET = {"show_progress": False, "state": "WARNING"}
 
 #: How a trial may end without an end of the search: its options do not go together, its training diverges, or its
 #: memory does not suffice.
 _FAILURES = (ConfigError, DatasetError, MemoryError, torch.cuda.OutOfMemoryError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """A search whose options are checked.
-
-    Attributes:
-        config: the options that every trial shares. given: those of them that were given.
-        space: those that are searched. fixed: those of the space's file that were given, and therefore are not.
-        trials: in all. combinations: of the sampler "grid".
-    """
-
-    config: Any
-    given: dict[str, Any]
-    directory: Path
-    space: Space
-    fixed: list[str]
-    sampler: str
-    pruner: str
-    trials: int
-    combinations: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return f"{self.config['model']}-{self.config['dataset']}"
-
-    @property
-    def metric(self) -> str:
-        """The metric that stops the last stage's training early."""
-        return self.config["ram_valid_metric" if self.config["model"] == RETRIEVAL_MODEL else "valid_metric"]
-
-    def identity(self) -> dict[str, Any]:
-        """What has to stay the same for the trials to be comparable and the next ones to be drawn alike."""
-        shared = {k: v for k, v in self.config.training_options().items() if k not in self.space}
-        return {
-            "sampler": self.sampler,
-            "pruner": self.pruner,
-            "space": {name: parameter.described() for name, parameter in self.space.items()},
-            "options": plain(shared),
-        }
 
 
 def tune_hyper_parameters(
@@ -128,52 +78,11 @@ def tune_hyper_parameters(
         RaSeRecError: no trial came to its end.
         DatasetError, CheckpointError: as that function does.
     """
-    search = _check(
+    search = plan_search(
         output, trials, space, sampler, pruner, lambda: Config(model, dataset, config_file_list, config_dict, argv)
     )
     with only_process(search.directory):
         return _search(search)
-
-
-def _check(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, build: Any) -> Search:
-    problems = [] if output else ["output: is not given; name the directory of the search: --output=DIR"]
-    if trials is not None and (type(trials) is not int or trials < 1):
-        problems.append(f"trials: {shown(trials)} is not an integer >= 1; write for example trials: {TRIALS}")
-    for name, value, known in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
-        if value not in known:
-            guess = nearest(value, known)
-            remedy = f"did you mean {guess}?" if guess else f"choose one of {', '.join(known)}"
-            problems.append(f"{name}: {shown(value)} is unknown; {remedy}")
-    try:
-        config = build()
-        check_run(config)
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    searched: Space = {}
-    fixed: list[str] = []
-    combinations: list[dict[str, Any]] = []
-    try:
-        path = find_space(None if space is None else str(space), config["model"])
-    except ConfigError as error:
-        problems += error.problems
-    else:
-        searched, wrong = read_space(path)
-        fixed = [name for name in searched if name in config.external_config_dict]
-        searched = {name: parameter for name, parameter in searched.items() if name not in fixed}
-        if not searched and not wrong:
-            problems.append(f"space: every option of {path} is given, none is left to search; leave some out")
-        problems += [f"space: {problem}" for problem in wrong] + check_space(config, searched, path)
-        if sampler == "grid":
-            combinations, uncountable = grid(searched)
-            problems += uncountable
-    if problems:
-        raise ConfigError(problems)
-    number = trials or (len(combinations) if sampler == "grid" else TRIALS)
-    number = min(number, len(combinations)) if sampler == "grid" else number
-    own = ("model", "dataset", "config_files", "result_file")
-    given = {name: value for name, value in config.external_config_dict.items() if name not in own}
-    config = config.with_options({name: value for name, value in _QUIET.items() if name not in given})
-    return Search(config, given, Path(output), searched, fixed, sampler, pruner, number, combinations)
 
 
 def _search(search: Search) -> dict[str, Any]:

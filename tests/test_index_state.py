@@ -43,7 +43,7 @@ def no_training(monkeypatch):
 
     return lambda: (
         monkeypatch.setattr(choice, "make_index", refuse)
-        or monkeypatch.setattr("recbole_raserec.retrieval.memory.make_index", refuse)
+        or monkeypatch.setattr("recbole_raserec.retrieval.indexed.make_index", refuse)
     )
 
 

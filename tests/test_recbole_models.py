@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
-import sys
 
 import pytest
 from conftest import ROOT
@@ -16,12 +15,9 @@ DOCS = ROOT / "docs" / "recbole_models"
 @pytest.fixture(scope="module")
 def script():
     """The script, as a module."""
-    path = ROOT / "experiments" / "recbole_models.py"
-    spec = importlib.util.spec_from_file_location("recbole_models", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "experiments"))
+        return importlib.import_module("recbole_models")
 
 
 @pytest.mark.parametrize(("model", "options"), [("NPE", {"embedding_size": 8}), ("RaCT", {"mlp_hidden_size": [16]})])
