@@ -26,6 +26,7 @@ from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, R
 from recbole_raserec.evaluation.protocols import SEEN_KEPT
 from recbole_raserec.evaluation.report import record_table, versions
 from recbole_raserec.fileio import read_json, write_json
+from recbole_raserec.launch import layout_of
 from recbole_raserec.option_text import nearest, plain, shown
 from recbole_raserec.options import RETRIEVAL_MODEL
 from recbole_raserec.quick_start import check_run, run, run_stages
@@ -147,6 +148,9 @@ def _check(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, buil
     try:
         config = build()
         check_run(config)
+        layout = layout_of(config.final_config_dict)
+        if layout.size > 1:
+            problems.append(f"nproc: {layout.size} processes share a run, but trials run in one; leave it out")
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     searched: Space = {}
