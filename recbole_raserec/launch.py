@@ -233,9 +233,10 @@ def supervise(do: Callable[..., Any], arguments: Sequence[Any], processes: int) 
             running = list(started)
             while running:
                 multiprocessing.connection.wait([process.sentinel for process in running])
-                if any(process.exitcode for process in running):
+                codes = [process.exitcode for process in running]  # asked once: the next answer may be another
+                if any(codes):
                     raise _failure(started, folder)
-                running = [process for process in running if process.exitcode is None]
+                running = [process for process, code in zip(running, codes) if code is None]
         finally:
             _end(started)
         with open(folder / _RESULT, "rb") as file:
