@@ -102,7 +102,7 @@ def watched():
     losses, check = [], Trainer._check_nan
 
     def note(self, loss):
-        losses.append(float(loss))
+        losses.append(loss.item())
         check(self, loss)
 
     Trainer._check_nan = note
