@@ -145,10 +145,12 @@ def launch(config: Any, given: Sequence[Any]) -> dict[str, Any]:
 def work(local_rank: int, folder: Path, layout: Layout, given: Sequence[Any]) -> Any:
     """What each process does: join the group and run; the record from process 0, None from the others."""
     import torch
+    from tqdm import tqdm
 
     from recbole_raserec.config import Config
     from recbole_raserec.distributed import joined
 
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, left over when they are ended
     model, dataset, files, options, argv = given
     config = Config(model, dataset, files, options, argv)
     if not config["threads"]:
