@@ -22,6 +22,7 @@ from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, MissingExtraError
 from recbole_raserec.fileio import read_json, replacing, sha256, write_json
 from recbole_raserec.fingerprint import fingerprint
+from recbole_raserec.launch import layout_of
 from recbole_raserec.options import REGENERATION
 from recbole_raserec.regeneration import report
 from recbole_raserec.regeneration.combine import combine
@@ -205,6 +206,9 @@ def regenerate_dataset(
     keep_freed_memory()
     given = {**(config_dict or {}), "regeneration": True}
     config = Config(model or "SASRec", dataset, config_file_list, given, argv)
+    processes = layout_of(config.final_config_dict).size
+    if processes > 1:
+        raise ConfigError([f"nproc: {processes} processes share a training, but stage i is one's work; leave it out"])
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
     init_seed(config["seed"], config["reproducibility"])

@@ -22,9 +22,11 @@ from recbole_raserec.distributed import Group, current
 from recbole_raserec.errors import ConfigError, ProcessError
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.fileio import read_tensors
-from recbole_raserec.launch import Layout, layout_of, supervise
+from recbole_raserec.launch import Layout, layout_of
 from recbole_raserec.option_sources import parse_arguments
+from recbole_raserec.processes import supervise
 from recbole_raserec.quick_start import check_run, run_recbole_raserec
+from recbole_raserec.regenerate import regenerate_dataset
 from recbole_raserec.tune import tune_hyper_parameters
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
@@ -237,7 +239,7 @@ def test_an_interrupt_ends_all_processes(tmp_path):
 
 @posix
 def test_processes_end_with_the_one_that_started_them(tmp_path):
-    program = "from recbole_raserec.launch import supervise; import distributed_helpers, sys; "
+    program = "from recbole_raserec.processes import supervise; import distributed_helpers, sys; "
     program += "supervise(distributed_helpers.sleep, (sys.argv[1],), 2)"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})
@@ -332,6 +334,11 @@ def test_what_cannot_be_shared_out_is_refused_before_any_data_are_read(model, wo
 def test_trials_of_a_search_run_in_one_process(tmp_path):
     with pytest.raises(ConfigError, match="nproc: 2 processes share a run"):
         tune_hyper_parameters("SASRec", "nowhere", str(tmp_path), argv=["--nproc=2"])
+
+
+def test_a_data_set_is_regenerated_in_one_process(tmp_path):
+    with pytest.raises(ConfigError, match="nproc: 2 processes share a training"):
+        regenerate_dataset("nowhere", tmp_path, argv=["--nproc=2"])
 
 
 def test_the_number_of_processes_is_part_of_what_decides_a_result():
