@@ -46,6 +46,7 @@ Every option of RecBole can be given as --OPTION=VALUE and wins over the files. 
   --epochs=N                 largest number of training epochs
   --MAX_ITEM_LIST_LENGTH=N   the model sees the last N items of a history
   --seed=N
+  --nproc=N                  processes that share every batch; world_size, ip, port, group_offset: several machines
   --checkpoint_dir=DIR       where results of finished and unfinished stages are kept
   --result_file=FILE         write the figures as JSON"""
 

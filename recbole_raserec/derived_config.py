@@ -6,6 +6,7 @@ from typing import Any
 
 from recbole.utils import ModelType
 
+from recbole_raserec.launch import layout_of
 from recbole_raserec.option_checks import check_names
 from recbole_raserec.option_sources import Parsed
 from recbole_raserec.option_text import plain
@@ -118,6 +119,9 @@ class DerivedConfigs:
         # Regenerated data have a fingerprint of their own, which the run's holds where there are any.
         unread = set(REGENERATION) if options.get("regeneration") else {*REGENERATION, "memory_regenerated"}
         options = {name: value for name, value in options.items() if name not in unread}
+        processes = layout_of(self.final_config_dict).size
+        if processes > 1:  # dropout masks are drawn by each for its rows
+            options["world_size"] = processes
         protocol = dict(options["eval_args"])
         protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
         return {**options, "eval_args": protocol}

@@ -43,3 +43,7 @@ class MissingExtraError(RaSeRecError, ImportError):
 
     def __init__(self, extra: str, package: str, why: str):
         super().__init__(f"{package} is not installed, and {why}: pip install 'recbole-raserec[{extra}]'")
+
+
+class ProcessError(RaSeRecError):
+    """One of the processes of a run in several ended before its end."""

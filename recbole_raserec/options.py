@@ -44,6 +44,11 @@ COMMON: dict[str, Rule] = {
     **dict.fromkeys(("metric_decimal_place", "loss_decimal_place", "embedding_size"), integer(1)),
     "state": LEVEL,
     "threads": optional(integer(1)),
+    "nproc": integer(1),
+    "world_size": Rule("-1 or an integer >= 1", lambda value: type(value) is int and (value == -1 or value >= 1)),
+    "group_offset": integer(0),
+    "ip": TEXT,
+    "port": Rule("a port, 1 to 65535", lambda value: str(value) in map(str, range(1, 1 << 16))),
     "learning_rate": number(0, open_low=True),
     "weight_decay": number(0),
     "eval_memory_mb": number(0, open_low=True),
@@ -183,8 +188,6 @@ RUN_KEYS = frozenset(
         "port",
         "world_size",
         "group_offset",
-        "offset",
-        "local_rank",
         "verbose",
     ]
 )
@@ -206,6 +209,8 @@ COMPUTED_KEYS = frozenset(
         "collaborative_options",
         "eval_type",
         "device",
+        "local_rank",
+        "offset",
         "single_spec",
         "valid_neg_sample_args",
         "test_neg_sample_args",
@@ -223,6 +228,8 @@ COMPUTED_KEYS = frozenset(
 #: What to write instead of a name that RecBole once had, or computes.
 REMEDIES = {
     "device": "set gpu_id, or use_gpu: false for the CPU",
+    "local_rank": "set nproc, the runner numbers the processes",
+    "offset": "set group_offset",
     "neg_sampling": "set train_neg_sample_args",
     "training_neg_sample_num": "set train_neg_sample_args",
     "eval_setting": "set eval_args",

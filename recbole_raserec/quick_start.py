@@ -12,6 +12,7 @@ from recbole.utils import ModelType, init_logger, init_seed
 from recbole_raserec.allocator import keep_freed_memory, peak_memory_mb
 from recbole_raserec.config import Config
 from recbole_raserec.data.source import ensure_dataset
+from recbole_raserec.distributed import current
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation.protocols import evaluation_problems
 from recbole_raserec.evaluation.ranks_file import write_ranks
@@ -21,6 +22,7 @@ from recbole_raserec.evaluation.report import (
     result_record,
     write_result,
 )
+from recbole_raserec.launch import launch, layout_of, layout_problems
 from recbole_raserec.personalise import personalise
 from recbole_raserec.recommendation.backbone import REFUSED, SUPPORTED
 from recbole_raserec.regenerate import regenerate
@@ -56,17 +58,23 @@ def run_recbole_raserec(
         DatasetError: the data set is missing or unfit.
         CheckpointError: a checkpoint to reuse is damaged or foreign.
         MissingExtraError: the model needs an extra of this package.
+        ProcessError: with `nproc`, one of the processes died or failed.
     """
     config = Config(model, dataset, config_file_list, config_dict, argv)
     check_run(config)
+    if layout_of(config.final_config_dict).size > 1:
+        return launch(config, (model, dataset, config_file_list, config_dict, config._argv))
     init_logger(config)
     return run(config)
 
 
 def run(config: Any) -> dict[str, Any]:
-    """All stages and the report of a configuration that :func:`check_run` let through; returns the record."""
+    """All stages and the report of a configuration that :func:`check_run` let through; returns the record, or an empty
+    one in a process of a group that is not its first."""
     started = time.perf_counter()
     stages, data = run_stages(config)
+    if not current().first:
+        return {}
     return _report(config, stages, data, time.perf_counter() - started)
 
 
@@ -81,7 +89,7 @@ def run_stages(config: Any, trial: Optional[Trial] = None) -> tuple[dict[str, Ou
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
     init_seed(config["seed"], config["reproducibility"])
-    ensure_dataset(config)
+    current().first_here(lambda: ensure_dataset(config))
 
     before = None if trial is None else trial.unwatched()
     stages: dict[str, Outcome] = {}
@@ -94,7 +102,7 @@ def run_stages(config: Any, trial: Optional[Trial] = None) -> tuple[dict[str, Ou
         base = train_model(plain.for_backbone(), config["backbone_checkpoint"], trial=before)  # stage ii
         stages["base"] = base
         if data is not None:
-            data = personalise(config.for_backbone(), data, base) if personal else data
+            data = _personal(config.for_backbone(), data, base) if personal else data
             stages["base + (i)"] = base_i = train_model(config.for_backbone(), regenerated=data, trial=before)
             if trial is None:  # nothing rests on it
                 stages["base + (iii)"] = fine_tune(plain, base)
@@ -104,9 +112,14 @@ def run_stages(config: Any, trial: Optional[Trial] = None) -> tuple[dict[str, Ou
     else:
         base = stages["base"] = train_model(plain, trial=before if data is not None else trial)
         if data is not None:
-            data = personalise(config, data, base) if personal else data
+            data = _personal(config, data, base) if personal else data
             stages["base + (i)"] = train_model(config, regenerated=data, trial=trial)
     return stages, data
+
+
+def _personal(config: Any, data: Any, base: Outcome) -> Any:
+    """:func:`personalise`, by the first process alone."""
+    return current().from_first(lambda: personalise(config, data, base))
 
 
 def check_run(config: Any) -> None:
@@ -116,11 +129,6 @@ def check_run(config: Any) -> None:
         ConfigError: with all of it.
     """
     problems = evaluation_problems(config)
-    for name in ("nproc", "world_size"):
-        if (config[name] or 0) > 1:
-            problems.append(
-                f"{name}: {config[name]} processes are not supported by this runner; leave it out (threads: N)."
-            )
     if config["model"] == "RaSeRec" and config["backbone"] in REFUSED:
         problems.append(
             f"backbone: {config['backbone']} {REFUSED[config['backbone']]}; choose one of {', '.join(SUPPORTED)}."
@@ -147,6 +155,8 @@ def check_run(config: Any) -> None:
             f"backbone_checkpoint: {config['backbone_checkpoint']} was trained already, and regeneration trains anew; "
             "leave one of the two out."
         )
+    if not problems and any(config[name] for name in ("nproc", "world_size", "group_offset")):
+        problems = layout_problems(config, config.for_backbone() if config["model"] == "RaSeRec" else config)
     if problems:
         raise ConfigError(problems)
     installed = getattr(get_model(target), "check_installed", None)

@@ -18,9 +18,11 @@ from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.regenerated import Regenerated, training_hash
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.data.splits import Splits
+from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, MissingExtraError
 from recbole_raserec.fileio import read_json, replacing, sha256, write_json
 from recbole_raserec.fingerprint import fingerprint
+from recbole_raserec.launch import layout_of
 from recbole_raserec.options import REGENERATION
 from recbole_raserec.regeneration import report
 from recbole_raserec.regeneration.combine import combine
@@ -70,7 +72,7 @@ def regenerate(config: Any, trial: Optional[Trial] = None) -> RegeneratedData:
         CheckpointError: a stored part is damaged or foreign.
     """
     given = config["regenerated_data"]
-    made = _given(config, Path(given)) if given else _regenerate(config, trial)
+    made = current().from_first(lambda: _given(config, Path(given))) if given else _regenerate(config, trial)
     origin = {"patterns": "pattern", "generated": "generated"}.get(config["regen_rows"])
     if origin is None:
         return made
@@ -98,15 +100,19 @@ def _regenerate(config: Any, trial: Optional[Trial]) -> RegeneratedData:
     learned = fingerprint({name: value for name, value in base.items() if name not in _INFERENCE}, *parts)
     trained = Path(config["checkpoint_dir"]) / f"regenerator-{config['dataset']}-{learned[:12]}"
     users, items = splits.dataset.user_num, splits.dataset.item_num
-    if config["resume"] is not False and (directory / MANIFEST).exists() and (directory / REPORT).exists():
-        getLogger().info(f"Regeneration: reusing {directory}")
-        found, data = (
-            read_json(directory / REPORT),
-            Regenerated.load(directory, users, items, mark, splits.vocabulary()),
-        )
-        return RegeneratedData(data, directory, mark, found["seconds"], found)
-    vectors = source.model.item_embedding.weight.detach()[:items] if source is not None else None
-    return _run(config, splits, vectors, trained, directory, mark)
+
+    def make() -> RegeneratedData:
+        if config["resume"] is not False and (directory / MANIFEST).exists() and (directory / REPORT).exists():
+            getLogger().info(f"Regeneration: reusing {directory}")
+            found, data = (
+                read_json(directory / REPORT),
+                Regenerated.load(directory, users, items, mark, splits.vocabulary()),
+            )
+            return RegeneratedData(data, directory, mark, found["seconds"], found)
+        vectors = source.model.item_embedding.weight.detach()[:items] if source is not None else None
+        return _run(config, splits, vectors, trained, directory, mark)
+
+    return current().from_first(make)
 
 
 def _splits(config: Any, plain: Splits) -> Splits:
@@ -200,6 +206,9 @@ def regenerate_dataset(
     keep_freed_memory()
     given = {**(config_dict or {}), "regeneration": True}
     config = Config(model or "SASRec", dataset, config_file_list, given, argv)
+    processes = layout_of(config.final_config_dict).size
+    if processes > 1:
+        raise ConfigError([f"nproc: {processes} processes share a training, but stage i is one's work; leave it out"])
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
     init_seed(config["seed"], config["reproducibility"])

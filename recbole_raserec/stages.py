@@ -16,6 +16,7 @@ from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loader import BucketLoader, RowLoader
 from recbole_raserec.data.regenerated import regenerated_class, training_hash
 from recbole_raserec.data.splits import Splits, prepare
+from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
 from recbole_raserec.evaluation.protocols import (
     SEEN_KEPT,
@@ -200,8 +201,12 @@ def _run(
     keeper: Optional[MemoryKeeper] = None, test: Any = None, trial: Optional[Trial] = None,
 ) -> Outcome:  # fmt: skip
     """Train to the end (or take up a finished run), evaluate the best weights, complete the checkpoint."""
-    logger = getLogger()
+    logger, group = getLogger(), current()
     name, protocol = config["model"], selection_protocol(config)
+    if not group.agreed(mark):
+        raise DatasetError(
+            f"world_size: {group.size} processes read different data or options; give all machines the same."
+        )
 
     def validate(model: Any, data: Any) -> Any:
         if keeper is not None:
@@ -211,9 +216,9 @@ def _run(
     resume = config["resume"] is not False
     before_epoch = keeper.before_epoch if keeper is not None else None
     trainer = resumable(get_trainer_class(config))(config, model, directory, validate, protocol, resume, before_epoch)
-    finished = resume and (directory / MANIFEST).exists()
-    if finished:
-        done = read_manifest(directory)
+    done = group.from_first(lambda: read_manifest(directory) if resume and (directory / MANIFEST).exists() else None)
+    finished = done is not None
+    if done is not None:
         if done["fingerprint"] != mark:
             raise CheckpointError(f"{directory} holds another run; move it away or set `checkpoint_dir`.")
         logger.info(f"{name}: reusing the finished run in {directory}")
@@ -244,9 +249,9 @@ def _run(
         keeper.admit_validation(test)
     ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
     metrics["test"] = metrics_by_protocol(ranks, config, decimals=DECIMALS)
-    curve = done.get("curve", {}) if finished else trainer.curve
+    curve = trainer.curve if done is None else done.get("curve", {})
     outcome = Outcome(name, model, splits, metrics, trainer.seconds, directory, mark, ranks, curve)
-    if not finished:
+    if not finished and group.first:
         full = {"model": name, "dataset": config["dataset"], "fingerprint": mark, "data": splits.fingerprint}
         full.update(manifest, metrics=metrics, seconds=trainer.seconds, curve=curve)
         known = catalogue_of(splits, config)

@@ -17,6 +17,7 @@ from recbole_raserec.evaluation.comparison import Row, figures
 from recbole_raserec.evaluation.report import versions
 from recbole_raserec.evaluation.tables import STYLES
 from recbole_raserec.fileio import write_json
+from recbole_raserec.launch import layout_of
 from recbole_raserec.option_text import nearest
 
 #: What can be printed.
@@ -72,7 +73,7 @@ def compare(
         if "checkpoint_dir" not in cell.options:
             made["checkpoint_dir"] = str(plan.output / SAVED)
         if count > 1 and not cell.options.get("threads"):
-            made["threads"] = max(1, _cores() // count)
+            made["threads"] = max(1, _cores() // count // layout_of(cell.options).nproc)
         return command_words(cell, folder, made)
 
     failed = run_cells(plan.cells, folder, count, words, environment, _say)

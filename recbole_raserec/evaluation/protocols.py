@@ -25,6 +25,7 @@ from recbole.evaluator.collector import DataStruct
 from recbole.evaluator.register import metric_information
 from scipy.sparse import csr_matrix
 
+from recbole_raserec.distributed import current
 from recbole_raserec.errors import ConfigError, DatasetError
 from recbole_raserec.evaluation.ranking import csr_pairs
 from recbole_raserec.evaluation.scoring import Scorer, batches_of, even_blocks, option
@@ -224,13 +225,18 @@ def _rank_batch(
     seen: csr_matrix | None,
     seen_rows: np.ndarray,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranks (kept, removed), int64 [P] each, of the positives of one batch; `seen_rows` [B] are rows of `seen`."""
-    kept = torch.empty(len(positive_i), dtype=torch.int64)
-    removed = torch.empty(len(positive_i), dtype=torch.int64)
+    """Ranks (kept, removed), int64 [P] each, of the positives of one batch; `seen_rows` [B] are rows of `seen`.
+
+    In a group of processes those of the queries of this process, 0 for the others'.
+    """
+    kept = torch.zeros(len(positive_i), dtype=torch.int64)
+    removed = torch.zeros(len(positive_i), dtype=torch.int64)
     if seen is not None and len(seen_rows) and seen_rows.max() >= seen.shape[0]:
         raise ValueError(f"the seen items have {seen.shape[0]} rows, but row {seen_rows.max()} was asked for.")
     single = torch.equal(positive_u, torch.arange(len(interaction)))
-    for start, stop in even_blocks(len(interaction), scorer.rows):
+    first, last = current().span(len(interaction))
+    for start, stop in even_blocks(last - first, scorer.rows):
+        start, stop = first + start, first + stop
         here = ((positive_u >= start) & (positive_u < stop)).nonzero().squeeze(1)
         rows, targets = positive_u[here] - start, positive_i[here]
         pairs = None
@@ -267,9 +273,10 @@ class _RankLists:
         self.n_queries += len(users)
 
     def joined(self, with_removed: bool) -> Ranks:
-        removed = torch.cat(self.removed) if with_removed else None
+        add_up = current().add_up  # each process has ranked its queries
+        removed = add_up(torch.cat(self.removed)) if with_removed else None
         queries, users, targets = (torch.cat(parts) for parts in (self.queries, self.users, self.targets))
-        return Ranks(torch.cat(self.kept), removed, queries, users, targets)
+        return Ranks(add_up(torch.cat(self.kept)), removed, queries, users, targets)
 
 
 def _cutoffs(config: Any) -> list[int]:

@@ -16,9 +16,11 @@ from recbole.trainer import Trainer
 from recbole.trainer.trainer import PretrainTrainer
 from recbole.utils import ModelType
 
+from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.fileio import read_tensors, write_tensors
 from recbole_raserec.recommendation.averaging import WeightAverage
+from recbole_raserec.recommendation.split_steps import SplitSteps
 
 AVERAGE = "average."
 STATE, BEST = "state.safetensors", "model.safetensors"
@@ -37,6 +39,9 @@ class ResumableTrainer(Trainer):
     With the option `weight_averaging` what is validated and kept is the moving average of the weights, see
     :class:`~recbole_raserec.recommendation.averaging.WeightAverage`.
 
+    In a group of processes (:mod:`recbole_raserec.distributed`) all of them have such a trainer, make the steps
+    together (:class:`~recbole_raserec.recommendation.split_steps.SplitSteps`), and the first alone reads and writes.
+
     Args:
         directory: where the run lives.
         evaluate: validation of both protocols in one pass; the values are RecBole's.
@@ -48,14 +53,18 @@ class ResumableTrainer(Trainer):
         CheckpointError: `directory` holds a damaged or foreign state.
     """
 
+    clip_grad_norm: Any
+
     def __init__(
         self, config: Any, model: Any, directory: Path, evaluate: Evaluate, protocol: str, resume: bool = True,
         before_epoch: Optional[Callable[[int], None]] = None,
     ):  # fmt: skip
         super().__init__(config, model)
         weakref.finalize(self, self.tensorboard.close)  # it has a thread and an open file
+        self._group = group = current()
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if group.first:
+            self.directory.mkdir(parents=True, exist_ok=True)
         self.saved_model_file = str(self.directory / BEST)
         self._evaluate, self._protocol = evaluate, protocol
         self._before_epoch = before_epoch
@@ -70,7 +79,12 @@ class ResumableTrainer(Trainer):
         if config["weight_averaging"]:
             average = self._average = WeightAverage(model, config["weight_averaging"])
             self.optimizer.register_step_post_hook(lambda *_: average.update())
-        if resume and (self.directory / STATE).exists() and (self.directory / BEST).exists():
+        self._split: Optional[SplitSteps] = None
+        if group.size > 1:
+            self._split = SplitSteps(group, model, config["model"], self.optimizer, self.clip_grad_norm)
+            self.clip_grad_norm = None
+        there = resume and (self.directory / STATE).exists() and (self.directory / BEST).exists()
+        if group.from_first(lambda: there):
             self.resume_checkpoint(self.directory / STATE)
 
     def _build_optimizer(self, **kwargs: Any) -> Any:
@@ -92,6 +106,9 @@ class ResumableTrainer(Trainer):
         if self._resumed is not None:
             self._restore_random(self._resumed)
             self._resumed = None
+        else:
+            self._group.seed_torch(self.config["seed"])
+        self._group.send_weights(self.model)
         last = self.pretrain_epochs if self._pretrains else self.epochs
         if self.start_epoch > 0 and (self.start_epoch >= last or self.cur_step > self.stopping_step):
             return self.best_valid_score, self.best_valid_result
@@ -133,17 +150,19 @@ class ResumableTrainer(Trainer):
     def _train_epoch(self, train_data: Any, epoch_idx: int, loss_func: Any = None, show_progress: bool = False) -> Any:
         if self._before_epoch is not None:
             self._before_epoch(epoch_idx)
+        if self._split is not None:
+            loss_func = self._split.loss_of(loss_func or self.model.calculate_loss)
         return super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
         with self._averaged():
-            result = self._evaluate(self.model, valid_data)[self._protocol]
+            result = self._group.broadcast(self._evaluate(self.model, valid_data)[self._protocol])
         return result[self.valid_metric], result
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         target = kwargs.get("saved_model_file", self.saved_model_file)
         with self._averaged():
-            write_tensors(target, _tensors(self.model.state_dict()), {"epoch": epoch, "model": self.config["model"]})
+            self._write(target, _tensors(self.model.state_dict()), {"epoch": epoch, "model": self.config["model"]})
         self.best_other_parameter = self.model.other_parameter()
         if self.eval_step <= 0:
             self.save_state(epoch)
@@ -155,11 +174,15 @@ class ResumableTrainer(Trainer):
     def keep(self) -> None:
         """Take the model's present weights for the best of the run."""
         meta = {"epoch": self.start_epoch, "model": self.config["model"]}
-        write_tensors(self.saved_model_file, _tensors(self.model.state_dict()), meta)
+        self._write(self.saved_model_file, _tensors(self.model.state_dict()), meta)
+
+    def _write(self, path: Any, tensors: dict[str, torch.Tensor], meta: Any) -> None:
+        if self._group.first:
+            write_tensors(path, tensors, meta)
 
     def load_best(self) -> None:
         """Put the best weights of the run into the model."""
-        tensors, _ = read_tensors(self.saved_model_file)
+        tensors, _ = self._group.from_first(lambda: read_tensors(self.saved_model_file))
         load_weights(self.model, tensors, self.saved_model_file)
         if self.best_other_parameter:
             self.model.load_other_parameter(self.best_other_parameter)
@@ -187,13 +210,14 @@ class ResumableTrainer(Trainer):
                 else:
                     scalars[key] = value
         name, keys, pos, has_gauss, cached = np.random.get_state()
-        tensors["random.torch"] = torch.get_rng_state()
+        own = {"random.torch": torch.get_rng_state()}
         tensors["random.numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
         generator = getattr(self._loader, "generator", None)
         if generator is not None:
             tensors["random.loader"] = generator.get_state()
         if torch.cuda.is_available():
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+            own["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors.update(self._group.gathered(own))
         meta = {
             "model": self.config["model"],
             "epoch": epoch,
@@ -209,11 +233,11 @@ class ResumableTrainer(Trainer):
             "numpy": [str(name), int(pos), int(has_gauss), float(cached)],
             "python": random.getstate(),
         }
-        write_tensors(self.directory / STATE, tensors, meta)
+        self._write(self.directory / STATE, tensors, meta)
 
     def resume_checkpoint(self, resume_file: Any) -> None:
         try:
-            tensors, meta = read_tensors(resume_file)
+            tensors, meta = self._group.from_first(lambda: read_tensors(resume_file))
             if meta["model"] != self.config["model"]:
                 raise CheckpointError(f"{resume_file} belongs to model {meta['model']}, not to {self.config['model']}.")
             prefix = "model."
@@ -247,7 +271,7 @@ class ResumableTrainer(Trainer):
 
     def _restore_random(self, tensors: dict[str, torch.Tensor]) -> None:
         meta = self._resumed_meta
-        torch.set_rng_state(tensors["random.torch"])
+        torch.set_rng_state(tensors[self._group.own_name("random.torch")])
         name, pos, has_gauss, cached = meta["numpy"]
         np.random.set_state((name, tensors["random.numpy"].numpy().astype(np.uint32), pos, has_gauss, cached))
         version, internal, gauss = meta["python"]
@@ -255,7 +279,7 @@ class ResumableTrainer(Trainer):
         if "random.loader" in tensors and getattr(self._loader, "generator", None) is not None:
             self._loader.generator.set_state(tensors["random.loader"])
         if "random.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+            torch.cuda.set_rng_state(tensors[self._group.own_name("random.cuda")], self.device)
 
 
 def resumable(trainer_class: type) -> type:

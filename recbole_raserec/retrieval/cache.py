@@ -14,6 +14,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.fileio import read_tensors, write_tensors
 from recbole_raserec.retrieval.choice import resolve_kind
@@ -47,8 +48,9 @@ class NeighbourCache:
         if resolve_kind(memory.index, len(memory)) != "flat":
             queries.search(memory, top_k, desc)
             return
+        group = current()
         mark = _hash(queries, memory)
-        found = self._read(mark, len(queries), len(memory), top_k)
+        found = group.from_first(lambda: self._read(mark, len(queries), len(memory), top_k))
         if found is not None:
             device = queries.h.device
             queries.ids = found.clamp(min=0).to(device)
@@ -59,8 +61,9 @@ class NeighbourCache:
         assert queries.ids is not None
         assert queries.mask is not None
         ids = torch.where(queries.mask, queries.ids, -1).to(torch.int32).cpu()
-        write_tensors(self.directory / f"{mark}-{searched}.safetensors", {"ids": ids}, _digest(ids))
-        self._prune()
+        if group.first:
+            write_tensors(self.directory / f"{mark}-{searched}.safetensors", {"ids": ids}, _digest(ids))
+            self._prune()
         queries.ids, queries.mask = queries.ids[:, :top_k].contiguous(), queries.mask[:, :top_k].contiguous()
 
     def _read(self, mark: str, rows: int, entries: int, top_k: int) -> Optional[torch.Tensor]:

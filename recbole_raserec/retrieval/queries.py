@@ -12,6 +12,7 @@ from tqdm import tqdm
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.packed import PackedWindows
 from recbole_raserec.data.sequences import SequenceStore
+from recbole_raserec.distributed import current
 
 #: Position tokens per encoding batch.
 TOKENS = 1 << 16
@@ -58,9 +59,13 @@ class Queries:
 
     def search(self, memory: Any, top_k: int, desc: Optional[str] = None) -> None:
         """Find the admissible neighbours of every window."""
-        found = memory.search(self.h.cpu().numpy(), top_k, self.users, self.positions, desc, self.times)
-        self.ids = torch.from_numpy(np.maximum(found.ids, 0)).to(self.h.device)
-        self.mask = torch.from_numpy(found.mask).to(self.h.device)
+        group, rows = current(), len(self)
+        own = group.every(rows)
+        times = None if self.times is None else self.times[own]
+        found = memory.search(self.h[own].cpu().numpy(), top_k, self.users[own], self.positions[own], desc, times)
+        ids, mask = torch.from_numpy(np.maximum(found.ids, 0)), torch.from_numpy(found.mask)
+        self.ids = group.joined_rows(ids, own, rows).to(self.h.device)
+        self.mask = group.joined_rows(mask, own, rows).to(self.h.device)
 
     def find(self, users: torch.Tensor, positions: torch.Tensor) -> Optional[torch.Tensor]:
         """Rows that hold the given windows, int64 [B], or None when one of them is not here."""
@@ -89,7 +94,10 @@ def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Opt
     """
     users, positions, targets = dataset.windows()
     store, longest = dataset.store, dataset.max_item_list_len
-    h = encode_windows(backbone, store, users, positions, longest, device, desc)
+    group = current()
+    own = group.every(len(users))
+    h = encode_windows(backbone, store, users[own], positions[own], longest, device, desc)
+    h = group.joined_rows(h, own, len(users))
     times = None if store.times is None else store.times[store.offsets[users] + positions]
     return Queries(users, positions, targets, times, h, longest)
 

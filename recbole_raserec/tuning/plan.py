@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from recbole_raserec.errors import ConfigError
+from recbole_raserec.launch import layout_of
 from recbole_raserec.option_text import nearest, plain, shown
 from recbole_raserec.options import RETRIEVAL_MODEL
 from recbole_raserec.quick_start import check_run
@@ -80,6 +81,9 @@ def plan_search(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any,
     try:
         config = build()
         check_run(config)
+        layout = layout_of(config.final_config_dict)
+        if layout.size > 1:
+            problems.append(f"nproc: {layout.size} processes share a run, but trials run in one; leave it out")
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     searched: Space = {}

@@ -1,0 +1,189 @@
+"""The processes that run one command together: who this one is, and what they tell each other.
+
+Every process runs the same program on the same data. What costs time is shared out by rows (the rows of a training
+batch, the queries of an evaluation, the windows to encode and to search for) and put together again, so that all of
+them hold the same values afterwards; what decides the course of the program is decided by the first one and told to the
+others; and the first one alone writes files. Without a group (:func:`current` outside of :func:`joined`) each function
+here does the plain thing, at no cost.
+
+This module knows tensors and processes, no models; who starts the processes is :mod:`recbole_raserec.launch`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Iterator
+from typing import Any, Callable, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+#: How long a process waits for the others at a step that all of them take; one that dies is noticed at once.
+TIMEOUT = datetime.timedelta(minutes=30)
+
+#: How long the others wait for what the first one makes alone, such as regenerated data.
+PATIENCE = datetime.timedelta(days=30)
+
+#: Distance of the processes' seeds of torch (2^32 over the golden ratio).
+_STRIDE = 0x9E3779B1
+
+
+class Group:
+    """The processes of one run, seen from one of them; of size 1 where there is only this one.
+
+    Args:
+        rank: number of this process among all, from 0.
+        size: of the group.
+        local_rank: number of this process among those of its machine, from 0.
+        store: torch's, through which they found each other; None for a group of one.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None):
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self._store, self._turns = store, 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that decides, writes and prints."""
+        return self.rank == 0
+
+    # -- values -----------------------------------------------------------------------------------------------------
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives on the first process, on all of them. It may take long, and be anything that pickles."""
+        if self.size == 1:
+            return make()
+        self._turns += 1
+        key = f"made {self._turns}"
+        value: Any = None
+        if self.first:
+            value = make()
+            self._store.set(key, "1")
+        else:
+            self._store.wait([key], PATIENCE)
+        return self.broadcast(value)
+
+    def broadcast(self, value: T) -> T:
+        """The first process's `value`, on all of them."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+        return held[0]
+
+    def gathered(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The named tensors of all processes, those of the first under their names, those of others under
+        :meth:`own_name`."""
+        if self.size == 1:
+            return values
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, {self.own_name(name): value.cpu() for name, value in values.items()})
+        return {name: value for part in found for name, value in part.items()}
+
+    def own_name(self, name: str) -> str:
+        """The name under which :meth:`gathered` gives what this process called `name`."""
+        return name if self.first else f"{name}.{self.rank}"
+
+    def agreed(self, value: Any) -> bool:
+        """Whether all processes have the same `value`."""
+        if self.size == 1:
+            return True
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return all(other == value for other in found)
+
+    def first_here(self, do: Callable[[], Any]) -> None:
+        """`do` on the first process of each machine, and when all of these are through, on the others."""
+        if self.local_rank == 0:
+            do()
+        self.agreed(None)
+        if self.local_rank:
+            do()
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+
+    def span(self, rows: int) -> tuple[int, int]:
+        """This process's part start..stop of `rows` rows that lie next to each other.
+
+        Fewer than two rows for each process are the first one's: some RecBole models squeeze a batch of one row away.
+        """
+        if rows < 2 * self.size:
+            return (0, rows) if self.first else (0, 0)
+        return rows * self.rank // self.size, rows * (self.rank + 1) // self.size
+
+    def every(self, rows: int) -> slice:
+        """This process's part of `rows` rows, every `size`-th of them: even where rows are sorted by length. Few rows
+        are the first one's, as of :meth:`span`."""
+        if rows < 2 * self.size:
+            return slice(0, rows if self.first else 0)
+        return slice(self.rank, rows, self.size)
+
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of the processes' tensors of like shape, in place, the same on all; zeros but for the own rows: the
+        rows of all."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def joined_rows(self, part: torch.Tensor, where: slice, rows: int) -> torch.Tensor:
+        """All `rows` rows [N, ...], of which this process has `part` at the places `where`."""
+        if self.size == 1:
+            return part
+        counted = torch.uint8 if part.dtype == torch.bool else part.dtype
+        whole = torch.zeros((rows, *part.shape[1:]), dtype=counted, device=part.device)
+        whole[where] = part.to(counted)
+        return self.add_up(whole).to(part.dtype)
+
+    # -- models -----------------------------------------------------------------------------------------------------
+
+    def seed_torch(self, seed: int) -> None:
+        """Give the processes random numbers of torch of their own, such as dropout masks; those of NumPy and Python,
+        which draw negatives, stay the same on all. The first one's are left as they are."""
+        if not self.first:
+            torch.manual_seed((seed + _STRIDE * self.rank) % 2**32)
+
+    def send_weights(self, model: torch.nn.Module) -> None:
+        """Give all processes the first one's parameters and buffers."""
+        if self.size == 1:
+            return
+        for values in [*model.parameters(), *model.buffers()]:
+            if values.layout == torch.strided:
+                held = values.data.contiguous()
+                dist.broadcast(held, src=0)
+                values.data.copy_(held)
+
+
+_ALONE = Group()
+_current = _ALONE
+
+
+def current() -> Group:
+    """The group that this process belongs to."""
+    return _current
+
+
+@contextlib.contextmanager
+def joined(rank: int, size: int, local_rank: int, store: Any, cuda: bool) -> Iterator[Group]:
+    """Belong to a group within: `gloo` between CPUs, and with `cuda` `nccl` between GPUs, one for each local rank.
+
+    Args:
+        rank, size, local_rank: as of :class:`Group`. store: of torch, which all of them share.
+        cuda: whether tensors lie on GPUs.
+    """
+    global _current
+    backend = "gloo"
+    if cuda:
+        torch.cuda.set_device(local_rank)
+        if dist.is_nccl_available():
+            backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    _current = Group(rank, size, local_rank, dist.PrefixStore("recbole_raserec", store))
+    try:
+        yield _current
+        _current.agreed(None)  # a process that leaves closes the connections that others may still read from
+        dist.destroy_process_group()  # not after an error: it could wait for one that is gone
+    finally:
+        _current = _ALONE
