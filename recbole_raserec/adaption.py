@@ -28,6 +28,7 @@ from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.errors import ConfigError, MissingExtraError, RaSeRecError
 from recbole_raserec.evaluation.protocols import SEEN_KEPT
 from recbole_raserec.fileio import replacing
+from recbole_raserec.quick_start import check_run
 from recbole_raserec.stages import train_model
 
 #: Inner sizes to choose among.
@@ -163,6 +164,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if not own["adaption_epochs"].isdigit():
             raise ConfigError([f"adaption_epochs: {own['adaption_epochs']} is not a number of epochs"])
         config = Config("DARec", dataset, files, None, rest)
+        check_run(config)
         ensure_dataset(config)
         if config["threads"]:
             import torch

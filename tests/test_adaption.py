@@ -45,3 +45,5 @@ def test_the_command_writes_what_a_run_reads(workdir, monkeypatch, capsys):
     assert len(sizes) == 2
     assert main(["--dataset=tiny", "--output=x.yaml", "--sampler=guess"]) == 2
     assert "sampler" in capsys.readouterr().err
+    assert main([f"--output={output}", "--dataset=tiny", "--nproc=2", *options]) == 2
+    assert "nproc: 2 processes" in capsys.readouterr().err
