@@ -25,9 +25,9 @@ from trained import Trained
 
 from recbole_raserec.adaption import Adaption
 from recbole_raserec.config import Config
+from recbole_raserec.configuration.sources import read_yaml
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.evaluation.protocols import PROTOCOLS
-from recbole_raserec.option_sources import read_yaml
 from recbole_raserec.stages import fine_tune, train_model
 
 #: Fewer training interactions than these make an item cold.

@@ -13,10 +13,17 @@ import torch
 from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType
 
-from recbole_raserec.derived_config import DerivedConfigs
-from recbole_raserec.errors import ConfigError
-from recbole_raserec.option_checks import check_names, check_together, check_values
-from recbole_raserec.option_sources import (
+from recbole_raserec.configuration.checks import check_names, check_together, check_values
+from recbole_raserec.configuration.derived import DerivedConfigs
+from recbole_raserec.configuration.options import (
+    COMPUTED_KEYS,
+    NESTED,
+    RETRIEVAL_MODEL,
+    TRANSFORM_KEYS,
+    WITHOUT_NEGATIVES,
+    rules_for,
+)
+from recbole_raserec.configuration.sources import (
     LISTED_KEYS,
     PROPERTIES,
     Loader,
@@ -29,15 +36,8 @@ from recbole_raserec.option_sources import (
     parse_value,
     read_yaml,
 )
-from recbole_raserec.option_text import nearest, shown
-from recbole_raserec.options import (
-    COMPUTED_KEYS,
-    NESTED,
-    RETRIEVAL_MODEL,
-    TRANSFORM_KEYS,
-    WITHOUT_NEGATIVES,
-    rules_for,
-)
+from recbole_raserec.configuration.text import nearest, shown
+from recbole_raserec.errors import ConfigError
 
 #: The devices visible when the program started. RecBole overwrites the variable with gpu_id at every configuration.
 _VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -15,12 +15,12 @@ import torch
 from recbole.utils import init_seed
 from tqdm import tqdm
 
+from recbole_raserec.configuration.options import REGENERATION
 from recbole_raserec.data.dataset import SEQUENCE
 from recbole_raserec.data.loader import BucketLoader
 from recbole_raserec.data.regenerated import Regenerated, joined
 from recbole_raserec.fileio import read_json, write_json
 from recbole_raserec.fingerprint import fingerprint
-from recbole_raserec.options import REGENERATION
 from recbole_raserec.regenerate import REPORT, RegeneratedData
 from recbole_raserec.regeneration.personaliser import Bilevel, Personaliser, learn
 from recbole_raserec.stages import Outcome

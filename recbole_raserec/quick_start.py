@@ -12,7 +12,8 @@ from recbole.utils import ModelType, init_logger, init_seed
 from recbole_raserec.allocator import keep_freed_memory, peak_memory_mb
 from recbole_raserec.config import Config
 from recbole_raserec.data.source import ensure_dataset
-from recbole_raserec.distributed import current
+from recbole_raserec.distributed.group import current
+from recbole_raserec.distributed.launch import launch, layout_of, layout_problems
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation.protocols import evaluation_problems
 from recbole_raserec.evaluation.ranks_file import write_ranks
@@ -22,7 +23,6 @@ from recbole_raserec.evaluation.report import (
     result_record,
     write_result,
 )
-from recbole_raserec.launch import launch, layout_of, layout_problems
 from recbole_raserec.personalise import personalise
 from recbole_raserec.recommendation.backbone import REFUSED, SUPPORTED
 from recbole_raserec.regenerate import regenerate

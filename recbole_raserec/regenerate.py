@@ -14,16 +14,16 @@ from recbole.utils import init_logger, init_seed
 
 from recbole_raserec.allocator import keep_freed_memory
 from recbole_raserec.config import Config
+from recbole_raserec.configuration.options import REGENERATION
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.regenerated import Regenerated, training_hash
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.data.splits import Splits
-from recbole_raserec.distributed import current
+from recbole_raserec.distributed.group import current
+from recbole_raserec.distributed.launch import layout_of
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, MissingExtraError
 from recbole_raserec.fileio import read_json, replacing, sha256, write_json
 from recbole_raserec.fingerprint import fingerprint
-from recbole_raserec.launch import layout_of
-from recbole_raserec.options import REGENERATION
 from recbole_raserec.regeneration import report
 from recbole_raserec.regeneration.combine import combine
 from recbole_raserec.regeneration.files import write_benchmark

@@ -16,7 +16,7 @@ from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loader import BucketLoader, RowLoader
 from recbole_raserec.data.regenerated import regenerated_class, training_hash
 from recbole_raserec.data.splits import Splits, prepare
-from recbole_raserec.distributed import current
+from recbole_raserec.distributed.group import current
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
 from recbole_raserec.evaluation.protocols import (
     SEEN_KEPT,

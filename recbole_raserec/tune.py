@@ -19,13 +19,13 @@ import torch
 from recbole.utils import init_logger
 
 from recbole_raserec.config import Config
+from recbole_raserec.configuration.options import RETRIEVAL_MODEL
+from recbole_raserec.configuration.text import plain
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError
 from recbole_raserec.evaluation.protocols import SEEN_KEPT
 from recbole_raserec.evaluation.report import record_table, versions
 from recbole_raserec.fileio import read_json, write_json
-from recbole_raserec.option_text import plain
-from recbole_raserec.options import RETRIEVAL_MODEL
 from recbole_raserec.quick_start import check_run, run, run_stages
 from recbole_raserec.stages import Trial, selection_protocol
 from recbole_raserec.tuning import results

@@ -36,8 +36,8 @@ def sums(number, folder, layout):
     """What the processes of a layout come to together, seen from each."""
     import torch
 
-    from recbole_raserec.distributed import current, joined
-    from recbole_raserec.launch import open_store
+    from recbole_raserec.distributed.group import current, joined
+    from recbole_raserec.distributed.launch import open_store
 
     rank = layout.offset + number
     with joined(rank, layout.size, number, open_store(layout, rank, folder), cuda=False) as group:
@@ -60,8 +60,8 @@ def pipelines(number, folder, layout, directory, jobs):
     """:func:`run_all` as one of the processes of a group."""
     import torch
 
-    from recbole_raserec.distributed import joined
-    from recbole_raserec.launch import open_store
+    from recbole_raserec.distributed.group import joined
+    from recbole_raserec.distributed.launch import open_store
 
     torch.set_num_threads(1)
     os.chdir(directory)
@@ -76,8 +76,8 @@ def run_all(jobs):
         jobs: name -> (model, options).
     """
     from recbole_raserec.config import Config
-    from recbole_raserec.distributed import current
-    from recbole_raserec.launch import silent
+    from recbole_raserec.distributed.group import current
+    from recbole_raserec.distributed.launch import silent
     from recbole_raserec.quick_start import run
 
     found = {}

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from recbole_raserec import quick_start
-from recbole_raserec.option_sources import keys_read_by
+from recbole_raserec.configuration.sources import keys_read_by
 from recbole_raserec.recommendation.trainer import ResumableTrainer
 from recbole_raserec.registry import get_model
 

@@ -18,11 +18,12 @@ from recbole.config import Config as RecBoleConfig
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 from recbole.utils import InputType
 
-from recbole_raserec import option_sources, options, registry
+from recbole_raserec import registry
 from recbole_raserec.config import Config
+from recbole_raserec.configuration import options, sources
 
 RECBOLE = Path(recbole.__file__).parent
-SHIPPED = sorted(path for path in option_sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
+SHIPPED = sorted(path for path in sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
 MODELS = sorted(
     name
     for package, base in (
@@ -49,7 +50,7 @@ def test_shipped_yaml_makes_a_configuration_and_holds_known_options(path):
 
 
 def test_shipped_files_are_those_promised():
-    assert {path.relative_to(option_sources.PROPERTIES).as_posix() for path in SHIPPED} >= {
+    assert {path.relative_to(sources.PROPERTIES).as_posix() for path in SHIPPED} >= {
         "overall.yaml",
         *(f"model/{name}.yaml" for name in ("RaSeRec", "DuoRec", "SASRec")),
         *(f"dataset/amazon-{name}.yaml" for name in ("beauty", "toys-games", "sports-outdoors")),
@@ -58,12 +59,12 @@ def test_shipped_files_are_those_promised():
 
 
 def test_every_option_of_the_retrieval_stage_has_a_default_and_a_rule():
-    shipped = yaml.safe_load((option_sources.PROPERTIES / "model" / "RaSeRec.yaml").read_text(encoding="utf-8"))
+    shipped = yaml.safe_load((sources.PROPERTIES / "model" / "RaSeRec.yaml").read_text(encoding="utf-8"))
     assert set(shipped) == set(options.RETRIEVAL)
 
 
 def test_options_of_the_retrieval_stage_that_hide_one_of_a_backbone():
-    keys = option_sources.model_keys()
+    keys = sources.model_keys()
     backbones = [name for name in keys if hasattr(recbole.model.sequential_recommender, name)]
     assert len(backbones) > 25
     hidden = {name: keys[name] & set(options.RETRIEVAL) for name in backbones}
@@ -96,7 +97,7 @@ def test_yaml_reads_as_recbole_reads_it_but_safely(tmp_path):
     for path in [*files, *SHIPPED]:
         # Trusted files of the library and of this package: the loader that RecBole uses is the reference.
         expected = yaml.load(path.read_text(encoding="utf-8"), Loader=recbole_loader)
-        assert option_sources.read_yaml(path) == (expected or {}), path
+        assert sources.read_yaml(path) == (expected or {}), path
     evil = write(tmp_path, "seed: !!python/object/apply:os.getcwd []\n")
     assert "not valid YAML" in only_problem(config_file_list=[evil])
 
@@ -146,10 +147,10 @@ def test_model_class_and_context_model():
 
 
 def test_keys_that_recbole_reads_are_all_known():
-    known = option_sources.all_keys() | options.COMPUTED_KEYS | {"full"}  # "full" is an evaluation mode
+    known = sources.all_keys() | options.COMPUTED_KEYS | {"full"}  # "full" is an evaluation mode
     missing = {}
     for path in RECBOLE.rglob("*.py"):
-        for key in option_sources.keys_in_source(path.read_text(encoding="utf-8")) - known:
+        for key in sources.keys_in_source(path.read_text(encoding="utf-8")) - known:
             missing.setdefault(key, path.relative_to(RECBOLE))
     assert missing == {}
 
@@ -233,15 +234,15 @@ def test_arguments_of_the_process_are_the_default(monkeypatch):
     ],
 )
 def test_texts_parse_as_recbole_parses_them(text):
-    assert option_sources.parse_value(text) == RecBoleConfig._convert_config_dict(None, {"key": text})["key"]
+    assert sources.parse_value(text) == RecBoleConfig._convert_config_dict(None, {"key": text})["key"]
 
 
 def test_texts_are_never_evaluated(tmp_path):
     target = tmp_path / "made"
     text = f"__import__('pathlib').Path({str(target)!r}).touch()"
-    assert option_sources.parse_value(text) == text
+    assert sources.parse_value(text) == text
     assert not target.exists()
-    assert option_sources.parse_value("null") is None
+    assert sources.parse_value("null") is None
 
 
 def test_value_may_hold_an_equals_sign():

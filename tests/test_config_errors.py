@@ -13,12 +13,13 @@ import recbole.model.sequential_recommender
 from config_helpers import only_problem, problems, write
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 
-from recbole_raserec import option_sources, registry
+from recbole_raserec import registry
 from recbole_raserec.config import Config
+from recbole_raserec.configuration import sources
 from recbole_raserec.errors import ConfigError
 
 RECBOLE = Path(recbole.__file__).parent
-SHIPPED = sorted(path for path in option_sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
+SHIPPED = sorted(path for path in sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
 MODELS = sorted(
     name
     for package, base in (

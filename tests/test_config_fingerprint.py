@@ -12,11 +12,11 @@ import recbole.model.sequential_recommender
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 from recbole.utils import ModelType
 
-from recbole_raserec import option_sources, options
 from recbole_raserec.config import Config
+from recbole_raserec.configuration import options, sources
 
 RECBOLE = Path(recbole.__file__).parent
-SHIPPED = sorted(path for path in option_sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
+SHIPPED = sorted(path for path in sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
 MODELS = sorted(
     name
     for package, base in (

@@ -16,15 +16,15 @@ import distributed_helpers
 import pytest
 from conftest import ROOT, random_log, write_log
 
-from recbole_raserec import launch as launcher
 from recbole_raserec.config import Config
-from recbole_raserec.distributed import Group, current
+from recbole_raserec.configuration.sources import parse_arguments
+from recbole_raserec.distributed import launch as launcher
+from recbole_raserec.distributed.group import Group, current
+from recbole_raserec.distributed.launch import Layout, layout_of
+from recbole_raserec.distributed.supervisor import supervise
 from recbole_raserec.errors import ConfigError, ProcessError
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.fileio import read_tensors
-from recbole_raserec.launch import Layout, layout_of
-from recbole_raserec.option_sources import parse_arguments
-from recbole_raserec.processes import supervise
 from recbole_raserec.quick_start import check_run, run_recbole_raserec
 from recbole_raserec.regenerate import regenerate_dataset
 from recbole_raserec.tune import tune_hyper_parameters
@@ -239,7 +239,7 @@ def test_an_interrupt_ends_all_processes(tmp_path):
 
 @posix
 def test_processes_end_with_the_one_that_started_them(tmp_path):
-    program = "from recbole_raserec.processes import supervise; import distributed_helpers, sys; "
+    program = "from recbole_raserec.distributed.supervisor import supervise; import distributed_helpers, sys; "
     program += "supervise(distributed_helpers.sleep, (sys.argv[1],), 2)"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from recbole_raserec.comparison.plan import Cell
+from recbole_raserec.configuration.sources import parse_value
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.evaluation.comparison import Run
 from recbole_raserec.fileio import read_json
-from recbole_raserec.option_sources import parse_value
 
 try:
     import fcntl

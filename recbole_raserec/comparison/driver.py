@@ -12,13 +12,13 @@ from recbole_raserec.comparison.cells import command_words, environment_of, fini
 from recbole_raserec.comparison.drawing import FIGURES, TABLES, draw
 from recbole_raserec.comparison.plan import CELLS, SAVED, Cell, Plan, make_plan
 from recbole_raserec.comparison.specs import Problems, Several
+from recbole_raserec.configuration.text import nearest
+from recbole_raserec.distributed.launch import layout_of
 from recbole_raserec.errors import RaSeRecError
 from recbole_raserec.evaluation.comparison import Row, figures
 from recbole_raserec.evaluation.report import versions
 from recbole_raserec.evaluation.tables import STYLES
 from recbole_raserec.fileio import write_json
-from recbole_raserec.launch import layout_of
-from recbole_raserec.option_text import nearest
 
 #: What can be printed.
 FORMATS = (*STYLES, "json")

@@ -18,14 +18,14 @@ from recbole_raserec.comparison.specs import (
     parse_specs,
 )
 from recbole_raserec.config import Config
+from recbole_raserec.configuration.options import REGENERATION, RETRIEVAL_MODEL
+from recbole_raserec.configuration.text import plain
 from recbole_raserec.data.fetch import recbole_urls
 from recbole_raserec.data.source import ensure_dataset, inter_files
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
 from recbole_raserec.evaluation.report import versions
 from recbole_raserec.fileio import read_json, sha256
 from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
-from recbole_raserec.option_text import plain
-from recbole_raserec.options import REGENERATION, RETRIEVAL_MODEL
 from recbole_raserec.quick_start import check_run
 
 #: Below the output directory: the cells, and what their runs keep where `checkpoint_dir` is not given.

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Union
 
+from recbole_raserec.configuration.sources import PROPERTIES, read_yaml
 from recbole_raserec.errors import ConfigError, RaSeRecError
-from recbole_raserec.option_sources import PROPERTIES, read_yaml
 
 #: A number alone above this is not taken for a count of seeds.
 MOST_SEEDS = 100

@@ -25,7 +25,7 @@ from recbole.evaluator.collector import DataStruct
 from recbole.evaluator.register import metric_information
 from scipy.sparse import csr_matrix
 
-from recbole_raserec.distributed import current
+from recbole_raserec.distributed.group import current
 from recbole_raserec.errors import ConfigError, DatasetError
 from recbole_raserec.evaluation.ranking import csr_pairs
 from recbole_raserec.evaluation.scoring import Scorer, batches_of, even_blocks, option

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from recbole_raserec.data.packed import PACKED_TARGETS
-from recbole_raserec.distributed import Group
+from recbole_raserec.distributed.group import Group
 from recbole_raserec.errors import ConfigError
 
 Losses = Union[torch.Tensor, tuple[torch.Tensor, ...]]

@@ -16,7 +16,7 @@ from recbole.trainer import Trainer
 from recbole.trainer.trainer import PretrainTrainer
 from recbole.utils import ModelType
 
-from recbole_raserec.distributed import current
+from recbole_raserec.distributed.group import current
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.fileio import read_tensors, write_tensors
 from recbole_raserec.recommendation.averaging import WeightAverage
@@ -39,7 +39,7 @@ class ResumableTrainer(Trainer):
     With the option `weight_averaging` what is validated and kept is the moving average of the weights, see
     :class:`~recbole_raserec.recommendation.averaging.WeightAverage`.
 
-    In a group of processes (:mod:`recbole_raserec.distributed`) all of them have such a trainer, make the steps
+    In a group of processes (:mod:`recbole_raserec.distributed.group`) all of them have such a trainer, make the steps
     together (:class:`~recbole_raserec.recommendation.split_steps.SplitSteps`), and the first alone reads and writes.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from recbole_raserec.distributed import current
+from recbole_raserec.distributed.group import current
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.fileio import read_tensors, write_tensors
 from recbole_raserec.retrieval.choice import resolve_kind

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.packed import PackedWindows
 from recbole_raserec.data.sequences import SequenceStore
-from recbole_raserec.distributed import current
+from recbole_raserec.distributed.group import current
 
 #: Position tokens per encoding batch.
 TOKENS = 1 << 16

@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Callable
 
+from recbole_raserec.configuration.options import RETRIEVAL_MODEL
+from recbole_raserec.configuration.text import nearest, plain, shown
+from recbole_raserec.distributed.launch import layout_of
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.launch import layout_of
-from recbole_raserec.option_text import nearest, plain, shown
-from recbole_raserec.options import RETRIEVAL_MODEL
 from recbole_raserec.quick_start import check_run
 from recbole_raserec.tuning.space import Space, check_space, find_space, grid, read_space
 from recbole_raserec.tuning.study import PRUNERS, SAMPLERS

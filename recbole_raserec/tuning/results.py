@@ -12,10 +12,10 @@ from typing import Any, Optional
 import yaml
 
 from recbole_raserec import plots
+from recbole_raserec.configuration.text import plain
 from recbole_raserec.errors import MissingExtraError
 from recbole_raserec.evaluation.report import ABSENT, PROTOCOL_TITLES, text_block
 from recbole_raserec.fileio import replacing, write_json
-from recbole_raserec.option_text import plain
 
 BEST, TRIALS, STUDY, PLOTS = "best.yaml", "trials.csv", "study.json", "plots"
 

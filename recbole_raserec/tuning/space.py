@@ -13,10 +13,10 @@ from typing import Any, Optional
 
 from recbole.utils import dataset_arguments, evaluation_arguments
 
+from recbole_raserec.configuration.options import NOT_TRAINING, REGENERATION
+from recbole_raserec.configuration.sources import PROPERTIES, read_yaml
+from recbole_raserec.configuration.text import nearest, plain, shown
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.option_sources import PROPERTIES, read_yaml
-from recbole_raserec.option_text import nearest, plain, shown
-from recbole_raserec.options import NOT_TRAINING, REGENERATION
 from recbole_raserec.quick_start import check_run
 
 #: Where the shipped spaces lie.

@@ -16,8 +16,8 @@ from typing import Any, Optional
 
 import numpy as np
 
+from recbole_raserec.configuration.text import shown
 from recbole_raserec.errors import ConfigError, MissingExtraError
-from recbole_raserec.option_text import shown
 from recbole_raserec.tuning.space import Space
 
 try:

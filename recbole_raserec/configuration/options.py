@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from recbole_raserec.option_rules import (
+from recbole_raserec.configuration.rules import (
     DEVICES,
     DROPOUT,
     FLAG,

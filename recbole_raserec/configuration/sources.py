@@ -16,12 +16,12 @@ import yaml
 from recbole.utils import dataset_arguments, evaluation_arguments, general_arguments, training_arguments
 
 from recbole_raserec import registry
+from recbole_raserec.configuration.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS
+from recbole_raserec.configuration.text import nearest, shown
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.option_text import nearest, shown
-from recbole_raserec.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS
 
-_HERE = Path(__file__).resolve().parent
-#: The shipped YAML files: beside the modules once installed, one level up in a checkout.
+_HERE = Path(__file__).resolve().parents[1]
+#: The shipped YAML files: in the package once installed, beside it in a checkout.
 PROPERTIES = next((path for path in (_HERE / "properties", _HERE.parent / "properties") if path.is_dir()), _HERE)
 RECBOLE_PROPERTIES = Path(recbole.__file__).resolve().parent / "properties"
 

@@ -6,11 +6,8 @@ from typing import Any
 
 from recbole.utils import ModelType
 
-from recbole_raserec.launch import layout_of
-from recbole_raserec.option_checks import check_names
-from recbole_raserec.option_sources import Parsed
-from recbole_raserec.option_text import plain
-from recbole_raserec.options import (
+from recbole_raserec.configuration.checks import check_names
+from recbole_raserec.configuration.options import (
     ENCODER,
     LANGUAGE,
     NOT_TRAINING,
@@ -20,6 +17,9 @@ from recbole_raserec.options import (
     SEQUENTIAL,
     rules_for,
 )
+from recbole_raserec.configuration.sources import Parsed
+from recbole_raserec.configuration.text import plain
+from recbole_raserec.distributed.launch import layout_of
 
 
 class DerivedConfigs:

@@ -10,10 +10,10 @@ from typing import Any, Callable
 from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType
 
-from recbole_raserec.option_rules import Rule, number
-from recbole_raserec.option_sources import all_keys, model_keys
-from recbole_raserec.option_text import nearest, shown
-from recbole_raserec.options import COMPUTED_KEYS, NESTED, REMEDIES
+from recbole_raserec.configuration.options import COMPUTED_KEYS, NESTED, REMEDIES
+from recbole_raserec.configuration.rules import Rule, number
+from recbole_raserec.configuration.sources import all_keys, model_keys
+from recbole_raserec.configuration.text import nearest, shown
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:

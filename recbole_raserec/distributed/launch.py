@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable
 
-from recbole_raserec.processes import supervise
+from recbole_raserec.distributed.supervisor import supervise
 
 #: Where process 0 listens when several machines take part, as in RecBole.
 IP, PORT = "localhost", 5678
@@ -138,7 +138,7 @@ def work(local_rank: int, folder: Path, layout: Layout, given: Sequence[Any]) ->
     from tqdm import tqdm
 
     from recbole_raserec.config import Config
-    from recbole_raserec.distributed import joined
+    from recbole_raserec.distributed.group import joined
 
     tqdm.set_lock(threading.RLock())  # its own is one between processes, left over when they are ended
     model, dataset, files, options, argv = given

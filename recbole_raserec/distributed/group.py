@@ -6,7 +6,7 @@ them hold the same values afterwards; what decides the course of the program is 
 others; and the first one alone writes files. Without a group (:func:`current` outside of :func:`joined`) each function
 here does the plain thing, at no cost.
 
-This module knows tensors and processes, no models; who starts the processes is :mod:`recbole_raserec.launch`.
+This module knows tensors and processes, no models; :mod:`recbole_raserec.distributed.launch` starts the processes.
 """
 
 from __future__ import annotations

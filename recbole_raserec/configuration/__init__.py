@@ -1,0 +1,1 @@
+"""What the options are: rules, where values come from, checks, and configurations made from others."""
