@@ -92,7 +92,7 @@ def test_a_failed_cell_ends_none_of_the_others(stand_in, capsys):
 
 
 def test_jobs_run_side_by_side_but_not_on_the_same_base(stand_in, monkeypatch, capsys):
-    monkeypatch.setattr(driver, "_cores", lambda: 9)
+    monkeypatch.setattr(driver, "cores", lambda: 9)
     stand_in.order(sleep=0.4)
     go(models="SASRec,BPR,RaSeRec:backbone=SASRec,RaSeRec:backbone=SASRec:alpha=0.3", seeds=1, jobs=4)
     spans = {}

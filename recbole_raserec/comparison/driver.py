@@ -13,7 +13,7 @@ from recbole_raserec.comparison.drawing import FIGURES, TABLES, draw
 from recbole_raserec.comparison.plan import CELLS, SAVED, Cell, Plan, make_plan
 from recbole_raserec.comparison.specs import Problems, Several
 from recbole_raserec.configuration.text import nearest
-from recbole_raserec.distributed.launch import layout_of
+from recbole_raserec.distributed.launch import cores, layout_of
 from recbole_raserec.errors import RaSeRecError
 from recbole_raserec.evaluation.comparison import Row, figures
 from recbole_raserec.evaluation.report import versions
@@ -73,7 +73,7 @@ def compare(
         if "checkpoint_dir" not in cell.options:
             made["checkpoint_dir"] = str(plan.output / SAVED)
         if count > 1 and not cell.options.get("threads"):
-            made["threads"] = max(1, _cores() // count // layout_of(cell.options).nproc)
+            made["threads"] = max(1, cores() // count // layout_of(cell.options).nproc)
         return command_words(cell, folder, made)
 
     failed = run_cells(plan.cells, folder, count, words, environment, _say)
@@ -138,13 +138,6 @@ def _count(jobs: Union[str, int], problems: Problems) -> int:
         return int(text)
     problems.add([f"jobs: {jobs!r} is no number of processes; write for example --jobs=2"])
     return 1
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _rows(plan: Plan, dataset: str, failed: Mapping[str, str]) -> list[Row]:

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
 
+from recbole_raserec.distributed.launch import cores
 from recbole_raserec.errors import ConfigError, MissingExtraError, RaSeRecError
 
 TOKEN_VARIABLE = "RECBOLE_RASEREC_TOKEN"
@@ -124,9 +125,8 @@ class Service:
 
     def __init__(self, recommender: Any, settings: Settings):
         self.recommender, self.settings = recommender, settings
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = settings.workers or min(4, cores)
-        share = (max(1, cores // workers),)
+        workers = settings.workers or min(4, cores())
+        share = (max(1, cores() // workers),)
         self.readers = ThreadPoolExecutor(workers, "read", _threads, share)
         # Changes come one after the other anyway; a save keeps them waiting, and must not keep readers waiting.
         self.writer = ThreadPoolExecutor(1, "write", _threads, share)
