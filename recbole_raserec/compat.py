@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import types
 import warnings
@@ -117,6 +118,17 @@ def _load_data_and_model(module: Any) -> None:
     for owner in (module, package):
         if vars(owner).get("load_data_and_model") is old:
             owner.load_data_and_model = new
+
+
+@mend("ensure-dir", "recbole.utils.utils")
+def _ensure_dir(module: Any) -> None:
+    """RecBole bug: it looks whether a directory is there and then makes it, which fails if another process made it in
+    between."""
+
+    def ensure_dir(dir_path: str) -> None:
+        os.makedirs(dir_path, exist_ok=True)
+
+    module.ensure_dir = ensure_dir
 
 
 @mend("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))

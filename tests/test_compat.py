@@ -179,6 +179,15 @@ def test_grad_scaler_does_not_warn():
     assert not scaler.is_enabled()
 
 
+def test_a_directory_that_another_process_made_in_between_is_there(tmp_path, monkeypatch):
+    from recbole.utils import ensure_dir, utils
+
+    monkeypatch.setattr(utils.os.path, "exists", lambda path: False)  # as it was a moment ago
+    ensure_dir(str(tmp_path))
+    ensure_dir(str(tmp_path / "deep" / "new"))
+    assert (tmp_path / "deep" / "new").is_dir()
+
+
 def test_sequential_models_do_not_turn_anomaly_detection_on():
     imports = "import recbole.model.sequential_recommender, torch; print(torch.is_anomaly_enabled())"
     runs = [

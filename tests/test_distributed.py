@@ -231,9 +231,13 @@ def test_an_interrupt_ends_all_processes(tmp_path):
         appear(tmp_path, 2)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        supervise(distributed_helpers.sleep, (str(tmp_path),), 2)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            supervise(distributed_helpers.sleep, (str(tmp_path),), 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not multiprocessing.active_children()
 
 
