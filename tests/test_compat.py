@@ -97,6 +97,15 @@ sys.path.insert(0, ".")
 """
 
 
+def test_metrics_work_before_any_configuration_is_made():
+    done = run_python(
+        "import recbole_raserec, torch; from recbole_raserec.evaluation.protocols import metrics_from_ranks\n"
+        "options = {'metrics': ['NDCG', 'MRR'], 'topk': 2, 'metric_decimal_place': 4, 'eval_args': {'mode': 'full'}}\n"
+        "print(metrics_from_ranks(torch.tensor([1, 3]), options))"
+    )
+    assert done.stdout.strip() == "{'ndcg@2': 0.5, 'mrr@2': 0.5}", done.stderr
+
+
 def test_quick_start_imports_without_pkg_resources():
     done = run_python(
         HIDE_PKG_RESOURCES + "import recbole_raserec.compat as compat\n"
