@@ -165,6 +165,20 @@ def test_the_loss_is_the_sum_of_its_tasks(built, history):
     assert all(p.grad is None for p in model.language.frozen.parameters())
 
 
+def test_a_head_of_texts_knows_items_by_their_texts_alone(built):
+    model, config, splits = built(item_head="text")
+    untold = model.item_lengths.new_tensor([n for n in range(1, model.n_items) if model.item_lengths[n] > 1])
+    same = model.head_texts[untold[0]].clone()
+    model.head_texts[untold[1]] = same  # as if two items had one text
+    vectors = model.item_vectors()
+    assert torch.equal(vectors[untold[0]], vectors[untold[1]])
+    assert not any("item_embedding" in name for name, _ in model.named_parameters())
+    model.calculate_loss(next(iter(splits.train))).backward()
+    assert model.text_head.weight.grad.abs().sum() > 0
+    wrapped = wrap_backbone(model, config, splits.train._dataset)
+    assert wrapped.item_vectors().shape == (model.n_items, SIZE)
+
+
 def test_training_learns(built):
     model, _, splits = built(text_items=24, hard_weight=0.0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
@@ -243,7 +257,10 @@ def run(workdir, model="DARec", **options):
     return run_recbole_raserec(model, "tiny", config_dict=options, argv=[])
 
 
-@pytest.mark.parametrize("options", [{}, {"history": "tokens", "context_mask": "bias", "collaborative": "SASRec"}])
+CHECKPOINTED = [{}, {"history": "tokens", "context_mask": "bias", "collaborative": "SASRec"}, {"item_head": "text"}]
+
+
+@pytest.mark.parametrize("options", CHECKPOINTED)
 def test_a_run_and_its_checkpoint(workdir, options):
     write_data(workdir, random_log(0))
     record = run(workdir, **options)

@@ -95,6 +95,7 @@ LANGUAGE: dict[str, Rule] = {
     "token_budget": integer(1),
     "adapter_sizes": SIZES,
     **dict.fromkeys(("adapter_dropout", "head_dropout"), DROPOUT),
+    "item_head": choice("table", "text"),
     "head_from_text": FLAG,
     "context_mask": choice("off", "bias", "dual"),
     **dict.fromkeys(("align_weight", "hard_weight"), number(0)),

@@ -31,7 +31,7 @@ class DARec(ItemReader):
 
     With ``history: tokens`` a history is its items' texts one after the other, each with its [SEQ]. With ``history:
     items`` each text is read on its own, and its state at [ALIGN] stands for it in the history. In a training step the
-    texts of `text_items` items are read with gradient; the other items have the state they had when the epoch began.
+    texts of `text_items` items are read with gradient; the other items have the state they had when last read.
 
     Options: ``properties/model/DARec.yaml``. Raises as :class:`ItemReader`.
     """
@@ -41,6 +41,7 @@ class DARec(ItemReader):
     shares_prefixes = True
 
     hard: torch.Tensor
+    head_texts: torch.Tensor
 
     def __init__(self, config: Any, dataset: Any):
         super().__init__(config, dataset)
@@ -54,7 +55,12 @@ class DARec(ItemReader):
         self.item_position = nn.Embedding(self.longest, size)
         self.item_input = nn.Linear(size, size)
         self.head, self.head_dropout = nn.Linear(size, size), nn.Dropout(config["head_dropout"])
-        self.item_embedding = nn.Embedding(self.n_items, size, padding_idx=0)
+        self.by_text = config["item_head"] == "text"
+        if self.by_text:
+            self.text_head = nn.Linear(size, size, bias=False)
+            self.register_buffer("head_texts", torch.zeros(self.n_items, size))
+        else:
+            self.item_embedding = nn.Embedding(self.n_items, size, padding_idx=0)
         if self.context_mask == "dual":
             self.mix = nn.Parameter(torch.tensor(0.5))
         self._start(std)
@@ -62,10 +68,10 @@ class DARec(ItemReader):
         self._split = dataset if hasattr(dataset, "windows") else None
         self.register_buffer("hard", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
         self._texts: Optional[torch.Tensor] = None
-        needs_texts = config["head_from_text"] or (self.hard_weight and self._similarity == "text")
-        if self._split is not None and needs_texts:
+        head_from_text = self.by_text or config["head_from_text"]
+        if self._split is not None and (head_from_text or (self.hard_weight and self._similarity == "text")):
             self._texts = self.text_vectors()
-            if config["head_from_text"]:
+            if head_from_text:
                 self._head_from_text(self._texts)
         self.extra_options: dict[str, Any] = {}
         given = config["collaborative_options"]
@@ -90,13 +96,16 @@ class DARec(ItemReader):
             for square in (self.item_input, self.head):
                 nn.init.eye_(square.weight)
                 nn.init.zeros_(square.bias)
-            nn.init.normal_(self.item_embedding.weight, std=std)
-            self.item_embedding.weight[0] = 0
+            if self.by_text:
+                nn.init.eye_(self.text_head.weight)
+            else:
+                nn.init.normal_(self.item_embedding.weight, std=std)
+                self.item_embedding.weight[0] = 0
 
     def _head_from_text(self, vectors: torch.Tensor) -> None:
         with torch.no_grad():
-            vectors = F.normalize(vectors, dim=1) * START * self.item_embedding.embedding_dim**0.5
-            self.item_embedding.weight[1:] = vectors[1:]
+            vectors = F.normalize(vectors, dim=1) * START * vectors.shape[1] ** 0.5
+            (self.head_texts if self.by_text else self.item_embedding.weight)[1:] = vectors[1:]
 
     # -- histories --------------------------------------------------------------------------------------------------
 
@@ -110,7 +119,7 @@ class DARec(ItemReader):
         if torch.is_grad_enabled():
             items = item_seq[torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]]  # [M]
             return self._encode(item_seq, item_seq_len, self.fresh_items(items) if self.training else None)
-        h = self.item_embedding.weight.new_zeros(*item_seq.shape, self.item_embedding.embedding_dim)
+        h = self.head.weight.new_zeros(*item_seq.shape, self.head.out_features)
         order = torch.argsort(item_seq_len, stable=True)
         for rows in self._history_blocks(item_seq[order], item_seq_len[order]):
             part = order[rows]
@@ -181,8 +190,8 @@ class DARec(ItemReader):
     # -- RecBole's interface ----------------------------------------------------------------------------------------
 
     def item_vectors(self) -> torch.Tensor:
-        """The item head, [V, H]."""
-        return self.item_embedding.weight
+        """The item head, [V, H]: a trained vector for each item, or a trained map of its text's vector."""
+        return self.text_head(self.head_texts) if self.by_text else self.item_embedding.weight
 
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         """Link next item + `align_weight` x alignment + `hard_weight` x hard samples, each a mean over its rows."""

@@ -104,7 +104,8 @@ class Backbone(nn.Module):
 
     def item_vectors(self) -> Tensor:
         """Gives the vectors of all items as they enter the dot product, row 0 (padding) included: float [V, H]."""
-        return getattr(self.model, self.item_table).weight[: self.n_items]
+        own = getattr(self.model, "item_vectors", None)  # a method of the package's own models
+        return (own() if callable(own) else getattr(self.model, self.item_table).weight)[: self.n_items]
 
     def item_bias(self) -> Tensor | None:
         """Gives what is added to the dot product, float [V], or None."""

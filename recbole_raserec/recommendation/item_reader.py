@@ -24,8 +24,8 @@ from recbole_raserec.recommendation.places import Places, View, texts_as_rows
 class ItemReader(SequentialRecommender):
     """A sequential model that knows items by what a language model makes of their texts.
 
-    A text is followed by [ALIGN], whose state stands for the item. While training the states of all items are those of
-    the epoch's start (:meth:`known_items`), and a step reads some of them anew (:meth:`fresh_items`).
+    A text is followed by [ALIGN], whose state stands for the item. While training the states of all items are kept from
+    the epoch's start on (:meth:`known_items`), and each step reads some of them anew (:meth:`fresh_items`).
 
     Raises:
         MissingExtraError: `transformers` or the default language model is not installed.
@@ -119,7 +119,8 @@ class ItemReader(SequentialRecommender):
 
     @torch.no_grad()
     def known_items(self) -> torch.Tensor:
-        """States at [ALIGN] of all items [V, D]: while training those of the epoch's start, otherwise the present."""
+        """States at [ALIGN] of all items [V, D]: while training those of the epoch's start, or of the last step that
+        read the item anew; otherwise the present ones."""
         marks = "epoch" if self.training else [(p.data_ptr(), p._version) for p in self.parameters()]
         if self._known is None or self._known[0] != marks:
             was_training = self.training
@@ -142,7 +143,10 @@ class ItemReader(SequentialRecommender):
         some = here[torch.randperm(len(here), device=items.device)[: -(-self.text_items // 2)]]
         any_ = torch.randint(1, self.n_items, (self.text_items // 2,), device=items.device)
         numbers = torch.unique(torch.cat([some, any_]))
-        return numbers, self.read_items(numbers)
+        states = self.read_items(numbers)
+        if self.training and self._known is not None:
+            self._known[1].index_copy_(0, numbers, states.detach())
+        return numbers, states
 
     def _inputs(self, embedded: torch.Tensor, places: Places, special: int) -> torch.Tensor:
         """Word embeddings [N, D], and those of [ALIGN] (`special` 0) or [SEQ] (1) in their places."""

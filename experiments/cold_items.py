@@ -1,0 +1,124 @@
+"""Cold items: where hardly anyone has shown what goes with an item, does its text help?
+
+    python experiments/cold_items.py --data_path=DIR [--dataset=ml-100k] [--seeds 2020 2021]
+
+In ml-100k next to no test target has fewer than five training interactions. So a copy of the data set is made, below
+DIR, in which a fifth of the items, drawn at random, keep no more than four of their training interactions each, from
+none to four with equal chance; all other interactions stay, those of validation and test too. SASRec and DARec, with a
+trained vector for each item or with a map of the items' texts as its head, learn from what is left. Writes
+results/cold_items_<dataset>.json and the page (.md) beside it; a run that is there is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import darec
+import grid
+import numpy as np
+from grid import Results, cells, mean
+
+from recbole_raserec.config import Config
+from recbole_raserec.data.source import ensure_dataset
+from recbole_raserec.fileio import replacing
+from recbole_raserec.stages import prepare_data
+
+#: Share of the items that lose interactions, the most that they keep, and the seed of the draw.
+SHARE, KEPT, DRAW = 0.2, darec.COLD - 1, 0
+
+ROWS: dict[str, Sequence[str]] = {
+    "SASRec": ("--model=SASRec",),
+    "DARec, item_head: table": ("--model=DARec",),
+    "DARec, item_head: text": ("--model=DARec", "--item_head=text"),
+}
+
+
+def interactions_to_cut(users: np.ndarray, items: np.ndarray, n_items: int) -> np.ndarray:
+    """Which training interactions go: bool [M]; `users` and `items` int64 [M]."""
+    rng = np.random.default_rng(DRAW)
+    counts = np.bincount(items, minlength=n_items)
+    known = np.flatnonzero(counts > KEPT)
+    chosen = rng.choice(known, size=round(SHARE * len(known)), replace=False)
+    cut = np.isin(items, chosen)
+    for item in chosen:
+        cut[rng.choice(np.flatnonzero(items == item), size=rng.integers(0, KEPT + 1), replace=False)] = False
+    return cut
+
+
+def make_copy(dataset: str, data_path: Path) -> str:
+    """Write the copy below `data_path` unless it is there; its name."""
+    name = f"{dataset}-cold"
+    target = data_path / name / f"{name}.inter"
+    if target.exists():
+        return name
+    config = Config("SASRec", dataset, config_dict={"data_path": str(data_path)}, argv=[])
+    source = ensure_dataset(config)
+    split = prepare_data(config).train._dataset
+    where, positions, _ = split.windows()
+    items, offsets = split.store.until(where, positions)
+    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    cut = interactions_to_cut(users, items, split.store.n_items)
+    names_of = split.field2id_token
+    user_field, item_field = config["USER_ID_FIELD"], config["ITEM_ID_FIELD"]
+    gone = set(zip(names_of[user_field][users[cut]], names_of[item_field][items[cut]]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    items_file = source.with_suffix(".item")
+    target.with_suffix(".item").write_bytes(items_file.read_bytes())
+    with source.open(encoding="utf-8", newline="") as lines, replacing(target) as part:
+        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        header = next(rows)
+        names = [column.partition(":")[0] for column in header]
+        user_at, item_at = names.index(user_field), names.index(item_field)
+        users_of, items_of = set(names_of[user_field]), set(names_of[item_field])  # rare ones are left out already
+        kept = [
+            row for row in rows
+            if row[user_at] in users_of and row[item_at] in items_of and (row[user_at], row[item_at]) not in gone
+        ]  # fmt: skip
+        Path(part).write_text("\n".join("\t".join(row) for row in [header, *kept]) + "\n", encoding="utf-8")
+    return name
+
+
+def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """As :func:`darec.measure`, on the copy."""
+    name = make_copy(args.dataset, Path(args.data_path))
+    files = grid.ROOT / "properties" / "dataset" / f"{args.dataset}.yaml"
+    copy = argparse.Namespace(**{**vars(args), "dataset": name})
+    everyone = ("--user_inter_num_interval=[0,inf)", "--item_inter_num_interval=[0,inf)")
+    return darec.measure([*options, f"--config_files={files}", *everyone], seed, copy)
+
+
+def page(dataset: str, results: Results) -> str:
+    """The table."""
+    lines = [
+        "# Cold items",
+        "",
+        f"`python experiments/cold_items.py --data_path=DIR --dataset={dataset}`: a fifth of the items keep at most",
+        f"{KEPT} of their training interactions; leave-one-out, full ranking, test split. R@10 / N@10, mean over",
+        f"the seeds, standard deviation in brackets. Cold: fewer than {darec.COLD} training interactions.",
+        "",
+        "| row | targets | number | seen kept | seen removed | seeds | minutes | epochs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for label, runs in results.items():
+        records = list(runs.values())
+        for group in ("cold", "warm", "all") if records else ():
+            figures = " | ".join(cells(record[group]["test"] for record in records))
+            minutes = mean((record["seconds"] / 60 for record in records), 1)
+            lines.append(
+                f"| {label} | {group} | {records[0][group]['targets']} | {figures} | {', '.join(runs)} | {minutes} | "
+                f"{records[0]['options']['epochs']} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure what is missing; write figures and page."""
+    grid.main(__doc__, ROWS, "cold_items", page, "ml-100k", measure)
+
+
+if __name__ == "__main__":
+    main()
