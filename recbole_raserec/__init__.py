@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 #: Public name -> module; imported on first use, so that `recbole-raserec --help` need not load torch.
 _PUBLIC = {
+    "BSARec": "recbole_raserec.recommendation.bsarec",
     "Config": "recbole_raserec.config",
     "DuoRec": "recbole_raserec.recommendation.duorec",
     "MemoryBank": "recbole_raserec.retrieval.memory",

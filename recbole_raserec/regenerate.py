@@ -14,7 +14,7 @@ from recbole.utils import init_logger, init_seed
 
 from recbole_raserec.allocator import keep_freed_memory
 from recbole_raserec.config import Config
-from recbole_raserec.configuration.options import REGENERATION
+from recbole_raserec.configuration.options import ENCODERS, REGENERATION
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.regenerated import Regenerated, training_hash
 from recbole_raserec.data.source import ensure_dataset
@@ -118,7 +118,7 @@ def _regenerate(config: Any, trial: Optional[Trial]) -> RegeneratedData:
 def _splits(config: Any, plain: Splits) -> Splits:
     """What is mined: `plain`, the split of the log, or the model's own where that leaves interactions out."""
     model = config.for_backbone() if config["model"] == "RaSeRec" else config
-    if model["model"] in ("SASRec", "DuoRec"):
+    if model["model"] in ENCODERS:
         return plain
     own = prepare_data(model.without_regeneration())
     hashes = [training_hash(splits.train._dataset, splits.vocabulary()) for splits in (plain, own)]

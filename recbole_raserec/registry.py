@@ -14,6 +14,7 @@ from recbole.utils import get_trainer as recbole_get_trainer
 MODELS = {
     "SASRec": "recbole_raserec.recommendation.sasrec",
     "DuoRec": "recbole_raserec.recommendation.duorec",
+    "BSARec": "recbole_raserec.recommendation.bsarec",
     "DARec": "recbole_raserec.recommendation.darec",
     "RaSeRec": "recbole_raserec.retrieval.raserec",
 }

@@ -110,6 +110,11 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
                 f"memory_span: {span} leaves no pattern with a prefix of memory_min_length: {shortest}; "
                 f"set memory_span to {shortest + 1} or more"
             )
+    if reads("filter_scope") and options.get("filter_scope") == "window" and options.get("training") == "packed":
+        problems.append(
+            "filter_scope: window lets a position see later ones, which training: packed predicts; "
+            "set training: prefix, or filter_scope: causal"
+        )
     alike = options.get("hard_similarity") if reads("hard_similarity") and options.get("hard_weight") else None
     if alike == "collaborative" and not options.get("collaborative"):
         problems.append(

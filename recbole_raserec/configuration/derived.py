@@ -9,6 +9,7 @@ from recbole.utils import ModelType
 from recbole_raserec.configuration.checks import check_names
 from recbole_raserec.configuration.options import (
     ENCODER,
+    ENCODERS,
     LANGUAGE,
     NOT_TRAINING,
     REGENERATION,
@@ -97,7 +98,7 @@ class DerivedConfigs:
         known = type(self)("SASRec", self.dataset, config_dict=Parsed({}), argv=[])
         dropped = {"model", "dataset", "config_files", "loss_type", "train_neg_sample_args", *RETRIEVAL, *REGENERATION}
         dropped |= {"additional_feat_suffix", "preload_weight"}
-        if "SASRec" not in self._names and "DuoRec" not in self._names:  # sizes of another kind of model
+        if not ENCODERS & set(self._names):  # sizes of another kind of model
             dropped |= {*SEQUENTIAL, *ENCODER, "hidden_dropout_prob", "attn_dropout_prob", "embedding_size"}
         columns = self.final_config_dict.get("load_col")
         interactions = {"load_col": {"inter": columns["inter"]}} if columns and "inter" in columns else {}

@@ -81,6 +81,16 @@ CONTRAST: dict[str, Rule] = {
     "sim": choice("dot", "cos"),
 }
 
+#: Options of BSARec's filter.
+FILTER: dict[str, Rule] = {
+    "filter_weight": number(0, 1),
+    "filter_cutoff": integer(1),
+    "filter_scope": choice("causal", "window"),
+}
+
+#: Models that train as SASRec of this package does, and those of them that have DuoRec's contrast.
+ENCODERS, CONTRASTED = frozenset({"SASRec", "DuoRec", "BSARec"}), frozenset({"DuoRec", "BSARec"})
+
 #: Options of DARec: the language model, its texts, adapters, tasks, and what is put into its attention.
 LANGUAGE: dict[str, Rule] = {
     "loss_type": choice("CE"),
@@ -279,10 +289,12 @@ def rules_for(models: Iterable[str], sequential: bool) -> dict[str, Rule]:
     rules = dict(COMMON)
     if sequential:
         rules.update({**SEQUENTIAL, **REGENERATION})
-    if models & {"SASRec", "DuoRec"}:
+    if models & ENCODERS:
         rules.update(ENCODER)
-    if "DuoRec" in models:
+    if models & CONTRASTED:
         rules.update(CONTRAST)
+    if "BSARec" in models:
+        rules.update(FILTER)
     if "DARec" in models:
         rules.update(LANGUAGE)
     if RETRIEVAL_MODEL in models:

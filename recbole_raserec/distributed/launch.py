@@ -99,7 +99,7 @@ def _training_problems(target: Any, asked: str, remedy: str) -> list[str]:
             f"{asked} share the steps of RecBole's Trainer, but {model} is trained by {trainer.__name__}, in another "
             f"way; {remedy}"
         )
-    if model == "DuoRec" and target["contrast"] != "none":
+    if target["contrast"] not in (None, "none"):
         problems.append(
             f"{asked} share the rows of a batch, but contrast: {target['contrast']} compares each of them with all "
             f"others; write contrast: none, or {remedy}"

@@ -128,7 +128,7 @@ ADAPTERS: dict[str, Callable[[nn.Module, int], Backbone]] = {
 }
 
 #: What the option ``backbone`` may name.
-SUPPORTED: tuple[str, ...] = tuple(sorted([*ADAPTERS, "DARec", "DuoRec"]))
+SUPPORTED: tuple[str, ...] = tuple(sorted([*ADAPTERS, "BSARec", "DARec", "DuoRec"]))
 
 _FEATURES = "reads item features, which a checkpoint that reloads without the data set does not hold"
 _KNOWLEDGE = "reads pre-trained knowledge-graph vectors that come with the data set"

@@ -137,10 +137,21 @@ def _layer(layer: Any, query: torch.Tensor, hidden: torch.Tensor, *, causal: boo
     `causal`: query position i sees positions <= i (Q = L). Otherwise each row sees its first `key_length` positions.
     Right padding needs no mask under `causal`: no real position looks to its right.
     """
-    attention, feed_forward = layer.multi_head_attention, layer.feed_forward
+    return feed_forward_branch(layer, attention_branch(layer, query, hidden, causal, key_length))
+
+
+def attention_branch(
+    layer: Any, query: torch.Tensor, hidden: torch.Tensor, causal: bool, key_length: Any
+) -> torch.Tensor:
+    """Attention of `query` [B, Q, H] over `hidden` [B, L, H], dropout, residual connection and layer norm."""
+    attention = layer.multi_head_attention
     context = _attend(attention, query, hidden, causal, key_length)
-    mixed = attention.out_dropout(attention.dense(context))
-    mixed = attention.LayerNorm(mixed + query)
+    return attention.LayerNorm(attention.out_dropout(attention.dense(context)) + query)
+
+
+def feed_forward_branch(layer: Any, mixed: torch.Tensor) -> torch.Tensor:
+    """The second half of a layer: [B, Q, H] -> [B, Q, H]."""
+    feed_forward = layer.feed_forward
     inner = feed_forward.dense_1(mixed)
     # RecBole spells GELU with five elementwise operations; the fused one is the same function
     exact_gelu = feed_forward.intermediate_act_fn == feed_forward.gelu
