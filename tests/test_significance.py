@@ -73,7 +73,9 @@ def test_the_paired_test_is_scipys_and_the_formula():
 def test_the_edges_of_the_paired_test():
     assert paired_p([0.1], [0.2]) is None
     assert paired_p([0.1, 0.2], [0.1, 0.2]) == 1.0
-    assert paired_p([0.5, 0.75], [0.25, 0.5]) == 0.0
+    assert paired_p([0.5, 0.75], [0.25, 0.5]) is None
+    assert paired_p([0.500001, 0.75], [0.25, 0.5]) is None  # equal but for the rounding of the figures
+    assert paired_p([0.51, 0.75], [0.25, 0.5]) < 0.05
     with pytest.raises(ValueError, match="same length"):
         paired_p([0.1, 0.2], [0.1])
     with pytest.raises(ValueError, match="finite"):
