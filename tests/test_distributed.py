@@ -5,29 +5,22 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import distributed_helpers
 import pytest
-from conftest import ROOT, random_log, write_log
+from conftest import random_log, write_log
 
 from recbole_raserec.config import Config
-from recbole_raserec.configuration.sources import parse_arguments
 from recbole_raserec.distributed import launch as launcher
-from recbole_raserec.distributed.group import Group, current
-from recbole_raserec.distributed.launch import Layout, layout_of
+from recbole_raserec.distributed.group import current
+from recbole_raserec.distributed.launch import Layout
 from recbole_raserec.distributed.supervisor import supervise
-from recbole_raserec.errors import ConfigError, ProcessError
+from recbole_raserec.errors import ProcessError
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.fileio import read_tensors
-from recbole_raserec.quick_start import check_run, run_recbole_raserec
-from recbole_raserec.regenerate import regenerate_dataset
-from recbole_raserec.tune import tune_hyper_parameters
+from recbole_raserec.quick_start import run_recbole_raserec
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
 
@@ -197,158 +190,3 @@ def test_a_killed_run_goes_on_with_the_figures_of_one_nobody_disturbed(killed, t
     assert len(together["killed"]["losses"]) == (LONG["epochs"] - 1 - epoch) * steps
     assert together["killed"]["losses"] == together["undisturbed"]["losses"][(epoch + 1) * steps :]
     assert together["killed"]["metrics"] == together["undisturbed"]["metrics"]
-
-
-# ------------------------------------------------------------------ the processes
-
-
-def test_an_error_of_this_package_is_raised_as_it_was():
-    with pytest.raises(ConfigError) as caught:
-        supervise(distributed_helpers.refuse, (), 2)
-    assert caught.value.problems == ["first: problem", "second: problem"]
-    assert str(caught.value) == str(ConfigError(["first: problem", "second: problem"]))
-    assert not multiprocessing.active_children()
-
-
-def test_any_other_error_is_told_in_full():
-    with pytest.raises(ProcessError, match=r"(?s)process 1 of 2 failed:.*ZeroDivisionError: nothing to divide by"):
-        supervise(distributed_helpers.divide, (), 2)
-    assert not multiprocessing.active_children()
-
-
-def appear(folder, count):
-    """Wait for the processes of `sleep`; their numbers."""
-    until = time.monotonic() + 60
-    while len(list(folder.glob("*.pid"))) < count:
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return [int(path.read_text()) for path in folder.glob("*.pid")]
-
-
-@posix
-def test_an_interrupt_ends_all_processes(tmp_path):
-    def interrupt():
-        appear(tmp_path, 2)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    try:
-        threading.Thread(target=interrupt, daemon=True).start()
-        with pytest.raises(KeyboardInterrupt):
-            supervise(distributed_helpers.sleep, (str(tmp_path),), 2)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert not multiprocessing.active_children()
-
-
-@posix
-def test_processes_end_with_the_one_that_started_them(tmp_path):
-    program = "from recbole_raserec.distributed.supervisor import supervise; import distributed_helpers, sys; "
-    program += "supervise(distributed_helpers.sleep, (sys.argv[1],), 2)"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})
-    pids = appear(tmp_path, 2)
-    parent.kill()
-    parent.wait()
-    until = time.monotonic() + 20
-    while any(alive(pid) for pid in pids):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    stat = f"/proc/{pid}/stat"  # one that has ended and that nobody has asked for is still there
-    return not os.path.exists(stat) or open(stat).read().rpartition(")")[2].split()[0] != "Z"
-
-
-def test_two_machines():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    machines = [Layout(nproc=1, size=2, offset=offset, ip="localhost", port=port) for offset in (0, 1)]
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda layout: supervise(distributed_helpers.sums, (layout,), 1), machines))
-    for rank in (0, 1):
-        assert found[rank] == {
-            "rank": rank, "told": "by 0", "sum": [2.0, 1.0], "rows": [0, 1, 4, 9, 16, 25, 36],
-            "few": [False, False, True], "same": (True, False), "names": ["x", "x.1"],
-        }  # fmt: skip
-
-
-def test_rows_are_shared_out_without_gap_or_overlap():
-    assert current().span(9) == (0, 9)
-    for size in (1, 2, 3, 5):
-        group = [Group(rank, size) for rank in range(size)]
-        for rows in (0, 1, 2, 3, 7, 10, 64):
-            places = [row for of in group for row in range(*of.span(rows))]
-            assert places == list(range(rows))
-            assert sorted(row for of in group for row in range(rows)[of.every(rows)]) == places
-            assert all(stop - start != 1 for start, stop in (of.span(rows) for of in group)) or rows == 1
-
-
-# ------------------------------------------------------------------ options
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, Layout()),
-        ({"nproc": 1, "world_size": -1}, Layout()),
-        ({"nproc": 3}, Layout(3, 3)),
-        ({"nproc": 2, "world_size": 4, "ip": "10.0.0.1", "port": "29500", "group_offset": 2},
-         Layout(2, 4, 2, "10.0.0.1", 29500)),
-    ],
-)  # fmt: skip
-def test_the_options_are_read_as_recbole_reads_them(options, expected):
-    assert layout_of(options) == expected
-    assert expected.several_machines == (len(options) > 2)
-
-
-@pytest.mark.parametrize(
-    ("model", "words", "parts"),
-    [
-        ("DuoRec", "--nproc=2", ["contrast: us_x", "contrast: none"]),
-        ("RaSeRec", "--nproc=2 --backbone=DuoRec", ["contrast: us_x", "contrast: none"]),
-        ("DARec", "--nproc=2", ["DARec's losses", "leave nproc"]),
-        ("S3Rec", "--nproc=2", ["S3RecTrainer"]),
-        ("Pop", "--nproc=2", ["TraditionalTrainer"]),
-        ("GRU4Rec", "--nproc=2 --learner=sparse_adam", ["learner: adam"]),
-        ("GRU4Rec", "--nproc=2 --enable_scaler=True", ["enable_scaler: true"]),
-        ("BPR", "--nproc=2 --train_neg_sample_args={'dynamic':True,'candidate_num':2}", ["dynamic: false"]),
-        ("GRU4Rec", "--nproc=2 --world_size=1", ["world_size: 1", "nproc: 2"]),
-        ("GRU4Rec", "--nproc=1 --group_offset=1", ["group_offset: 1", "world_size"]),
-        ("GRU4Rec", "--nproc=0", ["nproc: 0"]),
-        ("GRU4Rec", "--port=high", ["port: 'high'"]),
-        ("GRU4Rec", "--local_rank=0", ["local_rank: 0", "set nproc"]),
-        ("GRU4Rec", "--offset=1", ["offset: 1", "set group_offset"]),
-    ],
-)
-def test_what_cannot_be_shared_out_is_refused_before_any_data_are_read(model, words, parts):
-    with pytest.raises(ConfigError) as caught:
-        check_run(Config(model, "nowhere", config_dict=parse_arguments(words.split())[0], argv=[]))
-    assert len(caught.value.problems) == 1
-    for part in parts:
-        assert part in caught.value.problems[0]
-
-
-def test_trials_of_a_search_run_in_one_process(tmp_path):
-    with pytest.raises(ConfigError, match="nproc: 2 processes share a run"):
-        tune_hyper_parameters("SASRec", "nowhere", str(tmp_path), argv=["--nproc=2"])
-
-
-def test_a_data_set_is_regenerated_in_one_process(tmp_path):
-    with pytest.raises(ConfigError, match="nproc: 2 processes share a training"):
-        regenerate_dataset("nowhere", tmp_path, argv=["--nproc=2"])
-
-
-def test_the_number_of_processes_is_part_of_what_decides_a_result():
-    one, two, four = (
-        Config("SASRec", "nowhere", config_dict=options, argv=[]).training_options()
-        for options in ({"nproc": 1}, {"nproc": 2}, {"nproc": 1, "world_size": 2, "group_offset": 1, "port": 1234})
-    )
-    assert "world_size" not in one
-    assert two == four == {**one, "world_size": 2}
