@@ -15,15 +15,12 @@ from hypothesis import strategies as st
 
 from recbole_raserec.config import Config
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.recommendation.backbone import wrap_backbone
 from recbole_raserec.recommendation.darec import DARec
 from recbole_raserec.recommendation.hard_negatives import hard_contrast, mine_hard_negatives
 from recbole_raserec.recommendation.item_reader import adapter_pairs
 from recbole_raserec.retrieval.queries import encode_split
-from recbole_raserec.serving.checkpoint import load_checkpoint
-from recbole_raserec.serving.recommender import Recommender
-from recbole_raserec.stages import prepare_data, train_model
+from recbole_raserec.stages import prepare_data
 
 QUICK_SASREC = {"hidden_size": 8, "inner_size": 8, "n_layers": 1}
 
@@ -250,67 +247,3 @@ def test_it_is_a_backbone(built, history):
         rows, lengths = store.windows(queries.users[short], queries.positions[short], 8)
         alone = backbone.encode(torch.from_numpy(rows), torch.from_numpy(lengths))
     assert (queries.h[short] - alone).abs().max() < 1e-4  # one pass for all prefixes gives the same
-
-
-def run(workdir, model="DARec", **options):
-    options = small(workdir, tiny_llm(workdir), **options)
-    return run_recbole_raserec(model, "tiny", config_dict=options, argv=[])
-
-
-CHECKPOINTED = [{}, {"history": "tokens", "context_mask": "bias", "collaborative": "SASRec"}, {"item_head": "text"}]
-
-
-@pytest.mark.parametrize("options", CHECKPOINTED)
-def test_a_run_and_its_checkpoint(workdir, options):
-    write_data(workdir, random_log(0))
-    record = run(workdir, **options)
-    assert set(record["metrics"]["base"]["test"]) == {"seen_kept", "seen_removed"}
-    [directory] = workdir.glob("saved/DARec-*")
-    checkpoint = load_checkpoint(directory)
-    config = Config("DARec", "tiny", config_dict=small(workdir, tiny_llm(workdir), **options), argv=[])
-    again = train_model(config)  # found, not trained
-    assert again.metrics["test"] == record["metrics"]["base"]["test"]
-    seq, length = torch.tensor([[3, 4, 5]]), torch.tensor([3])
-    with torch.no_grad():
-        assert torch.equal(checkpoint.model.forward(seq, length), again.model.forward(seq, length))
-    assert len(Recommender.load(directory).recommend([["i1", "i2"]], k=3).items[0]) == 3
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_been(workdir, monkeypatch):
-    from recbole_raserec.recommendation.trainer import ResumableTrainer
-
-    write_data(workdir, random_log(0))
-    whole = run(workdir, epochs=3)
-    train = ResumableTrainer._train_epoch
-
-    def killed(self, data, epoch, *rest, **options):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return train(self, data, epoch, *rest, **options)
-
-    monkeypatch.setattr(ResumableTrainer, "_train_epoch", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run(workdir, epochs=3, checkpoint_dir=str(workdir / "other"))
-    monkeypatch.setattr(ResumableTrainer, "_train_epoch", train)
-    again = run(workdir, epochs=3, checkpoint_dir=str(workdir / "other"))
-    assert again["metrics"] == whole["metrics"]
-
-
-def test_raserec_over_darec(workdir):
-    write_data(workdir, random_log(0))
-    record = run(workdir, "RaSeRec", backbone="DARec", top_k=4, ram_epochs=1, ram_inner_size=16)
-    assert set(record["metrics"]) == {"base", "ours"}
-    [directory] = workdir.glob("saved/RaSeRec-*")
-    assert len(Recommender.load(directory).recommend([["i1", "i2"]], k=3).items[0]) == 3
-
-
-def test_options_that_do_not_fit_are_said(workdir):
-    write_data(workdir, random_log(0))
-    with pytest.raises(ConfigError, match="hard_similarity: collaborative needs vectors"):
-        run(workdir, hard_similarity="collaborative")
-    with pytest.raises(ConfigError, match="adapter_sizes"):
-        run(workdir, adapter_sizes=[-1, 2])
-    with pytest.raises(ConfigError, match=r"collaborative: nobody is neither"):
-        run(workdir, collaborative="nobody")
-    with pytest.raises(ConfigError, match=r"collaborative_layers: \[7\]"):
-        run(workdir, collaborative="SASRec", collaborative_layers=[7])
