@@ -98,19 +98,21 @@ def page(dataset: str, results: Results) -> str:
         "",
         f"`python experiments/cold_items.py --data_path=DIR --dataset={dataset}`: a fifth of the items keep at most",
         f"{KEPT} of their training interactions; leave-one-out, full ranking, test split. R@10 / N@10, mean over",
-        f"the seeds, standard deviation in brackets. Cold: fewer than {darec.COLD} training interactions.",
+        "the seeds, standard deviation in brackets; texts: items whose text a step reads with gradient (`text_items`).",
+        f"Cold: fewer than {darec.COLD} training interactions.",
         "",
-        "| row | targets | number | seen kept | seen removed | seeds | minutes | epochs |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | targets | number | seen kept | seen removed | seeds | minutes | epochs, at most | texts |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for label, runs in results.items():
         records = list(runs.values())
         for group in ("cold", "warm", "all") if records else ():
             figures = " | ".join(cells(record[group]["test"] for record in records))
             minutes = mean((record["seconds"] / 60 for record in records), 1)
+            budget = records[0]["options"]
             lines.append(
                 f"| {label} | {group} | {records[0][group]['targets']} | {figures} | {', '.join(runs)} | {minutes} | "
-                f"{records[0]['options']['epochs']} |"
+                f"{budget['epochs']} | {budget.get('text_items', '-')} |"
             )
     return "\n".join(lines) + "\n"
 

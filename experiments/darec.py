@@ -33,6 +33,9 @@ from recbole_raserec.stages import fine_tune, train_model
 #: Fewer training interactions than these make an item cold.
 COLD = 5
 
+#: Options that say how long a run learns.
+BUDGET = ("epochs", "stopping_step", "text_items")
+
 DAREC = "--model=DARec"
 ALONE = (DAREC, "--align_weight=0", "--hard_weight=0")
 SEARCHED, UNIFORM = "adapters by search", "uniform adapters, as many parameters"
@@ -81,7 +84,7 @@ def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict
     trained_weights = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
     return {
         **record, "valid": ours.metrics["valid"], "seconds": base.seconds, "parameters": trained_weights,
-        "options": {name: config[name] for name in ("epochs", "stopping_step")},
+        "options": {name: config[name] for name in BUDGET if config[name] is not None},
     }  # fmt: skip
 
 
@@ -91,19 +94,22 @@ def page(dataset: str, results: Results) -> str:
         "# DARec, part by part",
         "",
         f"`python experiments/darec.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking, test split.",
-        "R@10 / N@10, mean over the seeds, standard deviation in brackets. Budget: the epochs of the last column at",
-        "most, early stopping on validation NDCG@10.",
+        "R@10 / N@10, mean over the seeds, standard deviation in brackets. Budget: so many epochs at most, early",
+        "stopping on validation NDCG@10; texts: items whose text a step reads with gradient (`text_items`).",
         "",
-        f"| row | {' | '.join(protocol.replace('_', ' ') for protocol in PROTOCOLS)} | seeds | minutes | epochs |",
-        "|---|---|---|---|---|---|",
+        f"| row | {' | '.join(p.replace('_', ' ') for p in PROTOCOLS)} | seeds | minutes | epochs | texts |",
+        "|---|---|---|---|---|---|---|",
     ]
     for label, runs in results.items():
         if runs:
             records = list(runs.values())
             minutes = mean((record["seconds"] / 60 for record in records), 1)
             figures = " | ".join(cells(record["all"]["test"] for record in records))
-            epochs = records[0]["options"]["epochs"]
-            lines.append(f"| {label} | {figures} | {', '.join(runs)} | {minutes} | {epochs} |")
+            budget = records[0]["options"]
+            lines.append(
+                f"| {label} | {figures} | {', '.join(runs)} | {minutes} | {budget['epochs']} | "
+                f"{budget.get('text_items', '-')} |"
+            )
     lines += ["", f"Targets with fewer than {COLD} training interactions (cold), and the others", ""]
     lines += ["| row | group | targets | " + " | ".join(p.replace("_", " ") for p in PROTOCOLS) + " |"]
     lines += ["|---|---|---|---|---|"]

@@ -105,6 +105,7 @@ def main(
     args.output = args.output or ROOT / "results" / f"{name}_{args.dataset}.json"
     args.rows = [row for row in args.rows if row not in left_out(args.dataset)]
     command = f"python experiments/{name}.py --data_path=DIR --dataset={args.dataset}"
+    command += f" --options {' '.join(args.options)}" if args.options else ""
     return fill(rows, args, command, lambda found: page(args.dataset, found), make), args.output
 
 
