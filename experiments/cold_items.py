@@ -2,17 +2,18 @@
 
     python experiments/cold_items.py --data_path=DIR [--dataset=ml-100k] [--seeds 2020 2021]
 
-In ml-100k next to no test target has fewer than five training interactions. So a copy of the data set is made, below
-DIR, in which a fifth of the items, drawn at random, keep no more than four of their training interactions each, from
-none to four with equal chance; all other interactions stay, those of validation and test too. SASRec and DARec, with a
-trained vector for each item or with a map of the items' texts as its head, learn from what is left. Writes
-results/cold_items_<dataset>.json and the page (.md) beside it; a run that is there is not done again.
+In ml-100k next to no test target has fewer than five training interactions. So a copy of the data set is made, in
+``data`` below --checkpoint_dir, in which a fifth of the items, drawn at random, keep no more than four of their
+training interactions each, from none to four with equal chance; all others stay, those of validation and test too.
+SASRec and DARec, with a trained vector for each item or with a map of the items' texts as its head, learn from what is
+left. Writes results/cold_items_<dataset>.json and the page (.md) beside it; a run that is there is not done again.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ ROWS: dict[str, Sequence[str]] = {
 }
 
 
-def interactions_to_cut(users: np.ndarray, items: np.ndarray, n_items: int) -> np.ndarray:
-    """Which training interactions go: bool [M]; `users` and `items` int64 [M]."""
+def interactions_to_cut(items: np.ndarray, n_items: int) -> np.ndarray:
+    """Which training interactions go: bool [M]; `items` int64 [M]."""
     rng = np.random.default_rng(DRAW)
     counts = np.bincount(items, minlength=n_items)
     known = np.flatnonzero(counts > KEPT)
@@ -49,44 +50,56 @@ def interactions_to_cut(users: np.ndarray, items: np.ndarray, n_items: int) -> n
     return cut
 
 
-def make_copy(dataset: str, data_path: Path) -> str:
-    """Write the copy below `data_path` unless it is there; its name."""
+def numbered(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str, int]]:
+    """(user, item) in the order of time, and the how manieth of its kind each is."""
+    counts: Counter[tuple[str, str]] = Counter()
+    found = []
+    for pair in pairs:
+        found.append((*pair, counts[pair]))
+        counts[pair] += 1
+    return found
+
+
+def make_copy(dataset: str, data_path: str, copies: Path) -> str:
+    """Write the copy below `copies` unless it is there; its name."""
     name = f"{dataset}-cold"
-    target = data_path / name / f"{name}.inter"
+    target = copies / name / f"{name}.inter"
     if target.exists():
         return name
-    config = Config("SASRec", dataset, config_dict={"data_path": str(data_path)}, argv=[])
+    config = Config("SASRec", dataset, config_dict={"data_path": data_path}, argv=[])
     source = ensure_dataset(config)
     split = prepare_data(config).train._dataset
     where, positions, _ = split.windows()
-    items, offsets = split.store.until(where, positions)
-    users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    cut = interactions_to_cut(users, items, split.store.n_items)
+    store, users = split.store, split.store.users()
+    ends = np.diff(store.until(where, positions)[1])  # of each user's training interactions
+    known = np.flatnonzero(np.arange(len(store)) - store.offsets[users] < ends[users])
+    cut = interactions_to_cut(store.items[known], store.n_items)
     names_of = split.field2id_token
     user_field, item_field = config["USER_ID_FIELD"], config["ITEM_ID_FIELD"]
-    gone = set(zip(names_of[user_field][users[cut]], names_of[item_field][items[cut]]))
+    pairs = list(zip(names_of[user_field][users[known]], names_of[item_field][store.items[known]]))
+    gone = {pair for pair, goes in zip(numbered(pairs), cut) if goes}
     target.parent.mkdir(parents=True, exist_ok=True)
     items_file = source.with_suffix(".item")
-    target.with_suffix(".item").write_bytes(items_file.read_bytes())
+    if items_file.exists():
+        target.with_suffix(".item").write_bytes(items_file.read_bytes())
     with source.open(encoding="utf-8", newline="") as lines, replacing(target) as part:
-        rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(rows)
+        header, *rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         names = [column.partition(":")[0] for column in header]
-        user_at, item_at = names.index(user_field), names.index(item_field)
+        user_at, item_at, time_at = (names.index(name) for name in (user_field, item_field, config["TIME_FIELD"]))
         users_of, items_of = set(names_of[user_field]), set(names_of[item_field])  # rare ones are left out already
-        kept = [
-            row for row in rows
-            if row[user_at] in users_of and row[item_at] in items_of and (row[user_at], row[item_at]) not in gone
-        ]  # fmt: skip
+        ordered = sorted(rows, key=lambda row: float(row[time_at]))
+        keys = numbered([(row[user_at], row[item_at]) for row in ordered])
+        kept = [row for row, key in zip(ordered, keys) if key not in gone and key[0] in users_of and key[1] in items_of]
         Path(part).write_text("\n".join("\t".join(row) for row in [header, *kept]) + "\n", encoding="utf-8")
     return name
 
 
 def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """As :func:`darec.measure`, on the copy."""
-    name = make_copy(args.dataset, Path(args.data_path))
+    copies = Path(args.checkpoint_dir) / "data"
+    name = make_copy(args.dataset, args.data_path, copies)
     files = grid.ROOT / "properties" / "dataset" / f"{args.dataset}.yaml"
-    copy = argparse.Namespace(**{**vars(args), "dataset": name})
+    copy = argparse.Namespace(**{**vars(args), "dataset": name, "data_path": str(copies)})
     everyone = ("--user_inter_num_interval=[0,inf)", "--item_inter_num_interval=[0,inf)")
     return darec.measure([*options, f"--config_files={files}", *everyone], seed, copy)
 

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,3 +134,36 @@ def test_darec_part_by_part(script, tmp_path):
     for record in records.values():
         assert record["cold"]["targets"] + record["warm"]["targets"] == record["all"]["targets"] == 600
     assert "| adapters by search | " in page
+
+
+def test_cold_items(script, monkeypatch):
+    made, page, _ = script("cold_items", "--seeds", "1", "--rows", "SASRec")
+    record = made["rows"]["SASRec"]["1"]
+    assert record["cold"]["targets"] > 50  # a fifth of 600, about
+    assert record["cold"]["targets"] + record["warm"]["targets"] == record["all"]["targets"] == 600
+    assert f"| SASRec | cold | {record['cold']['targets']} | " in page
+    copy = Path("saved/data/planted-cold/planted-cold.inter")
+    before, after = (read(path) for path in (ROOT / "dataset" / "planted" / "planted.inter", copy))
+    assert after < before
+    users = [user for user, *_ in before]
+    for user in set(users):  # the last two of each user's interactions stay
+        rows = sorted((row for row in before if row[0] == user), key=lambda row: float(row[2]))
+        assert set(rows[-2:]) <= after
+
+
+def read(path):
+    return {tuple(line.split("\t")) for line in path.read_text().splitlines()[1:]}
+
+
+def test_which_interactions_are_cut(script):
+    cut_out = importlib.import_module("cold_items").interactions_to_cut
+    rng = np.random.default_rng(0)
+    items = rng.integers(1, 60, 4000)
+    items[:3] = 60
+    counts = np.bincount(items, minlength=61)
+    cut = cut_out(items, 61)
+    left = np.bincount(items[~cut], minlength=61)
+    changed = left < counts
+    assert changed.sum() == round(0.2 * (counts > 4).sum())
+    assert left[changed].max() <= 4
+    assert np.array_equal(cut, cut_out(items, 61))
