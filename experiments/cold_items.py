@@ -87,9 +87,10 @@ def make_copy(dataset: str, data_path: str, copies: Path) -> str:
         names = [column.partition(":")[0] for column in header]
         user_at, item_at, time_at = (names.index(name) for name in (user_field, item_field, config["TIME_FIELD"]))
         users_of, items_of = set(names_of[user_field]), set(names_of[item_field])  # rare ones are left out already
-        ordered = sorted(rows, key=lambda row: float(row[time_at]))
-        keys = numbered([(row[user_at], row[item_at]) for row in ordered])
-        kept = [row for row, key in zip(ordered, keys) if key not in gone and key[0] in users_of and key[1] in items_of]
+        order = sorted(range(len(rows)), key=lambda number: float(rows[number][time_at]))
+        keys = numbered([(rows[number][user_at], rows[number][item_at]) for number in order])
+        left = {n for n, key in zip(order, keys) if key not in gone and key[0] in users_of and key[1] in items_of}
+        kept = [row for number, row in enumerate(rows) if number in left]
         Path(part).write_text("\n".join("\t".join(row) for row in [header, *kept]) + "\n", encoding="utf-8")
     return name
 
