@@ -6,7 +6,8 @@ S source positions, H hidden size, D = H / heads.
 
 from __future__ import annotations
 
-from typing import Optional
+import math
+from typing import Callable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class Attention(nn.Module):
 
     def __init__(self, size: int, heads: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
         self.query, self.key, self.value = (nn.Linear(size, size) for _ in range(3))
         self.out = nn.Linear(size, size)
 
@@ -33,11 +34,22 @@ class Attention(nn.Module):
         self, x: torch.Tensor, source: KeyValue, mask: Optional[torch.Tensor] = None, causal: bool = False
     ) -> torch.Tensor:
         """[N, Q, H] attends to `source`; `mask` bool, broadcast to [N, heads, Q, S], True where it may -> [N, Q, H]."""
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(
-            self._split(self.query(x)), *source, attn_mask=mask, dropout_p=dropout, is_causal=causal
-        )
+        query = self._split(self.query(x))
+        if self.training:  # torch's own draws its dropout one by one
+            weights = self.weights(query @ source[0].transpose(2, 3) / math.sqrt(query.shape[3]), mask, causal)
+            mixed = weights @ source[1]
+        else:
+            mixed = F.scaled_dot_product_attention(query, *source, attn_mask=mask, is_causal=causal)
         return self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+    def weights(self, logits: torch.Tensor, mask: Optional[torch.Tensor] = None, causal: bool = False) -> torch.Tensor:
+        """Softmax of `logits` [N, heads, Q, S] where `mask` is True, and dropout."""
+        if causal:
+            steps = torch.arange(logits.shape[2], device=logits.device)
+            mask = steps[:, None] >= steps
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        return self.dropout(torch.softmax(logits, dim=3))
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
@@ -78,8 +90,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, source: KeyValue, mask: torch.Tensor) -> torch.Tensor:
         """All steps at once: [N, Q, H]; `mask` bool [N, 1, 1, S] of the source."""
+        return self.together(x, lambda h: self.source(h, source, mask))
+
+    def together(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """All steps at once [N, Q, H], with `attend` [N, Q, H] -> [N, Q, H] as attention to the source."""
         x = self.norms[0](x + self.dropout(self.own(x, self.own.keys_values(x), causal=True)))
-        return self._rest(x, source, mask)
+        return self._rest(x, attend)
 
     def step(
         self, x: torch.Tensor, past: Optional[KeyValue], source: KeyValue, mask: torch.Tensor
@@ -88,8 +104,8 @@ class DecoderLayer(nn.Module):
         new = self.own.keys_values(x)
         grown = new if past is None else (torch.cat([past[0], new[0]], 2), torch.cat([past[1], new[1]], 2))
         x = self.norms[0](x + self.dropout(self.own(x, grown)))
-        return self._rest(x, source, mask), grown
+        return self._rest(x, lambda h: self.source(h, source, mask)), grown
 
-    def _rest(self, x: torch.Tensor, source: KeyValue, mask: torch.Tensor) -> torch.Tensor:
-        x = self.norms[1](x + self.dropout(self.source(x, source, mask)))
+    def _rest(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        x = self.norms[1](x + self.dropout(attend(x)))
         return self.norms[2](x + self.dropout(self.feed_forward(x)))

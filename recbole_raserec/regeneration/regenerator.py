@@ -11,28 +11,38 @@ conditions, H hidden size.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from recbole_raserec.kernels.dropout import use_fast_dropout
 from recbole_raserec.regeneration.layers import DecoderLayer, EncoderLayer, KeyValue
+from recbole_raserec.regeneration.shared import PairsOfSources
 
 
-class Source(NamedTuple):
+@dataclasses.dataclass
+class Source:
     """An encoded batch of sequences.
 
     Attributes:
         items: int64 [B, S], left-aligned, padded with 0.
-        spaces: [B, K, S, H], the encoder's output in each latent space.
+        hidden: [B, S, H], the encoder's output. projections: [K, H, H], the latent spaces.
         candidates: bool [B, S], first occurrences of items: what restrictive decoding chooses from.
     """
 
     items: torch.Tensor
-    spaces: torch.Tensor
+    hidden: torch.Tensor
+    projections: torch.Tensor
     candidates: torch.Tensor
+
+    @cached_property
+    def spaces(self) -> torch.Tensor:
+        """The encoder's output in each latent space, [B, K, S, H]."""
+        return torch.einsum("bsh,khg->bksg", self.hidden, self.projections)
 
 
 class Regenerator(nn.Module):
@@ -63,6 +73,7 @@ class Regenerator(nn.Module):
         self.reader = EncoderLayer(size, heads, inner_size, dropout)
         self.chooser = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, conditions))
         self.dropout = nn.Dropout(dropout)
+        use_fast_dropout(self)
         self.apply(_initialise)
         nn.init.normal_(self.projections, std=1 / math.sqrt(size))
 
@@ -93,8 +104,7 @@ class Regenerator(nn.Module):
 
     def encode(self, items: torch.Tensor) -> Source:
         """Encode sequences [B, S], S at most `longest`."""
-        spaces = torch.einsum("bsh,khg->bksg", self.read(items), self.projections)
-        return Source(items, spaces, first_occurrences(items))
+        return Source(items, self.read(items), self.projections, first_occurrences(items))
 
     def keys_values(self, memory: torch.Tensor) -> list[KeyValue]:
         """What the decoder's layers need of a source [N, S, H], a layer each."""
@@ -122,21 +132,20 @@ class Regenerator(nn.Module):
         Args:
             source: encoded sequences. owner: int64 [P], row of `source` of each pair.
             patterns: int64 [P, T - 1], padded with 0; no item twice, all of them in the sequence.
-            shares: [P, K], of the conditions.
+            shares: [P, K], of the conditions, each row of sum 1.
 
         Returns:
             [P].
         """
         lengths = (patterns > 0).sum(1)
         items, candidates = source.items[owner], source.candidates[owner]  # [P, S]
-        memory = torch.einsum("pk,pksh->psh", shares, source.spaces[owner])
+        pairs = PairsOfSources.of(source.hidden, source.items > 0, owner, shares, source.projections)
         steps = F.pad(patterns, (1, 0), value=self.start)  # [P, T]
         x = self.items(steps) + self.pattern_positions.weight[: steps.shape[1]]
         x = self.dropout(self.pattern_norm(x))
-        mask = (items > 0)[:, None, None]
-        for layer, keys_values in zip(self.decoder_layers(), self.keys_values(memory)):
-            x = layer(x, keys_values, mask)
-        logits = torch.cat([x @ self.items(items).transpose(1, 2), (x @ self.items.weight[self.end])[..., None]], 2)
+        for layer in self.decoder_layers():
+            x = layer.together(x, partial(pairs.attend, layer.source))
+        logits = torch.cat([pairs.logits(x, self.items(source.items)), (x @ self.items.weight[self.end])[..., None]], 2)
         same = patterns[:, :, None] == items[:, None]  # [P, T - 1, S]
         used = F.pad(same.cumsum(1) > 0, (0, 0, 1, 0))  # before each step, [P, T, S]
         barred = F.pad(used | ~candidates[:, None], (0, 1))  # [P, T, S + 1]
