@@ -35,6 +35,12 @@ ROWS: dict[str, Sequence[str]] = {
     "SASRec": ("--model=SASRec",),
     "DARec, item_head: table": ("--model=DARec",),
     "DARec, item_head: text": ("--model=DARec", "--item_head=text"),
+    "DARec, text, no cold item a wrong answer": (
+        "--model=DARec",
+        "--item_head=text",
+        f"--head_min_interactions={darec.COLD}",
+        "--hard_weight=0",
+    ),
 }
 
 

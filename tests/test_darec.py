@@ -176,6 +176,28 @@ def test_a_head_of_texts_knows_items_by_their_texts_alone(built):
     assert wrapped.item_vectors().shape == (model.n_items, SIZE)
 
 
+def test_rare_items_are_no_wrong_answers(built):
+    model, _, splits = built(head_min_interactions=4, align_weight=0, hard_weight=0)
+    split = splits.train._dataset
+    users, positions, _ = split.windows()
+    counts = np.bincount(split.store.until(users, positions)[0], minlength=model.n_items)
+    among = np.flatnonzero(counts >= 4)
+    assert 2 < len(among) < model.n_items - 1
+    assert model.rank_among.tolist() == among.tolist()
+    table, targets = model.item_vectors(), torch.arange(1, model.n_items)
+    h = torch.randn(len(targets), SIZE)
+    kept = torch.from_numpy(np.isin(targets.numpy(), among))
+    place = torch.from_numpy(np.searchsorted(among, targets[kept].numpy()))
+    wanted = torch.nn.functional.cross_entropy(h[kept] @ table[model.rank_among].t(), place)
+    torch.testing.assert_close(model._link(h, table, targets), wanted, rtol=1e-3, atol=0)  # it may be in bfloat16
+    model.eval().calculate_loss(next(iter(splits.train))).backward()
+    rare = np.setdiff1d(np.arange(1, model.n_items), among)
+    assert not model.item_embedding.weight.grad[rare].any()
+    assert model.item_embedding.weight.grad[among].any(dim=1).all()
+    with pytest.raises(ConfigError, match="head_min_interactions: 999"):
+        built(head_min_interactions=999)
+
+
 def test_training_learns(built):
     model, _, splits = built(text_items=24, hard_weight=0.0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)

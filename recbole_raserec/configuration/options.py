@@ -107,6 +107,7 @@ LANGUAGE: dict[str, Rule] = {
     **dict.fromkeys(("adapter_dropout", "head_dropout"), DROPOUT),
     "item_head": choice("table", "text"),
     "head_from_text": FLAG,
+    "head_min_interactions": integer(0),
     "context_mask": choice("off", "bias", "dual"),
     **dict.fromkeys(("align_weight", "hard_weight"), number(0)),
     "hard_similarity": choice("text", "collaborative"),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recbole_raserec.data.packed import PACKED_TARGETS
+from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels.losses import linear_cross_entropy
 from recbole_raserec.recommendation import pretrained
 from recbole_raserec.recommendation.hard_negatives import hard_contrast, mine_hard_negatives
@@ -41,6 +42,7 @@ class DARec(ItemReader):
     shares_prefixes = True
 
     hard: torch.Tensor
+    rank_among: torch.Tensor
     head_texts: torch.Tensor
 
     def __init__(self, config: Any, dataset: Any):
@@ -67,6 +69,9 @@ class DARec(ItemReader):
         self._similarity, self._hard_negatives = config["hard_similarity"], config["hard_negatives"]
         self._split = dataset if hasattr(dataset, "windows") else None
         self.register_buffer("hard", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
+        self.register_buffer("rank_among", torch.zeros(0, dtype=torch.int64), persistent=False)
+        if self._split is not None and config["head_min_interactions"]:
+            self.rank_among = frequent(self._split, config["head_min_interactions"])
         self._texts: Optional[torch.Tensor] = None
         head_from_text = self.by_text or config["head_from_text"]
         if self._split is not None and (head_from_text or (self.hard_weight and self._similarity == "text")):
@@ -202,7 +207,7 @@ class DARec(ItemReader):
         found = self._encode(item_seq, counts, fresh)
         h, targets = found[targets > 0], targets[targets > 0]
         table = self.item_vectors()
-        loss = linear_cross_entropy(h, table, targets, precision=self.softmax_precision)
+        loss = self._link(h, table, targets)
         if self.align_weight:
             assert fresh is not None
             aligned = self.head(self.head_dropout(fresh[1]))
@@ -211,6 +216,15 @@ class DARec(ItemReader):
         if self.hard_weight:
             loss = loss + self.hard_weight * hard_contrast(h, targets, table, self._negatives(), self.hard_tau)
         return loss
+
+    def _link(self, h: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of user vectors [N, H] over all items, or over those of `head_min_interactions`."""
+        if len(self.rank_among):
+            place = torch.full((len(table),), -1, device=targets.device)
+            place[self.rank_among] = torch.arange(len(self.rank_among), device=targets.device)
+            counted = place[targets] >= 0
+            h, targets, table = h[counted], place[targets][counted], table[self.rank_among]
+        return linear_cross_entropy(h, table, targets, precision=self.softmax_precision)
 
     def _negatives(self) -> torch.Tensor:
         """Hard negatives of each item, mined when the first batch asks for them: int64 [V, K]."""
@@ -241,6 +255,23 @@ class DARec(ItemReader):
     def predict(self, interaction: Any) -> torch.Tensor:
         h = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
         return (h * self.item_vectors()[interaction[self.ITEM_ID]]).sum(dim=1)
+
+
+def frequent(split: Any, least: int) -> torch.Tensor:
+    """Items with at least so many interactions in the training split, int64 [M].
+
+    Raises:
+        ConfigError: fewer than two have so many.
+    """
+    original = split if split.original is None else split.original  # without regenerated rows
+    users, positions, _ = original.windows()
+    counts = np.bincount(original.store.until(users, positions)[0], minlength=original.store.n_items)
+    found = np.flatnonzero(counts >= least)
+    if len(found) < 2:
+        raise ConfigError(
+            [f"head_min_interactions: {least} leaves {len(found)} items; the most frequent has {counts.max()}"]
+        )
+    return torch.from_numpy(found)
 
 
 class _Options(dict):
