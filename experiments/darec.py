@@ -33,6 +33,9 @@ from recbole_raserec.stages import fine_tune, train_model
 #: Fewer training interactions than these make an item cold.
 COLD = 5
 
+#: Groups of test targets; they are shown where each has at least so many.
+GROUPS, SHOWN = ("cold", "warm"), 20
+
 #: Options that say how long a run learns.
 BUDGET = ("epochs", "stopping_step", "text_items")
 
@@ -88,12 +91,21 @@ def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict
     }  # fmt: skip
 
 
+def given(results: Results) -> str:
+    """The options that DARec's rows were given, as they are written behind the command."""
+    found = [
+        record["options"] for runs in results.values() for record in runs.values() if "text_items" in record["options"]
+    ]
+    return f" --options epochs={found[0]['epochs']} text_items={found[0]['text_items']}" if found else ""
+
+
 def page(dataset: str, results: Results) -> str:
     """The tables."""
     lines = [
         "# DARec, part by part",
         "",
-        f"`python experiments/darec.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking, test split.",
+        f"`python experiments/darec.py --data_path=DIR --dataset={dataset}{given(results)}`:",
+        "leave-one-out, full ranking, test split.",
         "R@10 / N@10, mean over the seeds, standard deviation in brackets. Budget: so many epochs at most, early",
         "stopping on validation NDCG@10; texts: items whose text a step reads with gradient (`text_items`).",
         "",
@@ -110,11 +122,14 @@ def page(dataset: str, results: Results) -> str:
                 f"| {label} | {figures} | {', '.join(runs)} | {minutes} | {budget['epochs']} | "
                 f"{budget.get('text_items', '-')} |"
             )
+    counts = {name: record[name]["targets"] for runs in results.values() for record in runs.values() for name in GROUPS}
+    if min(counts.values(), default=0) < SHOWN:
+        return "\n".join(lines) + "\n"
     lines += ["", f"Targets with fewer than {COLD} training interactions (cold), and the others", ""]
     lines += ["| row | group | targets | " + " | ".join(p.replace("_", " ") for p in PROTOCOLS) + " |"]
     lines += ["|---|---|---|---|---|"]
     for label, runs in results.items():
-        for group in ("cold", "warm"):
+        for group in GROUPS:
             records = [record[group] for record in runs.values() if record[group]["test"]]
             if records:
                 figures = " | ".join(cells(record["test"] for record in records))
