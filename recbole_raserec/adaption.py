@@ -134,8 +134,10 @@ def _study_name(config: Any, layers: int, epochs: int, sampler: str, choices: Se
 
 
 def write_architecture(path: Path, found: Adaption, command: str) -> None:
-    """A configuration file with the chosen sizes; the value and the number of trials stand in its comment."""
+    """A configuration file with the chosen sizes; all trials and their values stand in its comments."""
     text = f"# {command}\n# validation {found.value:.6f}, the best of {len(found.trials)} trials\n"
+    for number, (sizes, value) in enumerate(found.trials):
+        text += f"# {number}: {value:.6f} {' '.join(f'{a}/{b}' for a, b in sizes)}\n"
     text += yaml.safe_dump({"adapter_sizes": [list(pair) for pair in found.sizes]}, default_flow_style=None)
     with replacing(path) as part:
         Path(part).write_text(text, encoding="utf-8")

@@ -43,6 +43,10 @@ def test_the_command_writes_what_a_run_reads(workdir, monkeypatch, capsys):
     assert "uniform adapters of as many parameters" in capsys.readouterr().out
     sizes = Config("DARec", "tiny", [str(output)], {"data_path": str(workdir)}, [])["adapter_sizes"]
     assert len(sizes) == 2
+    told = [line for line in output.read_text().splitlines() if line.startswith(("# 0: ", "# 1: "))]
+    chosen = " ".join(f"{a}/{b}" for a, b in sizes)
+    assert len(told) == 2
+    assert max(told, key=lambda line: float(line.split()[2])).endswith(chosen)
     assert main(["--dataset=tiny", "--output=x.yaml", "--sampler=guess"]) == 2
     assert "sampler" in capsys.readouterr().err
     assert main([f"--output={output}", "--dataset=tiny", "--nproc=2", *options]) == 2
