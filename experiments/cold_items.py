@@ -33,10 +33,10 @@ SHARE, KEPT, DRAW = 0.2, darec.COLD - 1, 0
 
 ROWS: dict[str, Sequence[str]] = {
     "SASRec": ("--model=SASRec",),
-    "DARec, item_head: table": ("--model=DARec",),
-    "DARec, item_head: text": ("--model=DARec", "--item_head=text"),
+    "DARec, item_head: table": darec.DAREC,
+    "DARec, item_head: text": (*darec.DAREC, "--item_head=text"),
     "DARec, text, no cold item a wrong answer": (
-        "--model=DARec",
+        *darec.DAREC,
         "--item_head=text",
         f"--head_min_interactions={darec.COLD}",
         "--hard_weight=0",

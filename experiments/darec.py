@@ -39,21 +39,21 @@ GROUPS, SHOWN = ("cold", "warm"), 20
 #: Options that say how long a run learns.
 BUDGET = ("epochs", "stopping_step", "text_items")
 
-DAREC = "--model=DARec"
-ALONE = (DAREC, "--align_weight=0", "--hard_weight=0")
+DAREC = ("--model=DARec", "--collaborative=null")
+ALONE = (*DAREC, "--align_weight=0", "--hard_weight=0")
 SEARCHED, UNIFORM = "adapters by search", "uniform adapters, as many parameters"
 ROWS: dict[str, Sequence[str]] = {
     "SASRec": ("--model=SASRec",),
     "adapters only": ALONE,
-    "+ semantic alignment": (DAREC, "--hard_weight=0"),
-    "+ hard samples": (DAREC, "--align_weight=0"),
-    "both tasks": (DAREC,),
-    "+ context masking, bias": (DAREC, "--context_mask=bias"),
-    "+ context masking, dual": (DAREC, "--context_mask=dual"),
-    "+ collaborative vectors": (DAREC, "--collaborative=SASRec"),
-    SEARCHED: (DAREC,),
-    UNIFORM: (DAREC,),
-    "RaSeRec over DARec": ("--model=RaSeRec", "--backbone=DARec"),
+    "+ semantic alignment": (*DAREC, "--hard_weight=0"),
+    "+ hard samples": (*DAREC, "--align_weight=0"),
+    "both tasks": DAREC,
+    "+ context masking, bias": (*DAREC, "--context_mask=bias"),
+    "+ context masking, dual": (*DAREC, "--context_mask=dual"),
+    "+ collaborative vectors": ("--model=DARec", "--collaborative=SASRec"),
+    SEARCHED: DAREC,
+    UNIFORM: DAREC,
+    "RaSeRec over DARec": ("--model=RaSeRec", "--backbone=DARec", "--collaborative=null"),
 }
 
 
@@ -150,8 +150,8 @@ def main() -> None:
         del rows[SEARCHED], rows[UNIFORM]
     else:
         pairs = [tuple(pair) for pair in read_yaml(given.adapters)["adapter_sizes"]]
-        rows[SEARCHED] = (DAREC, f"--adapter_sizes={[list(pair) for pair in pairs]}")
-        rows[UNIFORM] = (DAREC, f"--adapter_sizes={Adaption(pairs, 0.0, []).uniform_size()}")
+        rows[SEARCHED] = (*DAREC, f"--adapter_sizes={[list(pair) for pair in pairs]}")
+        rows[UNIFORM] = (*DAREC, f"--adapter_sizes={Adaption(pairs, 0.0, []).uniform_size()}")
     grid.main(__doc__, rows, "darec", page, "ml-100k", measure)
 
 

@@ -15,6 +15,7 @@ _PUBLIC = {
     "BSARec": "recbole_raserec.recommendation.bsarec",
     "Config": "recbole_raserec.config",
     "DuoRec": "recbole_raserec.recommendation.duorec",
+    "GRU4Rec": "recbole_raserec.recommendation.gru4rec",
     "MemoryBank": "recbole_raserec.retrieval.memory",
     "Recommender": "recbole_raserec.serving.recommender",
     "RaSeRec": "recbole_raserec.retrieval.raserec",

@@ -26,7 +26,7 @@ def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, 
     if not (directory / MANIFEST).is_file():
         if named not in MODELS:
             raise ConfigError(
-                [f"collaborative: {named} is neither a checkpoint directory nor one of SASRec and DuoRec; name one."]
+                [f"collaborative: {named} is neither a checkpoint directory nor a model of this package; name for example SASRec."]
             )
         directory = train(config.for_collaborator())
     manifest = read_manifest(directory)

@@ -34,7 +34,8 @@ def personalise(config: Any, made: RegeneratedData, base: Outcome) -> Regenerate
     """Learn what each regenerated row is worth to the configured model, or reuse what a former run found.
 
     Args:
-        config: of the target model, SASRec or DuoRec. made: stage i. base: that model, trained on the original data.
+        config: of the target model, one of this package's. made: stage i.
+        base: that model, trained on the original data.
 
     Returns:
         the same sequences with weights in [0, 1].

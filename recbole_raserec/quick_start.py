@@ -11,6 +11,7 @@ from recbole.utils import ModelType, init_logger, init_seed
 
 from recbole_raserec.allocator import keep_freed_memory, peak_memory_mb
 from recbole_raserec.config import Config
+from recbole_raserec.configuration.options import ENCODERS
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.distributed.group import current
 from recbole_raserec.distributed.launch import launch, layout_of, layout_problems
@@ -136,8 +137,8 @@ def check_run(config: Any) -> None:
     target = config["backbone"] if config["model"] == "RaSeRec" else config["model"]
     if config["regeneration"] == "personalised" and not hasattr(get_model(target), "weighted_loss"):
         problems.append(
-            f"regeneration: personalised weighs rows in the loss of SASRec and DuoRec, not in that of {target}; "
-            "write regeneration: true, or choose one of the two."
+            f"regeneration: personalised weighs rows in the loss of {', '.join(sorted(ENCODERS))}, not in that of "
+            f"{target}; write regeneration: true, or choose one of these."
         )
     elif config["regeneration"] == "personalised" and config.final_config_dict.get("loss_type") != "CE":
         problems.append(f"regeneration: personalised weighs rows of loss_type: CE; it is {config['loss_type']}.")

@@ -15,6 +15,7 @@ MODELS = {
     "SASRec": "recbole_raserec.recommendation.sasrec",
     "DuoRec": "recbole_raserec.recommendation.duorec",
     "BSARec": "recbole_raserec.recommendation.bsarec",
+    "GRU4Rec": "recbole_raserec.recommendation.gru4rec",
     "DARec": "recbole_raserec.recommendation.darec",
     "RaSeRec": "recbole_raserec.retrieval.raserec",
 }

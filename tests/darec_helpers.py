@@ -67,5 +67,6 @@ def small(directory, llm: str, **options):
         "llm": llm, "data_path": str(directory), "MAX_ITEM_LIST_LENGTH": 8, "show_progress": False, "epochs": 2,
         "train_batch_size": 64, "checkpoint_dir": str(directory / "saved"), "state": "WARNING", "item_text_length": 8,
         "text_items": 8, "adapter_sizes": 4, "token_budget": 400, "threads": 1, "llm_precision": "float32",
+        "collaborative": None,
     }  # fmt: skip
     return {**base, **options}

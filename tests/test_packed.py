@@ -127,6 +127,11 @@ def test_gradient_of_an_epoch_equals_one_window_per_target(small_config, batch_s
     )  # fmt: skip
     torch.manual_seed(0)
     model = disturb(SASRec(config, packed.dataset))
+    epoch_gradients(model, packed, prefix)
+
+
+def epoch_gradients(model, packed, prefix):
+    """Both forms: the same loss and gradient of an epoch, as means over its targets."""
     sums, gradients = [], []
     for loader in (packed.train, prefix.train):
         model.zero_grad()

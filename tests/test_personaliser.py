@@ -11,7 +11,7 @@ from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.quick_start import run_recbole_raserec
-from recbole_raserec.recommendation.sasrec import row_weights
+from recbole_raserec.recommendation.objective import row_weights
 from recbole_raserec.regeneration.personaliser import (
     Bilevel,
     Personaliser,
@@ -193,7 +193,7 @@ def test_in_the_pipeline(tiny, model, tmp_path):
 
 
 def test_other_models_do_not_weigh(tmp_path):
-    with pytest.raises(ConfigError, match="not in that of GRU4Rec"):
-        run_recbole_raserec("GRU4Rec", "tiny", config_dict={"regeneration": "personalised"}, argv=[])
+    with pytest.raises(ConfigError, match="not in that of NARM"):
+        run_recbole_raserec("NARM", "tiny", config_dict={"regeneration": "personalised"}, argv=[])
     with pytest.raises(ConfigError, match=r"regeneration: 'often' .* is not true, false or personalised"):
         run_recbole_raserec("GRU4Rec", "tiny", config_dict={"regeneration": "often"}, argv=[])

@@ -98,8 +98,10 @@ class DerivedConfigs:
         known = type(self)("SASRec", self.dataset, config_dict=Parsed({}), argv=[])
         dropped = {"model", "dataset", "config_files", "loss_type", "train_neg_sample_args", *RETRIEVAL, *REGENERATION}
         dropped |= {"additional_feat_suffix", "preload_weight"}
-        if not ENCODERS & set(self._names):  # sizes of another kind of model
-            dropped |= {*SEQUENTIAL, *ENCODER, "hidden_dropout_prob", "attn_dropout_prob", "embedding_size"}
+        if not ENCODERS & set(self._names):
+            dropped |= set(ENCODER)
+        if not (ENCODERS - {"GRU4Rec"}) & set(self._names):  # sizes of another kind of model
+            dropped |= {*SEQUENTIAL, "hidden_dropout_prob", "attn_dropout_prob", "embedding_size"}
         columns = self.final_config_dict.get("load_col")
         interactions = {"load_col": {"inter": columns["inter"]}} if columns and "inter" in columns else {}
         options = {

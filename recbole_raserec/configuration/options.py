@@ -65,7 +65,7 @@ SEQUENTIAL: dict[str, Rule] = {
     "initializer_range": number(0, open_low=True),
 }
 
-#: Options of SASRec and DuoRec as this package trains them.
+#: Options of SASRec, DuoRec, BSARec and GRU4Rec as this package trains them.
 ENCODER: dict[str, Rule] = {
     "loss_type": choice("CE", "BPR"),
     "training": choice("prefix", "packed"),
@@ -89,7 +89,8 @@ FILTER: dict[str, Rule] = {
 }
 
 #: Models that train as SASRec of this package does, and those of them that have DuoRec's contrast.
-ENCODERS, CONTRASTED = frozenset({"SASRec", "DuoRec", "BSARec"}), frozenset({"DuoRec", "BSARec"})
+ENCODERS = frozenset({"SASRec", "DuoRec", "BSARec", "GRU4Rec"})
+CONTRASTED = frozenset({"DuoRec", "BSARec"})
 
 #: Options of DARec: the language model, its texts, adapters, tasks, and what is put into its attention.
 LANGUAGE: dict[str, Rule] = {

@@ -8,7 +8,8 @@ import torch
 
 from recbole_raserec.data.loader import SAME_TARGET
 from recbole_raserec.kernels.losses import info_nce
-from recbole_raserec.recommendation.sasrec import SASRec, row_weights
+from recbole_raserec.recommendation.objective import row_weights
+from recbole_raserec.recommendation.sasrec import SASRec
 
 #: Contrast forms that need the window of another row with the same target.
 SUPERVISED = ("su", "us", "us_x")

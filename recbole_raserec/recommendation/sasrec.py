@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
-from recbole_raserec.data.dataset import WEIGHT
-from recbole_raserec.data.packed import PACKED_TARGETS
 from recbole_raserec.kernels.dropout import use_fast_dropout
 from recbole_raserec.kernels.encoder import Architecture, Ragged, encode
-from recbole_raserec.kernels.losses import linear_cross_entropy
+from recbole_raserec.recommendation.objective import SoftmaxOverItems
 
 
-class SASRec(RecBoleSASRec):
+class SASRec(SoftmaxOverItems, RecBoleSASRec):
     """RecBole's SASRec: same parameters, same names, same initialisation, same scores and loss within 1e-5.
 
     What differs is the cost. Batches may be trimmed to their longest row; the last layer is evaluated at the last
@@ -87,48 +85,12 @@ class SASRec(RecBoleSASRec):
         positions = self.position_embedding.weight[: item_seq.size(1)]  # [L, H]
         return self.dropout(self.LayerNorm(self.item_embedding(item_seq) + positions))
 
-    def item_vectors(self) -> torch.Tensor:
-        """Item table as it enters the dot product, [V, H]."""
-        return self.item_embedding.weight
-
-    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """What ``full_sort_predict`` multiplies: user vectors [B, H], item vectors [V, H], no bias."""
-        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]), self.item_vectors(), None
-
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
-        """The loss of a training batch, a scalar: by `loss_type` cross-entropy over all items, or BPR."""
-        if self.loss_type != "CE":
-            return super().calculate_loss(interaction)
-        return self.weighted_loss(*self.encode_batch(interaction), row_weights(interaction))
-
-    def weighted_loss(self, h: torch.Tensor, targets: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy of user vectors [N, H] over all items, times `weights` [N] (None: 1), as a mean over the rows.
-
-        Not over the sum of the batch's weights: batches hold windows of like length, and a factor that all short ones
-        share would be lost.
-        """
-        loss = linear_cross_entropy(h, self.item_vectors(), targets, weights, self.softmax_precision)
-        return loss if weights is None else loss * (weights.sum() / max(len(h), 1))
-
-    def encode_batch(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """User vectors [N, H] and target items [N] of a training batch: N rows of windows, or, packed, all targets."""
-        item_seq = interaction[self.ITEM_SEQ]
-        if PACKED_TARGETS not in interaction.columns:
-            return self.forward(item_seq, interaction[self.ITEM_SEQ_LEN]), interaction[self.POS_ITEM_ID]
-        targets = interaction[PACKED_TARGETS]  # [U, L]
-        predicted = targets > 0
+    def encode_predicted(
+        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, predicted: torch.Tensor
+    ) -> torch.Tensor:
         if self.compiled():
-            ragged = Ragged.of_rows(item_seq, interaction[self.ITEM_SEQ_LEN], predicted)
-            return self._encode(ragged), targets[predicted]
-        return self.encode_positions(item_seq)[predicted], targets[predicted]
-
-
-def row_weights(interaction: Any) -> Optional[torch.Tensor]:
-    """Weights of the rows that `encode_batch` gives for this batch, [N]; None where the data have none."""
-    if WEIGHT not in interaction.columns:
-        return None
-    weights = interaction[WEIGHT]
-    return weights[interaction[PACKED_TARGETS] > 0] if PACKED_TARGETS in interaction.columns else weights
+            return self._encode(Ragged.of_rows(item_seq, item_seq_len, predicted))
+        return super().encode_predicted(item_seq, item_seq_len, predicted)
 
 
 def _layer(layer: Any, query: torch.Tensor, hidden: torch.Tensor, *, causal: bool = False, key_length: Any = None):
