@@ -24,6 +24,10 @@ class CrossAttention(nn.Module):
     without residual and norm the outcome lives on the scale of the values (item vectors are some 30 times shorter
     than user vectors), and the mixture gains little.
 
+    A row has one query, so that the projections of keys and values are taken to the query's side: ``Wq q . Wk k =
+    (Wk' Wq q) . k`` and ``sum w Wv v = Wv (sum w v)``, one product a row instead of K. (The keys' bias adds the same
+    to all logits of a row: it cancels, and stays 0.)
+
     Args:
         size: H. heads: divides H. dropout: on attention weights and output. tau: attention temperature, > 0.
     """
@@ -47,22 +51,19 @@ class CrossAttention(nn.Module):
         Masked neighbours get no weight. A row without any neighbour attends to nothing. `bias` [B, K] is added to the
         logits of all heads.
         """
-        batch, count, size = k.shape
-        head = size // self.heads
         weights = self.weight_dropout(self.weights(q, k, mask, bias))
-        values = self.value(v).view(batch, count, self.heads, head).transpose(1, 2)  # [B, heads, K, H/heads]
-        mixed = (weights.unsqueeze(2) @ values).reshape(batch, size)
-        return self.norm(q + self.out_dropout(self.out(mixed)))
+        values = _per_head(weights @ v, self.value.weight)  # [B, heads, H / heads]
+        values = values + self.value.bias.view(self.heads, -1) * weights.sum(dim=2, keepdim=True)
+        return self.norm(q + self.out_dropout(self.out(values.flatten(1))))
 
     def weights(
         self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
     ) -> torch.Tensor:
         """How much each head attends to each neighbour, [B, heads, K]; arguments as of :meth:`forward`."""
-        batch, count, size = k.shape
-        head = size // self.heads
-        query = self.query(q).view(batch, self.heads, 1, head) / (math.sqrt(head) * self.tau)
-        keys = self.key(k).view(batch, count, self.heads, head).permute(0, 2, 3, 1)  # [B, heads, H/heads, K]
-        scores = (query @ keys).squeeze(2)  # [B, heads, K]
+        head = q.shape[1] // self.heads
+        query = self.query(q).view(-1, self.heads, head) / (math.sqrt(head) * self.tau)
+        towards = torch.einsum("bnd,ndh->bnh", query, self.key.weight.view(self.heads, head, -1))  # [B, heads, H]
+        scores = towards @ k.transpose(1, 2)  # [B, heads, K]
         if bias is not None:
             scores = scores + bias[:, None]
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
@@ -88,6 +89,12 @@ class CrossAttention(nn.Module):
         self.query.weight.copy_(torch.eye(size, device=q.device) * logit)
         self.value.weight.copy_(torch.eye(size, device=q.device) * lengths[0] / lengths[2])
         fit_norm(self.norm, q)
+
+
+def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each head's rows of `weight` [H, H] times its vector in x [B, heads, H]: [B, heads, H / heads]."""
+    heads = x.shape[1]
+    return torch.einsum("bnh,ndh->bnd", x, weight.view(heads, -1, weight.shape[1]))
 
 
 class FeedForward(nn.Module):
