@@ -73,18 +73,26 @@ def fill(
         page: Markdown of the results; it is written beside the figures.
         make: does one run.
     """
-    results: Results = {label: {} for label in rows}
-    if args.output.exists():
-        for label, runs in read_json(args.output)["rows"].items():
-            results.setdefault(label, {}).update(runs)
+    results = found(rows, args.output)
     for seed in args.seeds:
         for label in args.rows:
             if str(seed) in results[label]:
                 continue
-            results[label][str(seed)] = make(rows[label], seed, args)
+            record = make(rows[label], seed, args)
+            results = found(rows, args.output)  # another process may have added rows meanwhile
+            results[label][str(seed)] = record
             write_json(args.output, {"command": command, "rows": results})
             with replacing(args.output.with_suffix(".md")) as part:
                 Path(part).write_text(page(results), encoding="utf-8")
+    return results
+
+
+def found(rows: Rows, path: Path) -> Results:
+    """What the file holds, with a place for each of `rows`."""
+    results: Results = {label: {} for label in rows}
+    if path.exists():
+        for label, runs in read_json(path)["rows"].items():
+            results.setdefault(label, {}).update(runs)
     return results
 
 
