@@ -1,4 +1,4 @@
-"""SASRec and DuoRec in both training forms, several seeds, and RecBole's own training: what do the forms cost?
+"""The package's models in both training forms, several seeds, and RecBole's own training: what do the forms cost?
 
     python experiments/training_forms.py --data_path=DIR [--dataset=ml-100k]
 
@@ -26,6 +26,10 @@ RUNS: dict[str, tuple[str, ...]] = {
     "SASRec prefix": ("--model=SASRec", "--training=prefix"),
     "SASRec packed": ("--model=SASRec", "--training=packed"),
     "SASRec packed, 4 copies": ("--model=SASRec", "--training=packed", "--packed_copies=4"),
+    "SASRec packed, averaged": ("--model=SASRec", "--training=packed", "--weight_averaging=0.999"),
+    "GRU4Rec prefix": ("--model=GRU4Rec", "--training=prefix"),
+    "GRU4Rec packed": ("--model=GRU4Rec", "--training=packed"),
+    "BSARec packed": ("--model=BSARec", "--training=packed"),
     "DuoRec prefix": ("--model=DuoRec", "--training=prefix"),
     "DuoRec packed, 4 copies": ("--model=DuoRec", "--training=packed", "--packed_copies=4"),
 }
