@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 from recbole_raserec.data.splits import Splits
-from recbole_raserec.errors import CheckpointError, ConfigError
+from recbole_raserec.errors import ConfigError
+from recbole_raserec.foreign import check_same_split
 from recbole_raserec.recommendation.trainer import BEST, load_weights
-from recbole_raserec.registry import MODELS
-from recbole_raserec.serving.checkpoint import MANIFEST, read_ids, read_manifest, read_weights
+from recbole_raserec.registry import MODELS, get_model
+from recbole_raserec.serving.checkpoint import MANIFEST, read_manifest, read_weights
 
 
 def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, dict[str, Any]]:
@@ -24,9 +25,12 @@ def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, 
     named = config["collaborative"]
     directory = Path(named)
     if not (directory / MANIFEST).is_file():
-        if named not in MODELS:
+        if named not in collaborators():
             raise ConfigError(
-                [f"collaborative: {named} is neither a checkpoint directory nor a model of this package; name for example SASRec."]
+                [
+                    f"collaborative: {named} is neither a checkpoint directory nor one of "
+                    f"{', '.join(collaborators())}; name one."
+                ]
             )
         directory = train(config.for_collaborator())
     manifest = read_manifest(directory)
@@ -34,14 +38,16 @@ def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, 
     return directory, manifest
 
 
-def take_collaborator(model: Any, splits: Splits, directory: Path, manifest: dict[str, Any]) -> None:
+def collaborators() -> list[str]:
+    """Models of this package that give a user vector for each place of a history."""
+    return [name for name in MODELS if name != "DARec" and hasattr(get_model(name), "encode_positions")]
+
+
+def take_collaborator(config: Any, model: Any, splits: Splits, directory: Path, manifest: dict[str, Any]) -> None:
     """Put the weights of the collaborative model where the model keeps its own.
 
     Raises:
-        CheckpointError: it was trained on other data.
+        CheckpointError: it was trained on other data, or on another split of them.
     """
-    if read_ids(directory) != splits.vocabulary():
-        raise CheckpointError(
-            f"collaborative: {directory} was trained on other users or items than this data set has; name another."
-        )
+    check_same_split("collaborative", directory, manifest, config, splits)
     load_weights(model.collaborator.model, read_weights(directory, manifest), directory / BEST)

@@ -223,6 +223,8 @@ class Config(DerivedConfigs, RecBoleConfig):
     def _get_final_config_dict(self) -> dict[str, Any]:
         given, defaults = self.external_config_dict, self.internal_config_dict
         final = {**copy.deepcopy(defaults), **copy.deepcopy(given)}
+        if final.get("training") == "packed" and final.get("loss_type", "CE") != "CE" and "training" not in given:
+            final["training"] = "prefix"  # a data set's file asks for packed where the loss allows it
         if "train_neg_sample_args" not in given and self._needs_no_negatives(final):
             final["train_neg_sample_args"] = None
         for name in NESTED:

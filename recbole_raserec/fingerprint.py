@@ -12,7 +12,7 @@ import numpy as np
 TRAINING_VERSION = 2
 
 #: The same for one model alone.
-MODEL_VERSIONS = {"BERT4Rec": 1, "GRU4Rec": 1}
+MODEL_VERSIONS = {"BERT4Rec": 1, "GRU4Rec": 1, "RaSeRec": 1}
 
 
 def data_fingerprint(dataset: Any) -> str:
@@ -36,3 +36,8 @@ def fingerprint(options: dict[str, Any], *parts: str) -> str:
     """Hash of training options and of anything else the result rests on."""
     payload = json.dumps([TRAINING_VERSION, options, list(parts)], sort_keys=True, default=str)
     return hashlib.sha256(payload.encode()).hexdigest()
+
+
+def version_of(model: str) -> list[str]:
+    """What a fingerprint of `model` holds beside options and data."""
+    return [str(MODEL_VERSIONS[model])] if model in MODEL_VERSIONS else []

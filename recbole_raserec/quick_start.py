@@ -140,8 +140,10 @@ def check_run(config: Any) -> None:
             f"regeneration: personalised weighs rows in the loss of {', '.join(sorted(ENCODERS))}, not in that of "
             f"{target}; write regeneration: true, or choose one of these."
         )
-    elif config["regeneration"] == "personalised" and config.final_config_dict.get("loss_type") != "CE":
-        problems.append(f"regeneration: personalised weighs rows of loss_type: CE; it is {config['loss_type']}.")
+    elif config["regeneration"] == "personalised":
+        loss = (config.for_backbone() if config["model"] == "RaSeRec" else config).final_config_dict.get("loss_type")
+        if loss != "CE":
+            problems.append(f"regeneration: personalised weighs rows of loss_type: CE; it is {loss}.")
     if config["regeneration"] and config["benchmark_filename"]:
         problems.append("regeneration: benchmark files have no histories to regenerate; leave one of the two out.")
     if config["regeneration"] and config["pre_model_path"]:

@@ -118,7 +118,7 @@ def _regenerate(config: Any, trial: Optional[Trial]) -> RegeneratedData:
 def _splits(config: Any, plain: Splits) -> Splits:
     """What is mined: `plain`, the split of the log, or the model's own where that leaves interactions out."""
     model = config.for_backbone() if config["model"] == "RaSeRec" else config
-    if model["model"] in ENCODERS:
+    if model["model"] in ENCODERS and set(model["load_col"] or ()) <= {"inter"}:
         return plain
     own = prepare_data(model.without_regeneration())
     hashes = [training_hash(splits.train._dataset, splits.vocabulary()) for splits in (plain, own)]

@@ -26,7 +26,8 @@ from recbole_raserec.evaluation.protocols import (
     evaluate,
     metrics_by_protocol,
 )
-from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
+from recbole_raserec.fingerprint import fingerprint, version_of
+from recbole_raserec.foreign import check_same_split
 from recbole_raserec.recommendation.backbone import trims, wrap_backbone
 from recbole_raserec.recommendation.trainer import BEST, load_weights, resumable
 from recbole_raserec.registry import get_dataset_class, get_model, get_trainer_class
@@ -34,7 +35,7 @@ from recbole_raserec.retrieval.cache import NeighbourCache
 from recbole_raserec.retrieval.keeper import MemoryKeeper
 from recbole_raserec.retrieval.knn import KNNRaSeRec, raserec_class, tune
 from recbole_raserec.serving.catalogue import catalogue_of
-from recbole_raserec.serving.checkpoint import MANIFEST, read_ids, read_manifest, read_weights, write_checkpoint
+from recbole_raserec.serving.checkpoint import MANIFEST, read_manifest, read_weights, write_checkpoint
 
 #: Digits of the figures in reports and results; early stopping compares RecBole's `metric_decimal_place`.
 DECIMALS = 6
@@ -104,7 +105,9 @@ def train_model(
         CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
     """
     collaborator = None
-    if config["collaborative"]:
+    if config["collaborative"] and checkpoint:  # the checkpoint holds its own
+        config["collaborative_options"] = read_manifest(checkpoint)["options"].get("collaborative_options")
+    elif config["collaborative"]:
         collaborator = find_collaborator(config, lambda other: train_model(other).directory)
     splits = prepare_data(config, None if regenerated is None else regenerated.data)
     if regenerated is not None and regenerated.data.training is not None:
@@ -119,11 +122,11 @@ def train_model(
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
     options = config.training_options()
     if collaborator is not None and not checkpoint:
-        take_collaborator(model, splits, *collaborator)
+        take_collaborator(config, model, splits, *collaborator)
     if checkpoint:
         return _from_checkpoint(config, splits, model, Path(checkpoint), trial)
     parts = [] if regenerated is None else [regenerated.fingerprint]
-    parts += [str(MODEL_VERSIONS[config["model"]])] if config["model"] in MODEL_VERSIONS else []
+    parts += version_of(config["model"])
     parts += [collaborator[1]["fingerprint"]] if collaborator is not None else []
     parts += model.fingerprint_parts() if hasattr(model, "fingerprint_parts") else []
     mark = fingerprint(options, splits.fingerprint, *parts)
@@ -159,7 +162,7 @@ def fine_tune(config: Any, base: Outcome, trial: Optional[Trial] = None) -> Outc
     stage = _ram_config(config)
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
-    mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint)
+    mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint, *version_of(config["model"]))
     manifest = {
         "options": config.explain(),
         "backbone": base.name,
@@ -182,7 +185,10 @@ def prepare_data(config: Any, regenerated: Any = None) -> Splits:
     packed = config["training"] == "packed" and hasattr(model_class, "encode_positions")
     if packed and config["loss_type"] != "CE":
         raise ConfigError(
-            [f"training: packed predicts by cross entropy; set loss_type: CE (it is {config['loss_type']})"]
+            [
+                f"training: packed predicts by cross entropy, and loss_type is {config['loss_type']}; set training: "
+                "prefix, or loss_type: CE"
+            ]
         )
     partners = same_target is not None and same_target(config)
     kind = get_dataset_class(config)
@@ -267,11 +273,7 @@ def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path, t
             f"backbone_checkpoint: {directory} holds a {manifest['model']}, but the backbone is {config['model']}; "
             f"set --backbone={manifest['model']} or name another directory."
         )
-    if read_ids(directory) != splits.vocabulary():
-        raise CheckpointError(
-            f"backbone_checkpoint: {directory} was trained on other users or items than data set {config['dataset']} "
-            f"has (data set, filters or order differ); train a backbone on this data."
-        )
+    check_same_split("backbone_checkpoint", directory, manifest, config, splits)
     weights = read_weights(directory, manifest)
     load_weights(model, weights, directory / BEST)
     model.eval()

@@ -134,6 +134,16 @@ def test_negatives_only_where_a_model_learns_from_them():
     )
 
 
+def test_a_data_set_asks_for_packed_only_where_the_loss_allows_it():
+    given = {"loss_type": "BPR"}
+    assert Config("GRU4Rec", "ml-100k", argv=[])["training"] == "packed"
+    assert Config("GRU4Rec", "ml-100k", config_dict=given, argv=[])["training"] == "prefix"
+    backbone = Config("RaSeRec", "ml-100k", config_dict={**given, "backbone": "SASRec"}, argv=[]).for_backbone()
+    assert (backbone["training"], backbone["loss_type"]) == ("prefix", "BPR")
+    asked = Config("SASRec", "ml-100k", config_dict={**given, "training": "packed"}, argv=[])
+    assert asked["training"] == "packed"  # refused where the data are prepared
+
+
 def test_models_that_read_features_load_them():
     assert "class" in Config("SASRecF", "ml-100k", argv=[])["load_col"]["item"]
     assert "class" in Config("RaSeRec", "ml-100k", argv=["--backbone=SASRecF"])["load_col"]["item"]

@@ -11,7 +11,7 @@ from conftest import random_log
 from darec_helpers import small, tiny_llm, write_data
 
 from recbole_raserec.config import Config
-from recbole_raserec.errors import ConfigError
+from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.serving.checkpoint import load_checkpoint
 from recbole_raserec.serving.recommender import Recommender
@@ -78,5 +78,31 @@ def test_options_that_do_not_fit_are_said(workdir):
         run(workdir, adapter_sizes=[-1, 2])
     with pytest.raises(ConfigError, match=r"collaborative: nobody is neither"):
         run(workdir, collaborative="nobody")
+    for name in ("RaSeRec", "DARec", "NARM"):
+        with pytest.raises(ConfigError, match=rf"collaborative: {name} is neither .* SASRec"):
+            run(workdir, collaborative=name)
     with pytest.raises(ConfigError, match=r"collaborative_layers: \[7\]"):
         run(workdir, collaborative="SASRec", collaborative_layers=[7])
+
+
+def test_a_checkpoint_as_backbone_brings_its_collaborator_or_none(workdir):
+    write_data(workdir, random_log(0))
+    for vectors in (None, "GRU4Rec"):
+        run(workdir, collaborative=vectors, checkpoint_dir=str(workdir / str(vectors)))
+        [directory] = (workdir / str(vectors)).glob("DARec-*")
+        record = run(
+            workdir, "RaSeRec", backbone="DARec", backbone_checkpoint=str(directory), top_k=4, ram_epochs=1,
+            collaborative="SASRec", checkpoint_dir=str(workdir / f"over-{vectors}"),
+        )  # fmt: skip
+        assert set(record["metrics"]) == {"base", "ours"}
+        assert not list((workdir / f"over-{vectors}").glob("SASRec-*"))
+
+
+def test_a_collaborator_of_another_split_is_refused(workdir):
+    write_data(workdir, random_log(0))
+    split = {"eval_args": {"split": {"RS": [0.6, 0.2, 0.2]}}}
+    options = {"data_path": str(workdir), "checkpoint_dir": str(workdir / "saved"), "show_progress": False}
+    run_recbole_raserec("SASRec", "tiny", config_dict={**options, "epochs": 1, "hidden_size": 32, **split}, argv=[])
+    [directory] = workdir.glob("saved/SASRec-*")
+    with pytest.raises(CheckpointError, match=r"collaborative: .*another split"):
+        run(workdir, collaborative=str(directory))

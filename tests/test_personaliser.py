@@ -193,6 +193,9 @@ def test_in_the_pipeline(tiny, model, tmp_path):
 
 
 def test_other_models_do_not_weigh(tmp_path):
+    options = {"regeneration": "personalised", "backbone": "SASRec", "loss_type": "BPR"}
+    with pytest.raises(ConfigError, match="loss_type: CE; it is BPR"):
+        run_recbole_raserec("RaSeRec", "tiny", config_dict=options, argv=[])
     with pytest.raises(ConfigError, match="not in that of NARM"):
         run_recbole_raserec("NARM", "tiny", config_dict={"regeneration": "personalised"}, argv=[])
     with pytest.raises(ConfigError, match=r"regeneration: 'often' .* is not true, false or personalised"):

@@ -161,12 +161,13 @@ def damaged(directory):
     [
         (None, {"backbone": "DuoRec"}, ["holds a SASRec", "the backbone is DuoRec", "--backbone=SASRec"]),
         (None, {"user_inter_num_interval": "[6,inf)"}, ["other users or items", "tiny"]),
+        (None, {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}}}, ["another split", "valid_and_test", "RS"]),
         (None, {"hidden_size": 32}, ["model.safetensors", "does not fit"]),
         (damaged, {}, ["model.safetensors", "not a readable"]),
         (shutil.rmtree, {}, ["not a checkpoint directory", "checkpoint.json"]),
         (lambda path: (path / "ids.json").unlink(), {}, ["ids.json", "does not exist"]),
     ],
-    ids=["other-model", "other-vocabulary", "other-size", "damaged", "missing", "no-ids"],
+    ids=["other-model", "other-vocabulary", "other-split", "other-size", "damaged", "missing", "no-ids"],
 )
 def test_an_unfit_backbone_checkpoint_is_refused(tiny_run, tmp_path, harm, options, words):
     directory = tmp_path / "mine"

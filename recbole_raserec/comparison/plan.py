@@ -27,6 +27,8 @@ from recbole_raserec.evaluation.report import versions
 from recbole_raserec.fileio import read_json, sha256
 from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
 from recbole_raserec.quick_start import check_run
+from recbole_raserec.registry import MODELS
+from recbole_raserec.serving.checkpoint import MANIFEST
 
 #: Below the output directory: the cells, and what their runs keep where `checkpoint_dir` is not given.
 CELLS, SAVED = "cells", "saved"
@@ -259,6 +261,8 @@ def _cell(
         shares.add(f"regeneration-{request.dataset}-{request.seed}")
         if config["regen_pretrained"]:
             shares.add(_name(config.for_embeddings(), hashes))
+    if config["collaborative"] in MODELS:
+        shares.add(_name(config.for_collaborator(), hashes))
     taken = {"model", "dataset", "config_files", *TAKEN}
     options = {key: value for key, value in config.external_config_dict.items() if key not in taken}
     return Cell(row, config.model, request.dataset, request.seed, options, name, base, frozenset(shares))
@@ -277,6 +281,12 @@ def _name(config: Any, hashes: dict[tuple[str, ...], str]) -> str:
         options["embeddings"] = config.for_embeddings().training_options() if config["regen_pretrained"] else None
         given = Path(config["regenerated_data"]) if config["regenerated_data"] else None
         parts += [sha256(path) for path in sorted(given.iterdir()) if path.is_file()] if given else []
+    collaborative = config["collaborative"]
+    if collaborative in MODELS:
+        models.add(collaborative)
+        options["collaborator"] = config.for_collaborator().training_options()
+    elif collaborative and (Path(collaborative) / MANIFEST).is_file():
+        parts.append(sha256(Path(collaborative) / MANIFEST))
     found = versions()
     options["versions"] = {name: found[name] for name in _VERSIONS}
     options["model_versions"] = {name: MODEL_VERSIONS.get(name) for name in sorted(models)}

@@ -31,8 +31,8 @@ class Collaborator(nn.Module):
         if not hasattr(kind, "encode_positions") or options["model"] == "DARec":
             raise ConfigError(
                 [
-                    f"collaborative: {options['model']} gives no user vector for each place of a history; name SASRec "
-                    "or DuoRec, or the checkpoint of one."
+                    f"collaborative: {options['model']} gives no user vector for each place of a history; name for "
+                    "example SASRec, or the checkpoint of one."
                 ]
             )
         self.model = kind(options, dataset).requires_grad_(False).eval()

@@ -142,7 +142,8 @@ def learn(
     """Train the scorer, the model beside it.
 
     Args:
-        model: SASRec or DuoRec of this package, near its optimum on the original data; it goes on training.
+        model: one of this package's (:class:`SoftmaxOverItems`), near its optimum on the original data; it goes
+            on training.
         inner: endless batches of original and regenerated rows. outer: endless batches of original rows.
         extra: batch -> bool [B], the regenerated rows of it; the others weigh 1. report: called with the outer loss.
     """
@@ -162,7 +163,9 @@ def learn(
         model_steps.step()
         if (step + 1) % plan.every == 0 and bool(rows.any()):
             original = next(outer)
-            report(_scorer_step(model, scorer, scorer_steps, parameters, batch, rows, original, plan))
+            # cuDNN's recurrent layers have no backward pass in evaluation mode
+            with torch.backends.cudnn.flags(enabled=False):
+                report(_scorer_step(model, scorer, scorer_steps, parameters, batch, rows, original, plan))
     model.eval()
 
 
@@ -172,10 +175,8 @@ def _scorer_step(
 ) -> float:  # fmt: skip
     """One step of the scorer; returns the outer loss."""
     model.eval()
-    precision, model.softmax_precision = (
-        model.softmax_precision,
-        "float32",
-    )  # differences of rounded gradients are noise
+    # differences of rounded gradients are noise
+    precision, model.softmax_precision = model.softmax_precision, "float32"
     with torch.no_grad():
         h, targets = model.encode_batch(batch)
     weights = torch.where(rows, scorer.sample(h, plan.tau), torch.ones_like(h[:, 0]))

@@ -20,6 +20,8 @@ from recbole_raserec.regeneration.sources import Pairs
 
 STATE, BEST = "regenerator-state.safetensors", "regenerator.safetensors"
 
+DIVERGED = "the regenerator's loss is not finite; lower regen_learning_rate"
+
 #: Batches sorted by length together, see :class:`~recbole_raserec.data.loader.BucketLoader`.
 _BLOCK = 32
 
@@ -112,6 +114,8 @@ def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, p
         desc = f"Regenerator {epoch:>3}"
         loss, entropy, steps = _epoch(model, optimizer, pairs, batches, schedule, steps, desc if progress else None)
         value = held_out_loss(model, pairs, held) if len(held) else loss
+        if not math.isfinite(value):
+            raise ValueError(DIVERGED)
         seconds = time.perf_counter() - started
         history.append({"loss": loss, "held_out": value, "entropy": entropy, "seconds": seconds})
         getLogger().info(f"regenerator epoch {epoch} [{seconds:.1f}s, loss: {loss:.4f}, held-out: {value:.4f}]")
@@ -146,7 +150,7 @@ def _epoch(
         entropies += float(entropy.detach()) * len(owner)
         count += len(owner)
     if not math.isfinite(total):
-        raise ValueError("the regenerator's loss is not finite; lower regen_learning_rate")
+        raise ValueError(DIVERGED)
     return total / count, entropies / count, steps
 
 
