@@ -108,6 +108,7 @@ def page(dataset: str, results: Results) -> str:
         "leave-one-out, full ranking, test split.",
         "R@10 / N@10, mean over the seeds, standard deviation in brackets. Budget: so many epochs at most, early",
         "stopping on validation NDCG@10; texts: items whose text a step reads with gradient (`text_items`).",
+        "`collaborative: null` but in the row of collaborative vectors.",
         "",
         f"| row | {' | '.join(p.replace('_', ' ') for p in PROTOCOLS)} | seeds | minutes | epochs | texts |",
         "|---|---|---|---|---|---|---|",

@@ -33,14 +33,14 @@ Trains a model and prints its test figures, under both protocols (items of the h
 removed). RaSeRec trains its backbone first, or reuses it, and is compared with it. The same command continues an
 interrupted run from the last finished epoch.
 
-  -m, --model=NAME           RaSeRec, DuoRec, SASRec, or any model of RecBole
+  -m, --model=NAME           RaSeRec, SASRec, DuoRec, GRU4Rec, BSARec, DARec, or any of RecBole
   -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
   --config_files="A B"       YAML files, later ones win over earlier ones
 
 Every option of RecBole can be given as --OPTION=VALUE and wins over the files. Those that matter most:
 
   --data_path=DIR            directory that contains NAME/NAME.inter
-  --backbone=NAME            RaSeRec: SASRec, DuoRec or a sequential model of RecBole
+  --backbone=NAME            RaSeRec: a sequential model of this package or of RecBole
   --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
   --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
   --epochs=N                 largest number of training epochs

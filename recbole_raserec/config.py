@@ -183,7 +183,7 @@ class Config(DerivedConfigs, RecBoleConfig):
             where = self._origins.get("backbone", "")
             self._problems.append(
                 f"backbone: {name}{where} is not a sequential model that can stand alone; "
-                "choose SASRec, DuoRec or a sequential model of RecBole"
+                "choose SASRec, DuoRec or another sequential model"
             )
             backbone = None
         return (name, backbone) if backbone is not None else (None, None)
