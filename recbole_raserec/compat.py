@@ -126,7 +126,14 @@ def _ensure_dir(module: Any) -> None:
     between."""
 
     def ensure_dir(dir_path: str) -> None:
-        os.makedirs(dir_path, exist_ok=True)
+        try:
+            os.makedirs(dir_path, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            from recbole_raserec.errors import ConfigError
+
+            path = os.path.abspath(dir_path)
+            problem = f"{path}: RecBole needs a directory of this name; move the file, or start elsewhere"
+            raise ConfigError([problem]) from None
 
     module.ensure_dir = ensure_dir
 

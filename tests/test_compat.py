@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT
 
 from recbole_raserec import compat
+from recbole_raserec.errors import ConfigError
 
 compat.apply()
 
@@ -194,6 +195,11 @@ def test_a_directory_that_another_process_made_in_between_is_there(tmp_path, mon
     monkeypatch.setattr(utils.os.path, "exists", lambda path: False)  # as it was a moment ago
     ensure_dir(str(tmp_path))
     ensure_dir(str(tmp_path / "deep" / "new"))
+    (tmp_path / "log").write_text("mine")
+    for there in ("log", "log/SASRec"):
+        with pytest.raises(ConfigError, match="log.* move the file"):
+            ensure_dir(str(tmp_path / there))
+    assert (tmp_path / "log").read_text() == "mine"
     assert (tmp_path / "deep" / "new").is_dir()
 
 
