@@ -197,7 +197,7 @@ def test_a_directory_that_another_process_made_in_between_is_there(tmp_path, mon
     ensure_dir(str(tmp_path / "deep" / "new"))
     (tmp_path / "log").write_text("mine")
     for there in ("log", "log/SASRec"):
-        with pytest.raises(ConfigError, match="log.* move the file"):
+        with pytest.raises(ConfigError, match=r"log.* move the file"):
             ensure_dir(str(tmp_path / there))
     assert (tmp_path / "log").read_text() == "mine"
     assert (tmp_path / "deep" / "new").is_dir()
