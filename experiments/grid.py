@@ -112,9 +112,13 @@ def main(
     args = arguments(doc or "", rows, dataset).parse_args()
     args.output = args.output or ROOT / "results" / f"{name}_{args.dataset}.json"
     args.rows = [row for row in args.rows if row not in left_out(args.dataset)]
-    command = f"python experiments/{name}.py --data_path=DIR --dataset={args.dataset}"
-    command += f" --options {' '.join(args.options)}" if args.options else ""
-    return fill(rows, args, command, lambda found: page(args.dataset, found), make), args.output
+    plain = f"python experiments/{name}.py --data_path=DIR --dataset={args.dataset}"
+    command = f"{plain} --options {' '.join(args.options)}" if args.options else plain
+
+    def named(found: Results) -> str:
+        return page(args.dataset, found).replace(f"`{plain}`", f"`{command}`")
+
+    return fill(rows, args, command, named, make), args.output
 
 
 def mean(values: Iterable[float], digits: int = 4) -> str:

@@ -33,7 +33,7 @@ def page(dataset: str, results: Results) -> str:
         "# Regenerated training data",
         "",
         f"`python experiments/regeneration.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking,",
-        "shipped defaults, early stopping on validation NDCG@10 (seen kept). Mean over the seeds, standard deviation",
+        "other options as shipped, early stopping on validation NDCG@10 (seen kept). Mean over seeds, and their deviation",
         "in brackets; R@10 / N@10 on the test targets; improvement of the mean R@10 and N@10 over the model's base.",
         "",
         "| | seeds | validation N@10 | test, seen kept | seen removed | improvement, kept | removed |",
