@@ -145,6 +145,15 @@ def test_the_base_is_one_row_and_one_cell_and_runs_first(stand_in):
     assert first & second == {by_row["SASRec"].name}
 
 
+def test_darec_takes_turns_with_the_model_whose_vectors_it_takes(stand_in):
+    made = {cell.row: cell for cell in plan("SASRec,DARec,DARec:collaborative=null,RaSeRec:backbone=DARec").cells}
+    sasrec = made["SASRec"].name
+    shared = {row: sasrec in cell.shares for row, cell in made.items()}
+    assert shared == {
+        "SASRec": True, "DARec": True, "DARec:collaborative=null": False, "RaSeRec:backbone=DARec": True
+    }  # fmt: skip
+
+
 def test_a_row_with_regeneration_stands_on_the_row_without(stand_in):
     made = plan("RaSeRec:backbone=SASRec:regeneration=true,DuoRec:regeneration=true:lmd=0.2,RaSeRec:backbone=SASRec")
     assert made.rows["tiny"] == {

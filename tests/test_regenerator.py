@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_raserec.errors import CheckpointError
+from recbole_raserec.fileio import read_tensors
+from recbole_raserec.regeneration import training
 from recbole_raserec.regeneration.inference import LEAST, Decoder, best_two, generate, uniform
 from recbole_raserec.regeneration.regenerator import Regenerator, first_occurrences
 from recbole_raserec.regeneration.sources import Pairs, Sequences, make_pairs, pieces
@@ -361,3 +363,13 @@ def test_nothing_to_learn_from(tmp_path, schedule):
     assert len(pairs) == 0
     with pytest.raises(ValueError, match="no sequence contains a frequent pattern"):
         fit(model_of(), pairs, schedule, tmp_path, False)
+
+
+def test_a_held_out_loss_that_is_no_number_is_not_taken_for_the_best(tmp_path, monkeypatch):
+    losses = iter([3.0, float("nan")])
+    monkeypatch.setattr(training, "held_out_loss", lambda *_: next(losses))
+    with pytest.raises(ValueError, match="lower regen_learning_rate"):
+        fit(model_of(), pairs_of(), Schedule(epochs=3, batch_pairs=64, held_out=0.2), tmp_path, False)
+    tensors, meta = read_tensors(tmp_path / BEST)
+    assert meta["epoch"] == 0
+    assert all(torch.isfinite(x).all() for x in tensors.values())
