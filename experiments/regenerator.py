@@ -24,8 +24,9 @@ from grid import Results, mean
 from recbole_raserec.config import Config
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.fileio import read_tensors
-from recbole_raserec.regenerate import _build, _schedule, regenerate
+from recbole_raserec.regenerate import regenerate
 from recbole_raserec.regeneration.inference import generate
+from recbole_raserec.regeneration.settings import build, schedule
 from recbole_raserec.regeneration.sources import Pairs, make_pairs, pieces, training_sequences
 from recbole_raserec.regeneration.training import BEST, held_out_loss, split
 from recbole_raserec.stages import prepare_data
@@ -51,11 +52,11 @@ def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict
         config["regen_pairs"], config["seed"],
     )  # fmt: skip
     weights = read_tensors(Path(made.directory).parent / made.report["regenerator"] / BEST)[0]
-    model = _build(config, train.store.n_items, weights["items.weight"][: train.store.n_items])
+    model = build(config, train.store.n_items, weights["items.weight"][: train.store.n_items])
     model.load_state_dict(weights)
     model.eval()
-    schedule = _schedule(config)
-    learn, held = split(pairs, schedule.held_out, schedule.seed)
+    plan = schedule(config)
+    learn, held = split(pairs, plan.held_out, plan.seed)
     record: dict[str, Any] = {
         "regenerator": held_out_loss(model, pairs, held), **baselines(pairs, learn, held, train.store.n_items),
         "epochs": len(made.report["training"]["epochs"]), "seconds": made.seconds, "pairs": len(pairs),

@@ -21,7 +21,7 @@ from recbole_raserec.data.loader import BucketLoader
 from recbole_raserec.data.regenerated import Regenerated, joined
 from recbole_raserec.fileio import read_json, write_json
 from recbole_raserec.fingerprint import fingerprint
-from recbole_raserec.regenerate import REPORT, RegeneratedData
+from recbole_raserec.regenerated_set import REPORT, RegeneratedData
 from recbole_raserec.regeneration.personaliser import Bilevel, Personaliser, learn
 from recbole_raserec.stages import Outcome
 from recbole_raserec.stored_arrays import MANIFEST

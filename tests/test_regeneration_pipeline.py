@@ -12,8 +12,8 @@ from regeneration_helpers import QUICK, as_rows
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.regenerated import ORIGINS
-from recbole_raserec.errors import CheckpointError
-from recbole_raserec.regenerate import REPORT
+from recbole_raserec.errors import CheckpointError, DatasetError
+from recbole_raserec.regenerated_set import REPORT
 
 
 def test_one_origin_alone(tiny):
@@ -24,11 +24,33 @@ def test_one_origin_alone(tiny):
             row for row, number in zip(as_rows(whole.data.data), whole.data.data.origin) if ORIGINS[number] == origin
         ]
         assert as_rows(part.data.data) == wanted != []
-        assert part.data.directory == whole.data.directory  # nothing was made anew
+        if rows == "generated":
+            assert part.data.directory == whole.data.directory  # nothing was made anew
         assert part.record["metrics"]["ours"] != whole.record["metrics"]["ours"]
         assert len(part.stages["base + (i)"].splits.train._dataset) < len(
             whole.stages["base + (i)"].splits.train._dataset
         )
+
+
+def test_mined_patterns_alone_need_no_regenerator(tmp_path):
+    write_log(tmp_path, "tiny", random_log(0))
+    sizes = {"regeneration": True, "epochs": 1, "hidden_size": 16, "MAX_ITEM_LIST_LENGTH": 8}
+
+    def tiny(model, **options):
+        return run(tmp_path, model, "tiny", data_path=str(tmp_path), **{**sizes, **options})
+
+    first = tiny("GRU4Rec", regen_rows="patterns", regen_heads=7)  # it is not built, so nothing has to divide
+    assert len(first.data.data)
+    assert set(first.data.data.origin) == {ORIGINS.index("pattern")}
+    assert first.trained == [("GRU4Rec", 0)] * 2  # no SASRec either
+    assert not list(tmp_path.glob("saved/regenerator-*"))
+    other = tiny("GRU4Rec", regen_rows="patterns", seed=7, regen_gamma=0.5)
+    assert other.data.directory == first.data.directory  # neither seed nor gamma decides anything
+    assert tiny("GRU4Rec", regen_rows="patterns", regen_min_support=3).data.directory != first.data.directory
+    with pytest.raises(DatasetError, match=r"regen_rows: generated are wanted.* holds none"):
+        tiny("GRU4Rec", regen_rows="generated", regenerated_data=str(tmp_path / first.data.directory))
+    with pytest.raises(DatasetError, match="regen_min_support"):
+        tiny("GRU4Rec", regen_rows="patterns", regen_min_support=1000)
 
 
 def test_a_row_for_each_stage(tiny):

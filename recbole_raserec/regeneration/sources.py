@@ -118,6 +118,14 @@ class Pairs:
         return self.sequences.padded(rows), torch.from_numpy(owner), torch.from_numpy(patterns)
 
 
+def mine(whole: Sequences, span: int, min_support: int, pattern_length: int, desc: Optional[str] = None) -> Patterns:
+    """The patterns of `whole` sequences; arguments as of :func:`make_pairs`."""
+    return mine_patterns(
+        whole.items, whole.offsets, span, min_support, 2, min(span, pattern_length),
+        desc=f"Mine patterns{desc}" if desc is not None else None,
+    )  # fmt: skip
+
+
 def make_pairs(
     sequences: Sequences, whole: Sequences, span: int, min_support: int, pattern_length: int, per_sequence: int,
     seed: int, desc: Optional[str] = None,
@@ -130,10 +138,7 @@ def make_pairs(
         span, min_support: alpha and beta, see :func:`~recbole_raserec.data.patterns.mine_patterns`.
         pattern_length: items of a pattern at most. seed: of the draw. desc: label of the progress bars.
     """
-    patterns = mine_patterns(
-        whole.items, whole.offsets, span, min_support, 2, min(span, pattern_length),
-        desc=f"Mine patterns{desc}" if desc is not None else None,
-    )  # fmt: skip
+    patterns = mine(whole, span, min_support, pattern_length, desc)
     usable = _without_repeats(patterns)
     label = f"Pair sequences with patterns{desc}" if desc is not None else None
     sequence, pattern = build_pairs(sequences.items, sequences.offsets, usable[0], per_sequence, seed, label)
