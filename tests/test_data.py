@@ -11,7 +11,8 @@ from recbole.data.dataset import SequentialDataset
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import POSITION, SequenceDataset
-from recbole_raserec.data.loader import SAME_TARGET, BucketLoader, SameTarget
+from recbole_raserec.data.loader import SAME_TARGET, SAME_TARGET_ROWS, BucketLoader, SameTarget
+from recbole_raserec.data.packed import PACKED_TARGETS
 from recbole_raserec.data.sequences import SequenceStore
 from recbole_raserec.data.splits import prepare
 
@@ -105,6 +106,33 @@ def test_same_target_partners(small_config):
     batch = next(iter(splits.train))
     assert batch[SAME_TARGET + "item_id_list"].shape[0] == len(batch)
     assert int(batch[SAME_TARGET + "item_length"].min()) >= 1
+    assert SAME_TARGET_ROWS not in batch.columns
+
+
+@pytest.mark.parametrize("training", ["prefix", "packed"])
+@pytest.mark.parametrize("share", [0.25, 0.001])
+def test_a_share_of_the_rows_has_partners(small_config, training, share):
+    config = small_config("DuoRec", contrast_share=share, training=training)
+    splits = prepare(config, SequenceDataset, trim=True, same_target=True, packed=training == "packed")
+    train = splits.train._dataset
+    users, positions, targets = train.windows()
+    reached, drawn = {int(t): set() for t in set(targets)}, []
+    for user, position, target in zip(users, positions, targets):
+        history = train.store.items[train.store.offsets[user] :][:position]
+        reached[int(target)].add(tuple(history[-train.max_item_list_len :].tolist()))
+    for batch in splits.train:
+        packed = batch[PACKED_TARGETS] if training == "packed" else None
+        own = batch["item_id"] if packed is None else packed[packed > 0]
+        rows = batch[SAME_TARGET_ROWS]
+        assert len(rows) == max(round(share * len(own)), 1)
+        assert (rows.diff() > 0).all()
+        assert rows[-1] < len(own)
+        drawn.append(rows.tolist())
+        for target, window, length in zip(
+            own[rows], batch[SAME_TARGET + "item_id_list"], batch[SAME_TARGET + "item_length"], strict=True
+        ):
+            assert tuple(window[: int(length)].tolist()) in reached[int(target)]
+    assert len({tuple(rows) for rows in drawn}) > 1
 
 
 @settings(max_examples=60, deadline=None)

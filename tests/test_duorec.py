@@ -7,7 +7,9 @@ import torch
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 from tiny_models import LENGTH, N_ITEMS, batch, build, cross_entropy_loops, nce_loops
 
-from recbole_raserec.data.loader import SAME_TARGET
+from recbole_raserec.data.dataset import WEIGHT
+from recbole_raserec.data.loader import SAME_TARGET, SAME_TARGET_ROWS
+from recbole_raserec.data.packed import PACKED_TARGETS
 from recbole_raserec.recommendation.duorec import DuoRec
 from recbole_raserec.recommendation.sasrec import SASRec
 
@@ -57,6 +59,37 @@ def test_loss_against_loops(contrast, sim, tau, dropout, monkeypatch):
     if contrast == "us_x":
         wanted += 0.3 * nce_loops(other, same, tau, sim)
     assert loss.item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("contrast", ["un", "su", "us", "us_x"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_contrast_over_a_share_of_the_rows(contrast, packed, weighted):
+    model = build(DuoRec, contrast=contrast, lmd=0.7, lmd_sem=0.3, hidden_dropout_prob=0.0, attn_dropout_prob=0.0)
+    interaction = batch()
+    if packed:
+        later = torch.roll(interaction["item_id_list"], -1, dims=1)
+        later[:, -1] = 0
+        interaction[PACKED_TARGETS] = later
+    h, targets = model.encode_batch(interaction)
+    rows = torch.arange(1, len(h), 2)
+    assert len(rows) > 1
+    for field in ("item_id_list", "item_length"):
+        windows = interaction[SAME_TARGET + field]
+        interaction[SAME_TARGET + field] = windows[torch.arange(len(rows)) % len(windows)]
+    interaction[SAME_TARGET_ROWS] = rows
+    weights = torch.linspace(0.5, 2, len(h))
+    if weighted:
+        placed = weights if not packed else torch.zeros(later.shape).masked_scatter(later > 0, weights)
+        interaction[WEIGHT] = placed
+    same = model._same_target(interaction)
+    wanted = cross_entropy_loops(h, model.item_vectors(), targets, weights if weighted else None)
+    some = weights[rows] if weighted else None
+    if contrast in ("un", "us"):
+        wanted += 0.7 * nce_loops(h, h, weights=weights if weighted else None)
+    if contrast in ("su", "us", "us_x"):
+        wanted += 0.3 * nce_loops(h[rows], same, weights=some)
+    assert model.calculate_loss(interaction).item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_every_view_gets_gradient():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import numpy as np
 import torch
@@ -78,8 +79,15 @@ def batch(rows: int = 7, longest: int = LENGTH, width: int = LENGTH, seed: int =
     })  # fmt: skip
 
 
-def nce_loops(first: torch.Tensor, second: torch.Tensor, tau: float, sim: str) -> float:
-    """InfoNCE over the 2B views of a batch, one term at a time."""
+def nce_loops(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    tau: float = 1.0,
+    sim: str = "dot",
+    weights: Optional[torch.Tensor] = None,
+) -> float:  # fmt: skip
+    """InfoNCE over the 2B views of a batch, one term at a time, each times its row's weight."""
+    weighing = [1.0] * len(first) if weights is None else weights.tolist()
     views = torch.cat([first, second]).detach().double().tolist()
     if sim == "cos":
         views = [[x / math.hypot(*view) for x in view] for view in views]
@@ -88,15 +96,18 @@ def nce_loops(first: torch.Tensor, second: torch.Tensor, tau: float, sim: str) -
         logits = {j: sum(a * b for a, b in zip(view, other)) / tau for j, other in enumerate(views) if j != i}
         top = max(logits.values())
         log_sum = top + math.log(sum(math.exp(x - top) for x in logits.values()))
-        total += log_sum - logits[(i + size) % (2 * size)]
+        total += weighing[i % size] * (log_sum - logits[(i + size) % (2 * size)])
     return total / (2 * size)
 
 
-def cross_entropy_loops(h: torch.Tensor, items: torch.Tensor, targets: torch.Tensor) -> float:
-    """Mean of -log softmax(h . v)[target], one row at a time in float64."""
+def cross_entropy_loops(
+    h: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, weights: Optional[torch.Tensor] = None
+) -> float:
+    """Mean of -log softmax(h . v)[target], times the row's weight, one row at a time in float64."""
+    weighing = [1.0] * len(h) if weights is None else weights.tolist()
     scores = (h.detach().double() @ items.detach().double().T).tolist()
     rows = []
-    for row, target in zip(scores, targets.tolist()):
+    for row, target, weight in zip(scores, targets.tolist(), weighing):
         top = max(row)
-        rows.append(top + math.log(sum(math.exp(x - top) for x in row)) - row[target])
+        rows.append(weight * (top + math.log(sum(math.exp(x - top) for x in row)) - row[target]))
     return sum(rows) / len(rows)

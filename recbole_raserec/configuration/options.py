@@ -77,6 +77,7 @@ CONTRAST: dict[str, Rule] = {
     "contrast": choice("un", "su", "us", "us_x", "none"),
     "lmd": number(0),
     "lmd_sem": number(0),
+    "contrast_share": number(0, 1, open_low=True),
     "tau": number(0, open_low=True),
     "sim": choice("dot", "cos"),
 }

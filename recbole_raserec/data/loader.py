@@ -18,6 +18,9 @@ SHORT = 5
 
 SAME_TARGET = "same_target_"
 
+#: The rows of the batch (packed: of its targets) that have a same-target window, where not all do.
+SAME_TARGET_ROWS = SAME_TARGET + "rows"
+
 
 class BucketLoader(TrainDataLoader):
     """RecBole's TrainDataLoader with length-bucketed batches.
@@ -44,6 +47,7 @@ class BucketLoader(TrainDataLoader):
         # RecBole never counts a masked first item.
         self._maskable = np.maximum(self._lengths - 1, 0) if config["transform"] == "mask_itemseq" else None
         self._partners = SameTarget(dataset.inter_feat[dataset.iid_field].numpy()) if same_target else None
+        self._share = config["contrast_share"]
         dataset.trim = True
 
     def __len__(self) -> int:
@@ -84,10 +88,20 @@ class BucketLoader(TrainDataLoader):
         index = np.asarray(index)
         batch = super().collate_fn(index)
         if self._partners is not None:
-            other = self._dataset[self._partners.sample(index, self.generator)]
-            fields = (self._dataset.item_id_list_field, self._dataset.item_list_length_field)
-            batch.update(Interaction({SAME_TARGET + field: other[field] for field in fields}))
+            batch.update(Interaction(self._partner_fields(self._partners, index)))
         return batch
+
+    def _partner_fields(self, partners: SameTarget, rows: np.ndarray) -> dict[str, torch.Tensor]:
+        """Windows with the targets of the split's `rows`, for all of them or for a share."""
+        made = {}
+        if self._share is not None and self._share < 1:
+            count = max(round(self._share * len(rows)), 1)
+            chosen = torch.randperm(len(rows), generator=self.generator)[:count].sort().values
+            rows, made[SAME_TARGET_ROWS] = rows[chosen.numpy()], chosen
+        other = self._dataset[partners.sample(rows, self.generator)]
+        for field in (self._dataset.item_id_list_field, self._dataset.item_list_length_field):
+            made[SAME_TARGET + field] = other[field]
+        return made
 
 
 class SameTarget:

@@ -11,7 +11,7 @@ import torch
 from recbole.data.interaction import Interaction
 
 from recbole_raserec.data.dataset import WEIGHT
-from recbole_raserec.data.loader import BLOCK, SAME_TARGET, BucketLoader
+from recbole_raserec.data.loader import BLOCK, BucketLoader
 from recbole_raserec.data.sequences import SequenceStore
 
 #: Field of a packed batch: target item of each position, 0 where none is predicted, [U, L].
@@ -190,7 +190,5 @@ class PackedLoader(BucketLoader):
             weights[line, windows.column[slot]] = self._weights[windows.row[slot]]
             fields[WEIGHT] = torch.from_numpy(weights)
         if self._partners is not None:
-            other = dataset[self._partners.sample(windows.row[slot], self.generator)]
-            for field in (dataset.item_id_list_field, dataset.item_list_length_field):
-                fields[SAME_TARGET + field] = other[field]
+            fields.update(self._partner_fields(self._partners, windows.row[slot]))
         return Interaction(fields)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 
-from recbole_raserec.data.loader import SAME_TARGET
+from recbole_raserec.data.loader import SAME_TARGET, SAME_TARGET_ROWS
+from recbole_raserec.data.packed import PACKED_TARGETS
 from recbole_raserec.kernels.losses import info_nce
 from recbole_raserec.recommendation.objective import row_weights
 from recbole_raserec.recommendation.sasrec import SASRec
@@ -29,6 +30,8 @@ class DuoRec(SASRec):
     - `contrast`: ``un``: h against h', weight `lmd`; ``su``: h against s, weight `lmd_sem`; ``us``: both;
       ``us_x`` (default): h' against s, weight `lmd_sem`; ``none``.
     - `lmd`, `lmd_sem`: weights of the losses.
+    - `contrast_share`: share of a batch's rows, drawn anew each time, that the contrast against s is taken over (the
+      paper: all). The windows behind s cost more than the rest of a step where the rest is ``packed``.
     - `tau`: temperature. `sim`: ``dot`` or ``cos``.
 
     The defaults are the paper's, ``sim: dot`` with ``tau: 1``. They need patience: user vectors leave a layer norm with
@@ -61,12 +64,18 @@ class DuoRec(SASRec):
         loss = self.weighted_loss(h, targets, weights)
         if self.contrast in ("un", "us"):
             loss = loss + self.lmd * self._nce(h, self.encode_batch(interaction)[0], weights)
-        if self.contrast in ("su", "us"):
-            loss = loss + self.lmd_sem * self._nce(h, self._same_target(interaction), weights)
-        if self.contrast == "us_x":
-            other = self.encode_batch(interaction)[0]
-            loss = loss + self.lmd_sem * self._nce(other, self._same_target(interaction), weights)
-        return loss
+        if self.contrast not in SUPERVISED:
+            return loss
+        rows = interaction[SAME_TARGET_ROWS] if SAME_TARGET_ROWS in interaction.columns else slice(None)
+        first = self._second_view(interaction, rows) if self.contrast == "us_x" else h[rows]
+        some = weights if weights is None else weights[rows]
+        return loss + self.lmd_sem * self._nce(first, self._same_target(interaction), some)
+
+    def _second_view(self, interaction: Any, rows: Union[slice, torch.Tensor]) -> torch.Tensor:
+        """h' of `rows`: what else a batch of windows holds is not encoded, what is packed is encoded as a whole."""
+        if isinstance(rows, slice) or PACKED_TARGETS in interaction.columns:
+            return self.encode_batch(interaction)[0][rows]
+        return self.forward(interaction[self.ITEM_SEQ][rows], interaction[self.ITEM_SEQ_LEN][rows])
 
     def _nce(self, first: torch.Tensor, second: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
         return info_nce(first, second, self.tau, self.sim, weights)
