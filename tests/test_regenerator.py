@@ -1,4 +1,4 @@
-"""The regenerator: its likelihood written out, its training, hybrid inference against one-by-one decoding."""
+"""The regenerator: its likelihood written out, hybrid inference against one-by-one decoding."""
 
 from __future__ import annotations
 
@@ -9,40 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from regeneration_helpers import ITEMS, model_of, pairs_of, random_rows, sequences_of
 
-from recbole_raserec.errors import CheckpointError
-from recbole_raserec.fileio import read_tensors
-from recbole_raserec.regeneration import training
 from recbole_raserec.regeneration.inference import LEAST, Decoder, best_two, generate, uniform
 from recbole_raserec.regeneration.regenerator import Regenerator, first_occurrences
-from recbole_raserec.regeneration.sources import Pairs, Sequences, make_pairs, pieces
-from recbole_raserec.regeneration.training import BEST, STATE, Schedule, epoch_batches, fit, held_out_loss, split
-
-ITEMS = 12
-
-
-def model_of(seed: int = 0, **options) -> Regenerator:
-    torch.manual_seed(seed)
-    given_ = {"size": 8, "inner_size": 16, "longest": 10, "conditions": 3, "pattern_length": 4, **options}
-    model = Regenerator(ITEMS, **given_)
-    torch.nn.init.normal_(model.items.weight[1:].data, std=1.0)
-    return model.eval()
-
-
-def sequences_of(rows) -> Sequences:
-    lengths = [len(row) for row in rows]
-    items = np.array([item for row in rows for item in row], dtype=np.int64)
-    return Sequences(items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), np.arange(1, len(rows) + 1))
-
-
-def random_rows(seed: int, count: int, longest: int = 10) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(1, ITEMS, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
-
-
-def pairs_of(seed: int = 0, count: int = 60) -> Pairs:
-    sequences = sequences_of([row for row in random_rows(seed, count) if len(row) > 1])
-    return make_pairs(sequences, sequences, 4, 2, 4, 5, seed)
+from recbole_raserec.regeneration.sources import pieces
 
 
 def logits_one_by_one(model: Regenerator, row: list[int], way: int, written: list[int]) -> torch.Tensor:
@@ -290,86 +261,3 @@ def test_pairs_are_patterns_in_their_sequences(seed):
             assert tuple(patterns[number][patterns[number] > 0].tolist()) == pairs.patterns[pairs.pattern[number]]
             row = rows[owner[number]]
             assert row == pairs.sequence[number]
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
-
-
-def test_held_out_sequences_are_learned_from_by_nobody():
-    pairs = pairs_of()
-    learn, held = split(pairs, 0.2, 3)
-    usable = np.flatnonzero(np.diff(pairs.offsets))
-    assert sorted([*learn, *held]) == usable.tolist()
-    assert len(held) == round(0.2 * len(usable))
-    batches = epoch_batches(pairs, learn, 20, np.random.default_rng(0))
-    assert sorted(np.concatenate(batches).tolist()) == learn.tolist()
-    assert max(len(pairs.batch(batch)[1]) for batch in batches) <= 20 + 5
-    assert len(split(pairs, 0.0, 3)[1]) == 0
-
-
-@pytest.fixture
-def schedule():
-    return Schedule(epochs=4, patience=9, held_out=0.2, batch_pairs=32, learning_rate=5e-3, seed=1)
-
-
-def trained(directory, schedule, epochs=None):
-    model, pairs = model_of(2, dropout=0.1), pairs_of()
-    options = schedule if epochs is None else Schedule(**{**vars(schedule), "epochs": epochs})
-    return model, fit(model, pairs, options, directory, False)
-
-
-def test_it_learns_and_ends_with_the_best_weights(tmp_path, schedule):
-    model, pairs = model_of(2, dropout=0.1), pairs_of()
-    before = held_out_loss(model, pairs, split(pairs, 0.2, 1)[1])
-    found = fit(model, pairs, schedule, tmp_path, False)
-    assert found["held_out"] < before
-    assert found["held_out"] == min(epoch["held_out"] for epoch in found["epochs"])
-    assert held_out_loss(model, pairs, split(pairs, 0.2, 1)[1]) == pytest.approx(found["held_out"], rel=1e-6)
-    assert not model.training
-    assert all(0 < epoch["entropy"] <= math.log(3) + 1e-6 for epoch in found["epochs"])
-
-
-def test_interrupted_it_ends_with_the_same_weights(tmp_path, schedule):
-    whole, history = trained(tmp_path / "a", schedule)
-    trained(tmp_path / "b", schedule, epochs=2)
-    parts, resumed = trained(tmp_path / "b", schedule)
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values()))
-    assert [epoch["held_out"] for epoch in history["epochs"]] == [epoch["held_out"] for epoch in resumed["epochs"]]
-
-
-def test_it_stops_when_nothing_gets_better(tmp_path, schedule):
-    model, pairs = model_of(2), pairs_of()
-    stuck = Schedule(**{**vars(schedule), "epochs": 30, "patience": 2, "learning_rate": 1e-12})
-    found = fit(model, pairs, stuck, tmp_path, False)
-    assert len(found["epochs"]) == found["best"] + 3 < 30
-
-
-@pytest.mark.parametrize("damage", ["truncated", "foreign", "other sizes"])
-def test_a_damaged_state_is_refused(tmp_path, schedule, damage):
-    trained(tmp_path, schedule, epochs=1)
-    path = tmp_path / STATE
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-20])
-    elif damage == "foreign":
-        path.write_bytes((tmp_path / BEST).read_bytes())
-    model = model_of(2, size=16) if damage == "other sizes" else model_of(2)
-    with pytest.raises(CheckpointError, match=r"does not fit this run.*delete"):
-        fit(model, pairs_of(), schedule, tmp_path, False)
-
-
-def test_nothing_to_learn_from(tmp_path, schedule):
-    sequences = sequences_of([[1, 2], [3, 4]])
-    pairs = make_pairs(sequences, sequences, 4, 2, 4, 5, 0)
-    assert len(pairs) == 0
-    with pytest.raises(ValueError, match="no sequence contains a frequent pattern"):
-        fit(model_of(), pairs, schedule, tmp_path, False)
-
-
-def test_a_held_out_loss_that_is_no_number_is_not_taken_for_the_best(tmp_path, monkeypatch):
-    losses = iter([3.0, float("nan")])
-    monkeypatch.setattr(training, "held_out_loss", lambda *_: next(losses))
-    with pytest.raises(ValueError, match="lower regen_learning_rate"):
-        fit(model_of(), pairs_of(), Schedule(epochs=3, batch_pairs=64, held_out=0.2), tmp_path, False)
-    tensors, meta = read_tensors(tmp_path / BEST)
-    assert meta["epoch"] == 0
-    assert all(torch.isfinite(x).all() for x in tensors.values())

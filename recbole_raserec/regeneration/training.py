@@ -103,8 +103,9 @@ def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, p
     optimizer = torch.optim.Adam(model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98))
     history: list[dict[str, float]] = []
     steps = 0
-    if (directory / STATE).exists() and (directory / BEST).exists():
-        history, steps = _resume(model, optimizer, directory)
+    best: dict[str, torch.Tensor] = {}
+    if (directory / STATE).exists():
+        history, steps, best = _resume(model, optimizer, directory)
         getLogger().info(f"Regenerator: resuming after epoch {len(history) - 1} from {directory}")
     while len(history) < schedule.epochs and not _stalled(history, schedule.patience):
         epoch, started = len(history), time.perf_counter()
@@ -120,13 +121,13 @@ def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, p
         history.append({"loss": loss, "held_out": value, "entropy": entropy, "seconds": seconds})
         getLogger().info(f"regenerator epoch {epoch} [{seconds:.1f}s, loss: {loss:.4f}, held-out: {value:.4f}]")
         if _best(history) == epoch:
-            write_tensors(directory / BEST, model.state_dict(), {"epoch": epoch})
-        _save(model, optimizer, directory, history, steps)
-    best = _best(history)
-    tensors, _ = read_tensors(directory / BEST)
-    model.load_state_dict(tensors)
+            best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        _save(model, optimizer, directory, history, steps, best)
+    model.load_state_dict(best)
     model.eval()
-    return {"epochs": history, "best": best, "held_out": history[best]["held_out"]}
+    number = _best(history)
+    write_tensors(directory / BEST, best, {"epoch": number})
+    return {"epochs": history, "best": number, "held_out": history[number]["held_out"]}
 
 
 def _epoch(
@@ -162,27 +163,39 @@ def _stalled(history: list[dict[str, float]], patience: int) -> bool:
     return bool(history) and len(history) - 1 - _best(history) >= patience
 
 
-def _save(model: Regenerator, optimizer: Any, directory: Path, history: list[dict[str, float]], steps: int) -> None:
+def _save(
+    model: Regenerator, optimizer: Any, directory: Path, history: list[dict[str, float]], steps: int,
+    best: dict[str, torch.Tensor],
+) -> None:  # fmt: skip
+    """One file, so that the best weights are those of the history whenever the run is killed."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors.update({f"best.{name}": value for name, value in best.items()})
     for index, slots in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()})
     write_tensors(directory / STATE, tensors, {"history": history, "steps": steps})
 
 
-def _resume(model: Regenerator, optimizer: Any, directory: Path) -> tuple[list[dict[str, float]], int]:
+def _resume(
+    model: Regenerator, optimizer: Any, directory: Path
+) -> tuple[list[dict[str, float]], int, dict[str, torch.Tensor]]:
+    """History, steps and the best weights; the last ones are in `model`."""
     path = directory / STATE
     try:
         tensors, meta = read_tensors(path)
-        prefix = "model."
-        model.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-        state: dict[int, dict[str, Any]] = {}
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
         for key, value in tensors.items():
-            kind, _, rest = key.partition(".")
-            if kind == "optimizer":
-                index, _, name = rest.partition(".")
-                state.setdefault(int(index), {})[name] = value
+            kind, _, name = key.partition(".")
+            parts[kind][name] = value
+        device = model.projections.device
+        best = {name: value.to(device) for name, value in parts["best"].items()}
+        for weights in (best, parts["model"]):
+            model.load_state_dict(weights)
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in parts["optimizer"].items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        return list(meta["history"]), int(meta["steps"])
+        return list(meta["history"]), int(meta["steps"]), best
     except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise CheckpointError(f"{path} does not fit this run ({reason}); delete {directory} to start anew.") from None
