@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recbole.data.dataloader import TrainDataLoader
 from recbole.data.dataset import SequentialDataset
+from recbole.model.sequential_recommender.bert4rec import BERT4Rec
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import POSITION, SequenceDataset
@@ -204,3 +208,38 @@ def test_masking_models_get_batches_of_like_weight(small_config):
     for rows in batches:
         loss_rows = loader.collate_fn(rows)
         assert (loss_rows["MASK_INDEX"] > 0).any()
+
+
+@pytest.mark.parametrize("loss_type", ["CE", "BPR"])
+def test_what_a_mask_cannot_count_is_left_out(small_config, loss_type):
+    """RecBole's BERT4Rec has the same loss and gradient of what is left."""
+    config = small_config("BERT4Rec", hidden_dropout_prob=0, attn_dropout_prob=0, mask_ratio=0.3)
+    dataset = SequenceDataset(config)
+    train = dataset.build()[0]
+    loader = BucketLoader(config, train, None, shuffle=True)
+    rows = np.arange(60)
+    random.seed(3)
+    whole = TrainDataLoader.collate_fn(loader, rows)
+    random.seed(3)
+    part = loader.collate_fn(rows)
+    counted = whole["MASK_INDEX"] > 0
+    assert len(part) == int(counted.any(dim=1).sum()) < len(whole)
+    assert part["MASK_INDEX"].shape[1] == int(counted.sum(dim=1).max()) < whole["MASK_INDEX"].shape[1]
+    model = BERT4Rec(config, dataset)
+    model.loss_type = loss_type  # its loader needs no sampler here: the transform draws the negatives
+    losses = [model.calculate_loss(batch) for batch in (whole, part)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in losses]
+    for one, other in zip(*gradients):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_batch_without_a_mask_stays_as_it_is(small_config):
+    config = small_config("BERT4Rec", mask_ratio=0.01)
+    loader = BucketLoader(config, SequenceDataset(config).build()[0], None)
+    random.seed(0)
+    batch = loader.collate_fn(np.arange(3))
+    assert not batch["MASK_INDEX"].any()
+    assert len(batch) == 3

@@ -29,8 +29,9 @@ class BucketLoader(TrainDataLoader):
     sorted by window length, cut into batches, and the batches are put into random order. Every row is seen once an
     epoch. With RecBole's `transform: mask_itemseq` (BERT4Rec), whose loss is a mean over the masked items of a batch, a
     batch holds a constant number of items that can be masked instead of a constant number of rows: otherwise those of
-    short windows would weigh many times more, and a batch of the shortest has none. Needs a
-    :class:`~recbole_raserec.data.dataset.SequenceDataset`, whose `trim` it switches on.
+    short windows would weigh many times more, and a batch of the shortest has none. What cannot count there is left
+    out, see :func:`counted_masks`. Needs a :class:`~recbole_raserec.data.dataset.SequenceDataset`, whose `trim` it
+    switches on.
 
     Args:
         same_target: add to each batch, under the prefix :data:`SAME_TARGET`, the window of another row with the same
@@ -87,6 +88,8 @@ class BucketLoader(TrainDataLoader):
     def collate_fn(self, index: Any) -> Interaction:
         index = np.asarray(index)
         batch = super().collate_fn(index)
+        if self._maskable is not None:
+            batch = counted_masks(batch, self.config)
         if self._partners is not None:
             batch.update(Interaction(self._partner_fields(self._partners, index)))
         return batch
@@ -102,6 +105,24 @@ class BucketLoader(TrainDataLoader):
         for field in (self._dataset.item_id_list_field, self._dataset.item_list_length_field):
             made[SAME_TARGET + field] = other[field]
         return made
+
+
+def counted_masks(batch: Interaction, config: Any) -> Interaction:
+    """A masked batch without what RecBole's BERT4Rec multiplies by 0: windows in which no item but the first is masked,
+    and the places of ``MASK_INDEX`` [B, M] (and the items at them) that no window uses.
+
+    RecBole fills M up to ``mask_ratio`` times the longest window, and scores all items at each of the B x M places.
+    Without the dropout of the encoder the loss is the same.
+    """
+    counted = batch[config["MASK_INDEX"]] > 0  # [B, M]
+    rows = counted.any(dim=1)
+    if not rows.any():
+        return batch
+    batch = batch[rows]
+    first = int(counted.any(dim=0).to(torch.uint8).argmax())  # they stand at the end
+    cut = {config[name]: batch[config[name]][:, first:] for name in ("MASK_INDEX", "POS_ITEMS", "NEG_ITEMS")}
+    batch.update(Interaction(cut))
+    return batch
 
 
 class SameTarget:
