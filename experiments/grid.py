@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.fileio import read_json, replacing, write_json
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Data sets whose timestamp is the position in the user's history.
@@ -73,18 +79,30 @@ def fill(
         page: Markdown of the results; it is written beside the figures.
         make: does one run.
     """
-    results = found(rows, args.output)
     for seed in args.seeds:
         for label in args.rows:
-            if str(seed) in results[label]:
+            if str(seed) in found(rows, args.output)[label]:  # several processes may share the file
                 continue
             record = make(rows[label], seed, args)
-            results = found(rows, args.output)  # another process may have added rows meanwhile
-            results[label][str(seed)] = record
-            write_json(args.output, {"command": command, "rows": results})
-            with replacing(args.output.with_suffix(".md")) as part:
-                Path(part).write_text(page(results), encoding="utf-8")
-    return results
+            with locked(args.output):
+                results = found(rows, args.output)
+                results[label][str(seed)] = record
+                write_json(args.output, {"command": command, "rows": results})
+                with replacing(args.output.with_suffix(".md")) as part:
+                    Path(part).write_text(page(results), encoding="utf-8")
+    return found(rows, args.output)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time adds to `path`, where the system has such locks."""
+    if fcntl is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def found(rows: Rows, path: Path) -> Results:
