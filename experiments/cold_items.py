@@ -116,10 +116,9 @@ def page(dataset: str, results: Results) -> str:
     lines = [
         "# Cold items",
         "",
-        f"`python experiments/cold_items.py --data_path=DIR --dataset={dataset}`, DARec's rows with",
-        f"`{darec.given(results).strip()}`: a fifth of the items keep at most {KEPT} of their training interactions;",
-        "leave-one-out, full ranking, test split. R@10 / N@10, mean over",
-        "the seeds, standard deviation in brackets; texts: items whose text a step reads with gradient (`text_items`);",
+        f"`experiments/cold_items.py`, {dataset}: a fifth of the items keep at most {KEPT} of their training",
+        "interactions; leave-one-out, full ranking, test split. R@10 / N@10, mean over the seeds, standard deviation",
+        "in brackets; texts: items whose text a step reads with gradient (`text_items`);",
         "DARec without collaborative vectors.",
         f"Cold: fewer than {darec.COLD} training interactions.",
         "",

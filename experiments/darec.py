@@ -91,21 +91,12 @@ def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict
     }  # fmt: skip
 
 
-def given(results: Results) -> str:
-    """The options that DARec's rows were given, as they are written behind the command."""
-    found = [
-        record["options"] for runs in results.values() for record in runs.values() if "text_items" in record["options"]
-    ]
-    return f" --options epochs={found[0]['epochs']} text_items={found[0]['text_items']}" if found else ""
-
-
 def page(dataset: str, results: Results) -> str:
     """The tables."""
     lines = [
         "# DARec, part by part",
         "",
-        f"`python experiments/darec.py --data_path=DIR --dataset={dataset}{given(results)}`:",
-        "leave-one-out, full ranking, test split.",
+        f"`experiments/darec.py`, {dataset}: leave-one-out, full ranking, test split.",
         "R@10 / N@10, mean over the seeds, standard deviation in brackets. Budget: so many epochs at most, early",
         "stopping on validation NDCG@10; texts: items whose text a step reads with gradient (`text_items`).",
         "`collaborative: null` but in the row of collaborative vectors.",
@@ -153,7 +144,7 @@ def main() -> None:
         pairs = [tuple(pair) for pair in read_yaml(given.adapters)["adapter_sizes"]]
         rows[SEARCHED] = (*DAREC, f"--adapter_sizes={[list(pair) for pair in pairs]}")
         rows[UNIFORM] = (*DAREC, f"--adapter_sizes={Adaption(pairs, 0.0, []).uniform_size()}")
-    grid.main(__doc__, rows, "darec", page, "ml-100k", measure)
+    grid.main(__doc__, rows, "darec", page, "ml-100k", measure, given=vars(given))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS
+from recbole_raserec.evaluation.report import versions
 from recbole_raserec.fileio import read_json, replacing, write_json
 
 try:
@@ -51,7 +53,7 @@ def run(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str
 
     Returns:
         {"valid" | "test": {protocol: metrics}} of the model in question, the same under "base" if it has a backbone,
-        and "seconds" by stage, "versions".
+        and "seconds" by stage.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "r.json"
@@ -65,31 +67,30 @@ def run(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict[str
     reduced = {phase: metrics.get("ours", metrics["base"])[phase] for phase in ("valid", "test")}
     if "ours" in metrics:
         reduced["base"] = metrics["base"]
-    return {**reduced, "seconds": record["seconds"], "versions": record["versions"]}
+    return {**reduced, "seconds": record["seconds"]}
 
 
 def fill(
-    rows: Rows, args: argparse.Namespace, command: str, page: Callable[[Results], str],
+    rows: Rows, args: argparse.Namespace, name: str, page: Callable[[Results], str],
     make: Callable[[Sequence[str], int, argparse.Namespace], dict[str, Any]] = run,
 ) -> Results:  # fmt: skip
     """Run what `args.output` lacks, seed by seed; write figures and page after each run.
 
     Args:
-        rows: {label: options}. args: of :func:`arguments`. command: goes into the file.
-        page: Markdown of the results; it is written beside the figures.
+        rows: {label: options}. args: of :func:`arguments`. name: of the script.
+        page: Markdown of the results; it is written beside the figures, with :func:`made_by` behind it.
         make: does one run.
     """
     for seed in args.seeds:
         for label in args.rows:
             if str(seed) in found(rows, args.output)[label]:  # several processes may share the file
                 continue
-            record = make(rows[label], seed, args)
+            record = {**make(rows[label], seed, args), "arguments": settings(args), "versions": versions()}
             with locked(args.output):
                 results = found(rows, args.output)
                 results[label][str(seed)] = record
-                write_json(args.output, {"command": command, "rows": results})
-                with replacing(args.output.with_suffix(".md")) as part:
-                    Path(part).write_text(page(results), encoding="utf-8")
+                write_json(args.output, {"rows": results})
+                write_page(args, name, page, results)
     return found(rows, args.output)
 
 
@@ -106,7 +107,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def found(rows: Rows, path: Path) -> Results:
-    """What the file holds, with a place for each of `rows`."""
+    """What the file holds, with a place for each of `rows`, in their order."""
     results: Results = {label: {} for label in rows}
     if path.exists():
         for label, runs in read_json(path)["rows"].items():
@@ -114,29 +115,84 @@ def found(rows: Rows, path: Path) -> Results:
     return results
 
 
+def settings(args: argparse.Namespace) -> str:
+    """The arguments of a call that decide its figures, beside data set, rows and seeds."""
+    own = set(vars(arguments("", {}).parse_args(["--data_path="])))
+    words = [f"--{name}={value}" for name, value in sorted(vars(args).items()) if name not in own and value is not None]
+    words += [f"--threads={args.threads}"] if args.threads else []
+    return " ".join([*words, *(["--options", *args.options] if args.options else [])])
+
+
+def made_by(name: str, args: argparse.Namespace, results: Results) -> str:
+    """The commands that make these results, and the versions that they were made with, as Markdown."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    made_with: Counter[str] = Counter()
+    for label, runs in results.items():
+        for words in dict.fromkeys(run["arguments"] for run in runs.values()):
+            seeds = tuple(sorted(seed for seed, run in runs.items() if run["arguments"] == words))
+            groups.setdefault((words, seeds), []).append(label)
+        made_with.update(_written(run.get("versions")) for run in runs.values())
+    output = "" if args.output == default_output(name, args.dataset) else f" --output=results/{args.output.name}"
+    lines = ["", "## Made by", "", "```bash"]
+    for (words, seeds), labels in groups.items():
+        line = f"python experiments/{name}.py --data_path=DIR --dataset={args.dataset}{output}"
+        line += f" --seeds {' '.join(seeds)} --rows " + " ".join(f'"{label}"' for label in labels)
+        lines.append(f"{line} {words}".rstrip())
+    lines += ["```", "", "Versions:", ""]
+    return "\n".join(lines + [f"- {count} runs: {words}" for words, count in made_with.items()]) + "\n"
+
+
+def _written(found: Optional[Mapping[str, Any]]) -> str:
+    if not found:
+        return "not recorded"
+    return ", ".join(f"{name} {value}" for name, value in found.items() if value is not None)
+
+
+def default_output(name: str, dataset: str) -> Path:
+    """Where a script writes unless `--output` says otherwise."""
+    return ROOT / "results" / f"{name}_{dataset}.json"
+
+
+def figures(results: Results) -> Results:
+    """Without what the file holds about the making of each run."""
+    return {
+        label: {
+            seed: {k: v for k, v in run.items() if k not in ("arguments", "versions")} for seed, run in runs.items()
+        }
+        for label, runs in results.items()
+    }
+
+
+def write_page(args: argparse.Namespace, name: str, page: Callable[[Results], str], results: Results) -> None:
+    """The page beside the figures."""
+    with replacing(args.output.with_suffix(".md")) as part:
+        Path(part).write_text(
+            page(figures(results)).rstrip("\n") + "\n" + made_by(name, args, results), encoding="utf-8"
+        )
+
+
 def main(
     doc: str | None, rows: Rows, name: str, page: Callable[[str, Results], str], dataset: str = "amazon-beauty",
     make: Callable[[Sequence[str], int, argparse.Namespace], dict[str, Any]] = run,
-    left_out: Callable[[str], Iterable[str]] = lambda dataset: (),
+    left_out: Callable[[str], Iterable[str]] = lambda dataset: (), given: Optional[Mapping[str, Any]] = None,
 ) -> tuple[Results, Path]:  # fmt: skip
     """What the scripts' ``main`` do: read the arguments, fill ``results/<name>_<dataset>.json`` and the page.
 
     Args:
         page: (data set, results) -> Markdown. left_out: data set -> rows that mean nothing there.
+        given: further arguments of the script, which it has read.
 
     Returns:
         the results and the path of their file.
     """
     args = arguments(doc or "", rows, dataset).parse_args()
-    args.output = args.output or ROOT / "results" / f"{name}_{args.dataset}.json"
+    vars(args).update(given or {})
+    args.output = (args.output or default_output(name, args.dataset)).absolute()
     args.rows = [row for row in args.rows if row not in left_out(args.dataset)]
-    plain = f"python experiments/{name}.py --data_path=DIR --dataset={args.dataset}"
-    command = f"{plain} --options {' '.join(args.options)}" if args.options else plain
-
-    def named(found: Results) -> str:
-        return page(args.dataset, found).replace(f"`{plain}`", f"`{command}`")
-
-    return fill(rows, args, command, named, make), args.output
+    results = fill(rows, args, name, lambda found: page(args.dataset, found), make)
+    if any(results.values()):
+        write_page(args, name, lambda found: page(args.dataset, found), results)
+    return figures(results), args.output
 
 
 def mean(values: Iterable[float], digits: int = 4) -> str:

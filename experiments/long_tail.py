@@ -51,7 +51,7 @@ def page(dataset: str, results: Results) -> str:
     lines = [
         "# Whom and what retrieval helps",
         "",
-        f"`python experiments/long_tail.py --data_path=DIR --dataset={dataset}`: test split, leave-one-out, full",
+        f"`experiments/long_tail.py`, {dataset}: test split, leave-one-out, full",
         "ranking. Quintiles of the test targets by their count in the training split and by the items before them.",
         "NDCG@10, mean over the seeds, standard deviation in brackets; improvement of the means.",
     ]

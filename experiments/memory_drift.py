@@ -62,7 +62,7 @@ def page(dataset: str, results: Results) -> str:
     lines = [
         "# A memory that grows, weights that stay",
         "",
-        f"`python experiments/memory_drift.py --data_path=DIR --dataset={dataset}`: test split, leave-one-out, full",
+        f"`experiments/memory_drift.py`, {dataset}: test split, leave-one-out, full",
         f"ranking; time line: {line}. Mean over the seeds, standard deviation in brackets; R@10 / N@10.",
         "",
     ]

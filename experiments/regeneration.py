@@ -32,7 +32,7 @@ def page(dataset: str, results: Results) -> str:
     lines = [
         "# Regenerated training data",
         "",
-        f"`python experiments/regeneration.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking,",
+        f"`experiments/regeneration.py`, {dataset}: leave-one-out, full ranking,",
         "other options as shipped, early stopping on validation NDCG@10 (seen kept). Mean over the seeds, standard",
         "deviation in brackets; R@10 / N@10 on the test; improvement of the mean R@10 and N@10 over the model's base.",
         "",

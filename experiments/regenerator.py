@@ -116,7 +116,7 @@ def page(dataset: str, results: Results) -> str:
     lines = [
         "# The regenerator",
         "",
-        f"`python experiments/regenerator.py --data_path=DIR --dataset={dataset}`: shipped defaults; mean over",
+        f"`experiments/regenerator.py`, {dataset}: shipped defaults; mean over",
         "the seeds, standard deviation in brackets. Cost of a pair of a held-out sequence in nats, end included.",
         "",
         "| | seeds | regenerator | unigram | copy a random subsequence | epochs | minutes |",
@@ -126,7 +126,7 @@ def page(dataset: str, results: Results) -> str:
     for label, records in filled.items():
         costs = [mean((r[name] for r in records), 3) for name in ("regenerator", "unigram", "copy")]
         rest = [mean((r["epochs"] for r in records), 0), mean((r["seconds"] / 60 for r in records), 1)]
-        lines.append(f"| {label} | {len(records)} | {' | '.join([*costs, *rest])} |")
+        lines.append(f"| {label} | {', '.join(results[label])} | {' | '.join([*costs, *rest])} |")
     lines += ["", "Greedy patterns of a sequence under the conditions:", ""]
     lines += ["| | gamma | differing pairs of conditions | distinct patterns | mean length |", "|---|---|---|---|---|"]
     for label, records in filled.items():

@@ -62,22 +62,23 @@ def page(dataset: str, results: Results) -> str:
     lines = [
         "# Options of the retrieval stage",
         "",
-        f"`python experiments/retrieval_options.py --data_path=DIR --dataset={dataset}`: RaSeRec over SASRec, shipped",
+        f"`experiments/retrieval_options.py`, {dataset}: RaSeRec over SASRec, shipped",
         "defaults (memory of pairs, K 20, alpha .5, dual, exact index) and one option changed; leave-one-out,",
-        "full ranking. Mean over the seeds, standard deviation in brackets; rows with fewer seeds: the first.",
+        "full ranking. Mean over the seeds, standard deviation in brackets.",
         "Gain: of the test N@10 over the default's with the same seeds, seen kept / removed. Seconds of the module's",
         "training, on one of two busy cores.",
     ]
     base = [run["base"] for run in results.get(DEFAULT, {}).values()]
     for title, group in TABLES.items():
+        if not any(results.get(label) for label in group):
+            continue
         lines += ["", f"## {title}", ""]
         lines += ["| | seeds | validation N@10 | test R@10 / N@10, seen kept | seen removed | gain | module, s |"]
         lines.append("|---|---|---|---|---|---|---|")
         if base:
             valid = mean(record["valid"]["seen_kept"]["ndcg@10"] for record in base)
-            lines.append(
-                f"| backbone alone | {len(base)} | {valid} | {' | '.join(cells(r['test'] for r in base))} | | |"
-            )
+            test, seeds = " | ".join(cells(record["test"] for record in base)), ", ".join(results[DEFAULT])
+            lines.append(f"| backbone alone | {seeds} | {valid} | {test} | | |")
         for label in (DEFAULT, *group):
             runs = results.get(label, {})
             if runs:
@@ -86,7 +87,7 @@ def page(dataset: str, results: Results) -> str:
                 seconds = mean((record["seconds"]["retrieval"] for record in records), 0)
                 test = " | ".join(cells(record["test"] for record in records))
                 gain = "" if label == DEFAULT else _gain(results, label)
-                lines.append(f"| {label} | {len(records)} | {valid} | {test} | {gain} | {seconds} |")
+                lines.append(f"| {label} | {', '.join(runs)} | {valid} | {test} | {gain} | {seconds} |")
     return "\n".join(lines) + "\n"
 
 

@@ -53,7 +53,6 @@ def recbole(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     from recbole_raserec.config import Config
     from recbole_raserec.data.source import ensure_dataset
     from recbole_raserec.evaluation.protocols import SEEN_KEPT, evaluate
-    from recbole_raserec.evaluation.report import versions
     from recbole_raserec.recommendation.trainer import ResumableTrainer
     from recbole_raserec.stages import prepare_data
 
@@ -83,7 +82,7 @@ def recbole(seed: int, args: argparse.Namespace) -> dict[str, Any]:
         phase: evaluate(model, data, config, splits.seen[phase], decimals=6)
         for phase, data in (("valid", splits.valid), ("test", splits.test))
     }
-    return {**record, "seconds": {"recommendation": trainer.seconds}, "versions": versions()}
+    return {**record, "seconds": {"recommendation": trainer.seconds}}
 
 
 def page(dataset: str, results: Results) -> str:
@@ -91,7 +90,7 @@ def page(dataset: str, results: Results) -> str:
     lines = [
         "# Training forms",
         "",
-        f"`python experiments/training_forms.py --data_path=DIR --dataset={dataset}`: leave-one-out, full ranking,",
+        f"`experiments/training_forms.py`, {dataset}: leave-one-out, full ranking,",
         "shipped defaults, early stopping on validation NDCG@10 (seen items kept). Mean over the seeds, standard",
         "deviation in brackets; R@10 / N@10 on the test targets.",
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -47,3 +48,34 @@ def test_the_command_on_the_page_makes_its_table(tmp_path, monkeypatch, capsys):
     ]
     assert len(headings) > 10
     assert [line for line in headings if line not in page] == []
+
+
+PAGES = sorted(path for path in (ROOT / "results").glob("*.md") if "## Made by" in path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_the_commands_of_a_page_make_all_of_its_runs(page, monkeypatch):
+    """Each run of the figures is in one command, which its script understands."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    grid = importlib.import_module("grid")
+    commands = re.findall(r"^python experiments/.*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    made = []
+    for line in commands:
+        words = shlex.split(line)[1:]
+        script = importlib.import_module(words[0].removeprefix("experiments/").removesuffix(".py"))
+        rows = {**getattr(script, "ROWS", {}), **getattr(script, "RUNS", {})}
+        if hasattr(script, "RECBOLE"):
+            rows[script.RECBOLE] = ()
+        parser = grid.arguments("", rows, "none")
+        parser.add_argument("--adapters", type=lambda name: (ROOT / name).resolve(strict=True))
+        args = parser.parse_args(words[1:])
+        assert f"{script.__name__}_{args.dataset}" == page.stem
+        made += [(row, str(seed)) for row in args.rows for seed in args.seeds]
+        for option in args.options:
+            assert re.fullmatch(r"\w+=.+", option)
+    kept = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
+    assert sorted(made) == sorted((row, seed) for row, runs in kept.items() for seed in runs)
+
+
+def test_there_are_such_pages():
+    assert len(PAGES) > 8
