@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.evaluation.report import versions
-from recbole_raserec.fileio import read_json, replacing, write_json
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+from recbole_raserec.fileio import one_at_a_time, read_json, replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Data sets whose timestamp is the position in the user's history.
@@ -86,24 +80,12 @@ def fill(
             if str(seed) in found(rows, args.output)[label]:  # several processes may share the file
                 continue
             record = {**make(rows[label], seed, args), "arguments": settings(args), "versions": versions()}
-            with locked(args.output):
+            with one_at_a_time(args.output):
                 results = found(rows, args.output)
                 results[label][str(seed)] = record
                 write_json(args.output, {"rows": results})
                 write_page(args, name, page, results)
     return found(rows, args.output)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time adds to `path`, where the system has such locks."""
-    if fcntl is None:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def found(rows: Rows, path: Path) -> Results:

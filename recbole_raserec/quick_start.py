@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from logging import getLogger
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -144,6 +145,11 @@ def check_run(config: Any) -> None:
         loss = (config.for_backbone() if config["model"] == "RaSeRec" else config).final_config_dict.get("loss_type")
         if loss != "CE":
             problems.append(f"regeneration: personalised weighs rows of loss_type: CE; it is {loss}.")
+    if config["regeneration"] and config["regenerated_data"] and not Path(config["regenerated_data"]).is_dir():
+        problems.append(
+            f"regenerated_data: {config['regenerated_data']} is no directory; name the one of a run with regeneration, "
+            "regeneration-... below its checkpoint_dir."
+        )
     if config["regeneration"] and config["benchmark_filename"]:
         problems.append("regeneration: benchmark files have no histories to regenerate; leave one of the two out.")
     if config["regeneration"] and config["pre_model_path"]:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
@@ -14,18 +14,29 @@ from recbole.utils import init_logger, init_seed
 
 from recbole_raserec.allocator import keep_freed_memory
 from recbole_raserec.config import Config
-from recbole_raserec.configuration.options import ENCODERS, REGENERATION
+from recbole_raserec.configuration.options import REGENERATION
+from recbole_raserec.configuration.stage_options import MINING, trains_regenerator
 from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.regenerated import training_hash
 from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.data.splits import Splits
 from recbole_raserec.distributed.group import current
 from recbole_raserec.distributed.launch import layout_of
 from recbole_raserec.errors import ConfigError, DatasetError
+from recbole_raserec.fileio import one_at_a_time
 from recbole_raserec.fingerprint import fingerprint
-from recbole_raserec.regenerated_set import RegeneratedData, directory_of, finished, given_set, keep, write_report
+from recbole_raserec.regenerated_set import (
+    RegeneratedData,
+    directory_of,
+    finished,
+    given_set,
+    keep,
+    mined_splits,
+    waiting,
+    write_report,
+)  # fmt: skip
+from recbole_raserec.regeneration import report
 from recbole_raserec.regeneration.combine import combine
-from recbole_raserec.regeneration.files import write_benchmark
+from recbole_raserec.regeneration.files import check_ids, write_benchmark
 from recbole_raserec.regeneration.inference import generate
 from recbole_raserec.regeneration.settings import build, check_heads, schedule
 from recbole_raserec.regeneration.sources import Sequences, make_pairs, mine, pieces, training_sequences
@@ -37,9 +48,6 @@ REGENERATION_VERSION = 1
 
 #: Options that the training of the regenerator does not depend on: sets that differ in them share one.
 _INFERENCE = ("regen_gamma", "regen_temperature")
-
-#: Options that mined patterns depend on.
-_MINING = ("regen_span", "regen_min_support", "regen_pattern_length")
 
 
 def regenerate(config: Any, trial: Optional[Trial] = None) -> RegeneratedData:
@@ -72,31 +80,26 @@ def regenerate(config: Any, trial: Optional[Trial] = None) -> RegeneratedData:
 
 def _mine(config: Any) -> RegeneratedData:
     """Mined patterns alone: neither a regenerator nor the SASRec it starts from is needed, and no seed matters."""
-    splits = _splits(config, prepare_data(config.for_embeddings()), pretrained=False)
-    base = {name: config[name] for name in _MINING}
+    splits = mined_splits(config, prepare_data(config.for_embeddings()), pretrained=False)
+    base = {name: config[name] for name in MINING}
     base.update(version=REGENERATION_VERSION, eval_args=config.training_options()["eval_args"], rows="patterns")
     mark = fingerprint(base, splits.fingerprint)
     directory = directory_of(config, mark)
 
     def make() -> RegeneratedData:
-        found = finished(config, splits, directory, mark)
-        if found is not None:
-            return found
-        started, train = time.perf_counter(), _histories(splits)
-        whole = training_sequences(train)
+        started, whole = time.perf_counter(), training_sequences(_histories(splits))
         patterns = mine(
             whole, config["regen_span"], config["regen_min_support"], config["regen_pattern_length"],
             "" if config["show_progress"] else None,
         )  # fmt: skip
-        if not len(patterns):
-            raise _no_pattern(config, whole)
-        directory.mkdir(parents=True, exist_ok=True)
         nothing = np.zeros((len(whole), 0, 1), dtype=np.int64)  # K = 0 conditions
-        return keep(config, splits, whole, combine(whole, whole, patterns, nothing), directory, mark, started, {
-            "patterns_mined": len(patterns),
-        })  # fmt: skip
+        data = combine(whole, whole, patterns, nothing)
+        if not len(data):
+            raise _no_pattern(config, whole, len(patterns))
+        directory.mkdir(parents=True, exist_ok=True)
+        return keep(config, splits, whole, data, directory, mark, started, {"patterns_mined": len(patterns)}, MINING)
 
-    return current().from_first(make)
+    return current().from_first(lambda: _alone(make, config, splits, directory, mark, directory))
 
 
 def _regenerate(config: Any, trial: Optional[Trial]) -> RegeneratedData:
@@ -106,7 +109,7 @@ def _regenerate(config: Any, trial: Optional[Trial]) -> RegeneratedData:
     check_heads(config)
     source = train_model(config.for_embeddings(), trial=trial) if config["regen_pretrained"] else None
     plain = source.splits if source is not None else prepare_data(config.for_embeddings())
-    splits = _splits(config, plain, config["regen_pretrained"])
+    splits = mined_splits(config, plain, config["regen_pretrained"])
     parts = [splits.fingerprint, source.fingerprint if source is not None else ""]
     base = {
         **options,
@@ -121,36 +124,24 @@ def _regenerate(config: Any, trial: Optional[Trial]) -> RegeneratedData:
     trained = Path(config["checkpoint_dir"]) / f"regenerator-{config['dataset']}-{learned[:12]}"
 
     def make() -> RegeneratedData:
-        found = finished(config, splits, directory, mark)
-        if found is not None:
-            return found
         items = splits.dataset.item_num
         vectors = source.model.item_embedding.weight.detach()[:items] if source is not None else None
         return _run(config, splits, vectors, trained, directory, mark)
 
-    return current().from_first(make)
+    # several sets share the regenerator
+    return current().from_first(lambda: _alone(make, config, splits, directory, mark, trained))
 
 
-def _splits(config: Any, plain: Splits, pretrained: bool) -> Splits:
-    """What is mined: `plain`, the split of the log, or the model's own where that leaves interactions out."""
-    model = config.for_backbone() if config["model"] == "RaSeRec" else config
-    if model["model"] in ENCODERS and set(model["load_col"] or ()) <= {"inter"}:
-        return plain
-    own = prepare_data(model.without_regeneration())
-    hashes = [training_hash(splits.train._dataset, splits.vocabulary()) for splits in (plain, own)]
-    if hashes[0] == hashes[1]:
-        return plain
-    if pretrained:
-        left_out = len(plain.train._dataset) - len(own.train._dataset)
-        raise ConfigError(
-            [
-                f"regen_pretrained: true: {model['model']} leaves {left_out} of the training targets out (they have no "
-                "features, no entity), so that its split is another than that of the SASRec whose item vectors the "
-                "regenerator would start from; they may have seen what this model holds out. Set regen_pretrained: "
-                "false, or complete the files."
-            ]
-        )
-    return own
+def _alone(
+    make: Callable[[], RegeneratedData], config: Any, splits: Splits, directory: Path, mark: str, shared: Path
+) -> RegeneratedData:
+    """The set that is there, or the one that `make` makes while no other run is at `shared`."""
+    found = finished(config, splits, directory, mark)
+    if found is not None:
+        return found
+    with one_at_a_time(shared, waiting(directory)):
+        found = finished(config, splits, directory, mark)
+        return found if found is not None else make()
 
 
 def _run(config: Any, splits: Splits, vectors: Any, trained: Path, directory: Path, mark: str) -> RegeneratedData:
@@ -162,7 +153,7 @@ def _run(config: Any, splits: Splits, vectors: Any, trained: Path, directory: Pa
         config["regen_pairs"], config["seed"], "" if progress else None,
     )  # fmt: skip
     if not len(pairs):
-        raise _no_pattern(config, whole)
+        raise _no_pattern(config, whole, len(pairs.patterns))
     getLogger().info(f"regeneration: {len(pairs.patterns)} patterns, {len(pairs)} pairs of {len(read)} sequences")
     init_seed(config["seed"], config["reproducibility"])
     model = build(config, train.item_num, vectors).to(config["device"])
@@ -180,6 +171,7 @@ def _run(config: Any, splits: Splits, vectors: Any, trained: Path, directory: Pa
     started -= prepared + sum(epoch["seconds"] for epoch in history["epochs"])
     return keep(config, splits, whole, combine(whole, read, pairs.patterns, generated), directory, mark, started, {
         "patterns_mined": len(pairs.patterns), "pairs": len(pairs), "training": history, "regenerator": trained.name,
+        "seed": config["seed"],
     })  # fmt: skip
 
 
@@ -191,7 +183,13 @@ def _histories(splits: Splits) -> Any:
     return train
 
 
-def _no_pattern(config: Any, whole: Sequences) -> DatasetError:
+def _no_pattern(config: Any, whole: Sequences, patterns: int) -> DatasetError:
+    if patterns:
+        return DatasetError(
+            f"regeneration: of {patterns} patterns of the {len(whole)} training sequences none can be used; each is a "
+            "whole history, repeats an item, or does not fit into MAX_ITEM_LIST_LENGTH: "
+            f"{config['MAX_ITEM_LIST_LENGTH']}; raise it, or raise regen_span."
+        )
     return DatasetError(
         f"regeneration: no pattern within {config['regen_span']} items occurs in {config['regen_min_support']} of "
         f"the {len(whole)} training sequences; lower regen_min_support or raise regen_span."
@@ -209,7 +207,8 @@ def regenerate_dataset(
         dataset: to regenerate. output: directory of data sets; the folder `name` of it is written.
         name: of the new data set; default: that of the old one and ``-regenerated``.
         model, config_file_list, config_dict, argv: as of :func:`recbole_raserec.quick_start.run_recbole_raserec`; the
-            model decides nothing but which options are known.
+            model decides which options are known, and where it leaves interactions out (without features, say), the
+            files hold its split.
 
     Returns:
         the folder.
@@ -220,18 +219,34 @@ def regenerate_dataset(
     keep_freed_memory()
     given = {**(config_dict or {}), "regeneration": True}
     config = Config(model or "SASRec", dataset, config_file_list, given, argv)
-    processes = layout_of(config.final_config_dict).size
-    if processes > 1:
-        raise ConfigError([f"nproc: {processes} processes share a training, but stage i is one's work; leave it out"])
+    _check_alone(config)
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
     init_seed(config["seed"], config["reproducibility"])
     init_logger(config)
     ensure_dataset(config)
+    pretrained = trains_regenerator(config) and config["regen_pretrained"]
+    splits = mined_splits(config, prepare_data(config.for_embeddings()), pretrained)
+    vocabulary = splits.vocabulary()
+    check_ids(vocabulary)
     made = regenerate(config)
-    splits = prepare_data(config.for_embeddings())
-    data = made.data.with_ids_of(splits.vocabulary())
     desc = "Write" if config["show_progress"] else None
-    folder = write_benchmark(splits, data, output, name or f"{config['dataset']}-regenerated", desc)
-    write_report(folder, made.report)
+    folder = write_benchmark(splits, made.data, output, name or f"{config['dataset']}-regenerated", desc)
+    whole = training_sequences(splits.train._dataset)
+    found = report.describe(whole, made.data, len(vocabulary["items"]), vocabulary["items"])
+    write_report(folder, {**made.report, **found})
     return folder
+
+
+def _check_alone(config: Any) -> None:
+    """What stage i alone refuses before it reads any data."""
+    problems = []
+    if config["regeneration"] == "personalised":
+        problems.append("regeneration: personalised weighs rows for one model, and files hold no weights; write true.")
+    if config["benchmark_filename"]:
+        problems.append("benchmark_filename: benchmark files have no histories to regenerate; leave it out.")
+    processes = layout_of(config.final_config_dict).size
+    if processes > 1:
+        problems.append(f"nproc: {processes} processes share a training, but stage i is one's work; leave it out")
+    if problems:
+        raise ConfigError(problems)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Iterable
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
-from recbole_raserec.configuration.options import REGENERATION
+from recbole_raserec.configuration.options import ENCODERS, REGENERATION
 from recbole_raserec.data.regenerated import Regenerated, training_hash
 from recbole_raserec.data.splits import Splits
-from recbole_raserec.errors import CheckpointError, MissingExtraError
+from recbole_raserec.errors import CheckpointError, ConfigError, MissingExtraError
 from recbole_raserec.fileio import read_json, replacing, sha256, write_json
 from recbole_raserec.fingerprint import fingerprint
 from recbole_raserec.regeneration import report
@@ -39,9 +40,40 @@ class RegeneratedData:
     report: dict[str, Any]
 
 
+def mined_splits(config: Any, plain: Splits, pretrained: bool) -> Splits:
+    """What is mined: `plain`, the split of the log, or the model's own where that leaves interactions out.
+
+    Raises:
+        ConfigError: it is the model's own, and item vectors `pretrained` on the other are wanted.
+    """
+    model = config.for_backbone() if config["model"] == "RaSeRec" else config
+    if model["model"] in ENCODERS and set(model["load_col"] or ()) <= {"inter"}:
+        return plain
+    own = prepare_data(model.without_regeneration())
+    hashes = [training_hash(splits.train._dataset, splits.vocabulary()) for splits in (plain, own)]
+    if hashes[0] == hashes[1]:
+        return plain
+    if pretrained:
+        left_out = len(plain.train._dataset) - len(own.train._dataset)
+        raise ConfigError(
+            [
+                f"regen_pretrained: true: {model['model']} leaves {left_out} of the training targets out (they have no "
+                "features, no entity), so that its split is another than that of the SASRec whose item vectors the "
+                "regenerator would start from; they may have seen what this model holds out. Set regen_pretrained: "
+                "false, or complete the files."
+            ]
+        )
+    return own
+
+
 def directory_of(config: Any, mark: str) -> Path:
     """Where the set of fingerprint `mark` lies."""
     return Path(config["checkpoint_dir"]) / f"regeneration-{config['dataset']}-{mark[:12]}"
+
+
+def waiting(directory: Path) -> Callable[[], None]:
+    """Says that another run makes what this one needs."""
+    return lambda: getLogger().info(f"Regeneration: another run is making {directory}; waiting for it")
 
 
 def finished(config: Any, splits: Splits, directory: Path, mark: str) -> Optional[RegeneratedData]:
@@ -57,7 +89,7 @@ def finished(config: Any, splits: Splits, directory: Path, mark: str) -> Optiona
 
 def given_set(config: Any, directory: Path) -> RegeneratedData:
     """A set that was made before, named by the user."""
-    splits = prepare_data(config.for_embeddings())
+    splits = mined_splits(config, prepare_data(config.for_embeddings()), pretrained=False)
     users, items, vocabulary = splits.dataset.user_num, splits.dataset.item_num, splits.vocabulary()
     try:
         data = Regenerated.load(directory, users, items, vocabulary=vocabulary)
@@ -75,14 +107,18 @@ def given_set(config: Any, directory: Path) -> RegeneratedData:
 
 def keep(
     config: Any, splits: Splits, whole: Sequences, data: Regenerated, directory: Path, mark: str, started: float,
-    more: dict[str, Any],
+    more: dict[str, Any], options: Iterable[str] = REGENERATION,
 ) -> RegeneratedData:  # fmt: skip
-    """Write a set and its report, in which `more` joins; `started`: a time of ``perf_counter``."""
+    """Write a set and its report, which names `options` and in which `more` joins.
+
+    Args:
+        started: a time of ``perf_counter``.
+    """
     train, vocabulary = splits.train._dataset, splits.vocabulary()
     data = dataclasses.replace(data, vocabulary=vocabulary, training=training_hash(train, vocabulary))
     found = {
         **report.describe(whole, data, train.item_num, vocabulary["items"]), "dataset": config["dataset"],
-        "options": {name: config[name] for name in sorted(REGENERATION)}, "seed": config["seed"], **more,
+        "options": {name: config[name] for name in sorted(options)}, **more,
     }  # fmt: skip
     found["seconds"] = seconds = time.perf_counter() - started
     data.save(directory, mark)

@@ -12,7 +12,7 @@ from regeneration_helpers import QUICK, as_rows
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.regenerated import ORIGINS
-from recbole_raserec.errors import CheckpointError, DatasetError
+from recbole_raserec.errors import ConfigError, DatasetError
 from recbole_raserec.regenerated_set import REPORT
 
 
@@ -143,7 +143,7 @@ def test_a_set_made_before_is_used(tiny, tmp_path):
     again = tiny("SASRec", regenerated_data=str(directory), checkpoint_dir="elsewhere", regen_gamma=0.9)
     assert figures(again.record) == figures(whole.record)
     assert not list((tmp_path / "elsewhere").glob("regeneration-*"))
-    with pytest.raises(CheckpointError, match=r"regenerated_data: .*nowhere"):
+    with pytest.raises(ConfigError, match=r"regenerated_data: .*nowhere is no directory"):
         tiny("SASRec", regenerated_data=str(tmp_path / "nowhere"))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from regeneration_helpers import model_of, pairs_of, sequences_of
 
-from recbole_raserec.errors import CheckpointError
+from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.fileio import read_tensors
 from recbole_raserec.regeneration import training
 from recbole_raserec.regeneration.sources import make_pairs
@@ -89,7 +89,7 @@ def test_nothing_to_learn_from(tmp_path, schedule):
 def test_a_held_out_loss_that_is_no_number_is_not_taken_for_the_best(tmp_path, monkeypatch):
     losses = iter([3.0, float("nan")])
     monkeypatch.setattr(training, "held_out_loss", lambda *_: next(losses))
-    with pytest.raises(ValueError, match="lower regen_learning_rate"):
+    with pytest.raises(ConfigError, match=r"regen_learning_rate: 0\.001: .*lower it"):
         fit(model_of(), pairs_of(), Schedule(epochs=3, batch_pairs=64, held_out=0.2), tmp_path, False)
     tensors, meta = read_tensors(tmp_path / STATE)
     assert [epoch["held_out"] for epoch in meta["history"]] == [3.0]

@@ -18,7 +18,8 @@ from recbole_raserec.comparison.specs import (
     parse_specs,
 )
 from recbole_raserec.config import Config
-from recbole_raserec.configuration.options import REGENERATION, RETRIEVAL_MODEL
+from recbole_raserec.configuration.options import RETRIEVAL_MODEL
+from recbole_raserec.configuration.stage_options import regeneration_options, trains_regenerator
 from recbole_raserec.configuration.text import plain
 from recbole_raserec.data.fetch import recbole_urls
 from recbole_raserec.data.source import ensure_dataset, inter_files
@@ -257,7 +258,7 @@ def _cell(
     row: str, request: _Request, config: Any, name: str, base: Optional[str], hashes: dict[tuple[str, ...], str]
 ) -> Cell:
     shares = {name} if base is None else {name, base}
-    if config["regeneration"]:
+    if trains_regenerator(config):  # mining takes seconds, and is locked by itself
         shares.add(f"regeneration-{request.dataset}-{request.seed}")
         if config["regen_pretrained"]:
             shares.add(_name(config.for_embeddings(), hashes))
@@ -277,8 +278,9 @@ def _name(config: Any, hashes: dict[tuple[str, ...], str]) -> str:
         options["backbone"] = config.for_backbone().training_options()
         models.add(options["backbone"]["model"])
     if config["regeneration"]:
-        options["regeneration"] = {name: plain(config[name]) for name in REGENERATION}
-        options["embeddings"] = config.for_embeddings().training_options() if config["regen_pretrained"] else None
+        options["regeneration"] = {name: plain(config[name]) for name in regeneration_options(config)}
+        pretrained = trains_regenerator(config) and config["regen_pretrained"]
+        options["embeddings"] = config.for_embeddings().training_options() if pretrained else None
         given = Path(config["regenerated_data"]) if config["regenerated_data"] else None
         parts += [sha256(path) for path in sorted(given.iterdir()) if path.is_file()] if given else []
     collaborative = config["collaborative"]

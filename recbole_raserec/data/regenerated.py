@@ -78,7 +78,9 @@ class Regenerated:
         found = dataclasses.replace(found, training=meta.get("training"), vocabulary=vocabulary)
         alike = vocabulary is None or meta.get("ids") == _ids_hash(vocabulary)
         if not alike or not found._fits(n_users, n_items):
-            raise CheckpointError(f"{path} does not hold sequences of this data set's users and items; delete it.")
+            raise CheckpointError(
+                f"{path} does not hold sequences of this data set's users and items; name another, or delete it."
+            )
         return found
 
     def only(self, origin: str) -> Regenerated:

@@ -38,12 +38,7 @@ def write_benchmark(splits: Splits, data: Regenerated, directory: Path, name: st
     """
     folder = Path(directory) / name
     tokens = splits.vocabulary()
-    spaced = [token for token in tokens["items"][1:] if " " in token]
-    if spaced:
-        raise DatasetError(
-            f"the item id {spaced[0]!r} holds a space, which separates the items of a list in RecBole's files; "
-            "rename it."
-        )
+    check_ids(tokens)
     users = np.array([NOBODY, *tokens["users"][1:]], dtype=object)
     items = np.array(tokens["items"], dtype=object)
     train = joined(splits.train._dataset, data)
@@ -60,6 +55,20 @@ def write_benchmark(splits: Splits, data: Regenerated, directory: Path, name: st
     with replacing(folder / f"{name}.yaml") as file:
         file.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
     return folder
+
+
+def check_ids(vocabulary: dict[str, list[str]]) -> None:
+    """Refuse ids that the files cannot hold.
+
+    Raises:
+        DatasetError: there is one.
+    """
+    spaced = [token for token in vocabulary["items"][1:] if " " in token]
+    if spaced:
+        raise DatasetError(
+            f"the item id {spaced[0]!r} holds a space, which separates the items of a list in RecBole's files; "
+            "rename it."
+        )
 
 
 def _write(part: Any, data: Optional[Regenerated], users: Any, items: Any, path: Path, desc: Optional[str]) -> None:

@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from recbole_raserec.errors import CheckpointError
+from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.fileio import read_tensors, write_tensors
 from recbole_raserec.regeneration.regenerator import Regenerator
 from recbole_raserec.regeneration.sources import Pairs
 
 STATE, BEST = "regenerator-state.safetensors", "regenerator.safetensors"
-
-DIVERGED = "the regenerator's loss is not finite; lower regen_learning_rate"
 
 #: Batches sorted by length together, see :class:`~recbole_raserec.data.loader.BucketLoader`.
 _BLOCK = 32
@@ -94,7 +92,7 @@ def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, p
         {"epochs": [{"loss", "held_out", "entropy", "seconds"}], "best": epoch, "held_out": loss of the best}.
 
     Raises:
-        CheckpointError: `directory` holds a damaged or foreign state.
+        CheckpointError: `directory` holds a damaged or foreign state. ConfigError: the loss is not finite.
         ValueError: there are no pairs.
     """
     learn, held = split(pairs, schedule.held_out, schedule.seed)
@@ -116,7 +114,7 @@ def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, p
         loss, entropy, steps = _epoch(model, optimizer, pairs, batches, schedule, steps, desc if progress else None)
         value = held_out_loss(model, pairs, held) if len(held) else loss
         if not math.isfinite(value):
-            raise ValueError(DIVERGED)
+            raise _diverged(schedule)
         seconds = time.perf_counter() - started
         history.append({"loss": loss, "held_out": value, "entropy": entropy, "seconds": seconds})
         getLogger().info(f"regenerator epoch {epoch} [{seconds:.1f}s, loss: {loss:.4f}, held-out: {value:.4f}]")
@@ -151,8 +149,14 @@ def _epoch(
         entropies += float(entropy.detach()) * len(owner)
         count += len(owner)
     if not math.isfinite(total):
-        raise ValueError(DIVERGED)
+        raise _diverged(schedule)
     return total / count, entropies / count, steps
+
+
+def _diverged(schedule: Schedule) -> ConfigError:
+    return ConfigError(
+        [f"regen_learning_rate: {schedule.learning_rate:g}: the regenerator's loss is not finite; lower it"]
+    )
 
 
 def _best(history: list[dict[str, float]]) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Callable
 
-from recbole_raserec.configuration.options import RETRIEVAL_MODEL
+from recbole_raserec.configuration.options import REGENERATION, RETRIEVAL_MODEL
 from recbole_raserec.configuration.text import nearest, plain, shown
 from recbole_raserec.distributed.launch import layout_of
 from recbole_raserec.errors import ConfigError
@@ -53,6 +53,8 @@ class Search:
     def identity(self) -> dict[str, Any]:
         """What has to stay the same for the trials to be comparable and the next ones to be drawn alike."""
         shared = {k: v for k, v in self.config.training_options().items() if k not in self.space}
+        if self.config["regeneration"] or "regeneration" in self.space:  # a run keeps these in the data's fingerprint
+            shared.update({name: self.config[name] for name in REGENERATION if name not in self.space})
         return {
             "sampler": self.sampler,
             "pruner": self.pruner,

@@ -15,6 +15,7 @@ from recbole.utils import dataset_arguments, evaluation_arguments
 
 from recbole_raserec.configuration.options import NOT_TRAINING, REGENERATION
 from recbole_raserec.configuration.sources import PROPERTIES, read_yaml
+from recbole_raserec.configuration.stage_options import regeneration_options
 from recbole_raserec.configuration.text import nearest, plain, shown
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.quick_start import check_run
@@ -145,6 +146,9 @@ def check_space(config: Any, space: Space, path: Path) -> list[str]:
     problems = []
     regenerates = config["regeneration"] or "regeneration" in space
     unread = () if regenerates else (*REGENERATION, "memory_regenerated")
+    dead: set[str] = set()
+    if regenerates and not {"regeneration", "regen_rows", "regenerated_data"} & set(space):
+        dead = set(REGENERATION) - set(regeneration_options(config))
     for name in space:
         if name in MEASURES:
             problems.append(f"{name}: decides what is measured, and trials could not be compared; remove it")
@@ -152,6 +156,11 @@ def check_space(config: Any, space: Space, path: Path) -> list[str]:
             problems.append(f"{name}: changes nothing of what is trained; remove it")
         elif name in unread:
             problems.append(f"{name}: counts only with regeneration; give regeneration: true, or remove it")
+        elif name in dead:
+            problems.append(
+                f"{name}: decides nothing with regeneration: {config['regeneration']}, regen_rows: "
+                f"{config['regen_rows']}, regenerated_data: {config['regenerated_data']}; change these, or remove it"
+            )
     generator = random.Random(0)
     company = [{name: space[name].draw(generator) for name in space} for _ in range(_COMPANY)]
     for name, parameter in space.items():
