@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +12,17 @@ import torch.nn.functional as F
 
 from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined
-from recbole_raserec.errors import ConfigError
+from recbole_raserec.errors import CheckpointError, ConfigError
+from recbole_raserec.fileio import write_tensors
+from recbole_raserec.personalise import STATE
 from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.recommendation.objective import row_weights
 from recbole_raserec.regeneration.personaliser import (
     Bilevel,
+    Learner,
     Personaliser,
     hessian_product,
     implicit_direction,
-    learn,
     row_slopes,
     scorer_loss,
     shifted,
@@ -122,8 +127,9 @@ def test_it_finds_the_rows_that_help():
             yield h, targets
 
     losses = []
-    plan = Bilevel(steps=600, every=2, learning_rate=5e-3, model_rate=5e-2)
-    learn(model, scorer, batches(True), batches(False), plan, lambda b: torch.ones(64, dtype=torch.bool), losses.append)
+    learner = Learner(model, scorer, Bilevel(every=2, learning_rate=5e-3, model_rate=5e-2))
+    inner = itertools.islice(batches(True), 600)
+    learner.learn(inner, batches(False), lambda b: torch.ones(64, dtype=torch.bool), losses.append)
     h, _ = original(2000)
     with torch.no_grad():
         score = scorer.score(h)
@@ -182,7 +188,11 @@ def test_in_the_pipeline(tiny, model, tmp_path):
     whole = tiny(model, regeneration="personalised", **quick)
     weights = whole.data.data.weights
     assert 0 <= weights.min() < weights.max() <= 1
-    assert set(whole.data.report["weights"]["mean_by_origin"]) <= {str(number) for number in range(len(ORIGINS))}
+    found = whole.data.report["weights"]
+    assert set(found["mean_by_origin"]) == set(ORIGINS[1:])
+    targets = np.ones(len(weights), dtype=bool)
+    targets[whole.data.data.offsets[:-1]] = False
+    assert found["deciles"] == pytest.approx(np.quantile(weights[targets], np.linspace(0, 1, 11)).tolist())
     plain = tiny(model, regeneration=True, **quick)
     assert plain.record["metrics"]["base"] == whole.record["metrics"]["base"]
     assert plain.record["metrics"]["ours"] != whole.record["metrics"]["ours"]
@@ -190,6 +200,49 @@ def test_in_the_pipeline(tiny, model, tmp_path):
     again = tiny(model, regeneration="personalised", **quick)
     assert again.trained == []
     assert again.record["metrics"] == whole.record["metrics"]
+
+
+def test_it_goes_on_after_the_last_pass(tiny, tmp_path, monkeypatch):
+    options = {"regeneration": "personalised", "regen_personal_epochs": 3, "regen_personal_every": 2}
+    whole = tiny("SASRec", **options)
+    (directory,) = tmp_path.glob("saved/personalised-*")
+    shutil.rmtree(directory)
+    learn, passes = Learner.learn, []
+
+    def killed(self, *args):
+        passes.append(self.steps)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        learn(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "learn", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny("SASRec", **options)
+    monkeypatch.setattr(Learner, "learn", lambda self, *args: (passes.append(self.steps), learn(self, *args)))
+    again = tiny("SASRec", **options)
+    assert passes[3:] == passes[2:3] != [0]  # one pass was left
+    np.testing.assert_array_equal(again.data.data.weights, whole.data.data.weights)
+    assert not (directory / STATE).exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of another model"])
+def test_a_damaged_state_is_refused(tiny, tmp_path, damage):
+    options = {"regeneration": "personalised", "regen_personal_epochs": 1, "regen_personal_every": 2}
+    tiny("SASRec", **options)
+    (directory,) = tmp_path.glob("saved/personalised-*")
+    shutil.rmtree(directory)
+    write_tensors(directory / STATE, {"model.x": torch.ones(2)}, {"passes": 1, "steps": 1, "losses": [], "seconds": 1})
+    if damage == "truncated":
+        (directory / STATE).write_bytes((directory / STATE).read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"personaliser-state.*does not fit this run.*delete it"):
+        tiny("SASRec", **options)
+
+
+def test_a_series_that_diverges_is_told(tiny):
+    options = {"regen_personal_epochs": 1, "regen_personal_every": 1, "regen_personal_rate": 1e30}
+    with pytest.raises(ConfigError, match=r"regen_personal_rate: 1e\+30 with regen_personal_terms: 3: .* lower them"):
+        tiny("SASRec", regeneration="personalised", **options)
 
 
 def test_other_models_do_not_weigh(tmp_path):

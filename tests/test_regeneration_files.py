@@ -141,6 +141,75 @@ def test_a_model_with_a_smaller_log_is_refused(small_config):
         regenerate(small_config("GRU4RecF", **{**options, **features, "regen_pretrained": True}))
 
 
+@pytest.fixture
+def features(tmp_path):
+    """A log five of whose items have no features, and the options of a model that reads them."""
+    write_log(tmp_path, "tiny", random_log(0))
+    (tmp_path / "tiny" / "tiny.item").write_text(
+        "item_id:token\tkind:token\n" + "".join(f"i{item}\tk{item % 3}\n" for item in range(20))
+    )
+    columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "kind"]}
+    return {
+        "selected_features": ["kind"], "load_col": columns, "data_path": str(tmp_path), "regen_rows": "patterns",
+        "checkpoint_dir": str(tmp_path / "saved"), "show_progress": False, "MAX_ITEM_LIST_LENGTH": 8,
+    }  # fmt: skip
+
+
+def test_a_set_of_a_models_own_split_can_be_given_back(features):
+    config = Config("GRU4RecF", "tiny", config_dict={"regeneration": True, **features}, argv=[])
+    made = regenerate(config)
+    given_ = {"regeneration": True, **features, "regenerated_data": str(made.directory)}
+    again = regenerate(Config("GRU4RecF", "tiny", config_dict=given_, argv=[]))
+    np.testing.assert_array_equal(again.data.items, made.data.items)
+    plain = {name: value for name, value in given_.items() if name not in ("selected_features", "load_col")}
+    with pytest.raises(CheckpointError, match="regenerated_data"):  # mined of a split that SASRec does not have
+        regenerate(Config("SASRec", "tiny", config_dict=plain, argv=[]))
+
+
+def test_files_hold_the_split_that_was_mined(features, tmp_path):
+    config = Config("GRU4RecF", "tiny", config_dict=features, argv=[])
+    own = prepare_data(config)
+    folder = regenerate_dataset("tiny", tmp_path / "made", model="GRU4RecF", config_dict=features, argv=[])
+    for part, data in (("train", own.train), ("valid", own.valid), ("test", own.test)):
+        lines = (folder / f"tiny-regenerated.{part}.inter").read_text().splitlines()[1:]
+        written = sorted(tuple(line.split("\t")[::2]) for line in lines if line.endswith("\toriginal"))
+        vocabulary, feat = own.vocabulary(), data._dataset.inter_feat
+        rows = zip(feat["user_id"].tolist(), feat["item_id"].tolist())
+        assert written == sorted((vocabulary["users"][user], vocabulary["items"][item]) for user, item in rows)
+    plain = prepare_data(Config("SASRec", "tiny", config_dict={
+        name: value for name, value in features.items() if name not in ("selected_features", "load_col", "regen_rows")
+    }, argv=[]))  # fmt: skip
+    assert len(plain.train._dataset) > len(own.train._dataset)
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ({"regeneration": "personalised"}, "regeneration: personalised weighs rows for one model"),
+        ({"nproc": 2}, "nproc: 2 processes"),
+    ],
+)
+def test_what_stage_i_alone_refuses(features, tmp_path, option, problem, monkeypatch):
+    monkeypatch.setattr("recbole_raserec.regenerate.ensure_dataset", None)  # before any data is read
+    given_ = {name: value for name, value in features.items() if name not in ("selected_features", "load_col")}
+    words = [f"--{name}={value}" for name, value in option.items()]
+    with pytest.raises(ConfigError, match=problem):
+        regenerate_dataset("tiny", tmp_path / "made", config_dict=given_, argv=words)
+
+
+def test_patterns_that_cannot_be_used(tmp_path):
+    log = [(user, item, item) for user in range(6) for item in range(4)]  # all train on the same two items
+    write_log(tmp_path, "tiny", log)
+    options = {
+        "regeneration": True,
+        "data_path": str(tmp_path),
+        "checkpoint_dir": str(tmp_path),
+        "regen_rows": "patterns",
+    }
+    with pytest.raises(DatasetError, match=r"of 1 patterns of the 6 training sequences none can be used"):
+        regenerate(Config("SASRec", "tiny", config_dict=options, argv=[]))
+
+
 def test_a_set_of_another_split_or_data_set_is_refused(small_config, tmp_path):
     options = {**QUICK, "regen_pretrained": False}
     made = regenerate(small_config("SASRec", **options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import random_log, write_log
 from pipeline_helpers import figures, run
 from regeneration_helpers import QUICK, as_rows
 
+from recbole_raserec import regenerate as regenerate_module
 from recbole_raserec.config import Config
 from recbole_raserec.data.regenerated import ORIGINS
 from recbole_raserec.errors import ConfigError, DatasetError
@@ -51,6 +53,31 @@ def test_mined_patterns_alone_need_no_regenerator(tmp_path):
         tiny("GRU4Rec", regen_rows="generated", regenerated_data=str(tmp_path / first.data.directory))
     with pytest.raises(DatasetError, match="regen_min_support"):
         tiny("GRU4Rec", regen_rows="patterns", regen_min_support=1000)
+
+
+def test_two_runs_make_a_set_once(tmp_path, monkeypatch):
+    """The second waits for the first and takes what it made, whatever its seed."""
+    write_log(tmp_path, "tiny", random_log(0))
+    given_ = {
+        "regeneration": True,
+        "regen_rows": "patterns",
+        "data_path": str(tmp_path),
+        "checkpoint_dir": str(tmp_path),
+    }
+    configs = [Config("SASRec", "tiny", config_dict={**given_, "seed": seed}, argv=[]) for seed in (1, 2)]
+    mine, calls, second = regenerate_module.mine, [], []
+
+    def slow(*args):
+        calls.append(args)
+        second.append(pool.submit(regenerate_module.regenerate, configs[1]))
+        assert not wait(second, timeout=1).done
+        return mine(*args)
+
+    monkeypatch.setattr(regenerate_module, "mine", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = regenerate_module.regenerate(configs[0])
+        assert second[0].result().directory == first.directory
+    assert len(calls) == 1
 
 
 def test_a_row_for_each_stage(tiny):

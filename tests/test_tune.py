@@ -149,6 +149,8 @@ def test_a_directory_holds_one_search(shared, tmp_path):
         search(tmp_path / "copy", sampler="random")
     with pytest.raises(ConfigError, match="high of top_k of space is 6 there and 5 here"):
         search(tmp_path / "copy", space={**SPACE, "top_k": {**SPACE["top_k"], "high": 5}})
+    with pytest.raises(ConfigError, match=r"another study: .*regen"):
+        search(tmp_path / "copy", regeneration=True)
     with only_process(tmp_path / "copy" / "out"), pytest.raises(ConfigError, match="another process"):
         search(tmp_path / "copy")
     log = random_log(0)

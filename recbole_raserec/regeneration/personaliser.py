@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from recbole_raserec.adam_state import load_optimizer, optimizer_tensors, part_of
+from recbole_raserec.errors import ConfigError
 
 Tensors = Sequence[torch.Tensor]
 
@@ -122,11 +126,10 @@ class Bilevel:
     """How the scorer learns.
 
     Attributes:
-        steps: inner steps of the target model. every: inner steps between two steps of the scorer. terms, rate: of the
-            series. learning_rate: of the scorer. tau: of its Gumbel-softmax. model_rate: learning rate of the model.
+        every: inner steps between two steps of the scorer. terms, rate: of the series. learning_rate: of the scorer.
+            tau: of its Gumbel-softmax. model_rate: learning rate of the model.
     """
 
-    steps: int
     every: int = 10
     terms: int = 3
     rate: float = 0.1
@@ -135,38 +138,87 @@ class Bilevel:
     model_rate: float = 1e-3
 
 
-def learn(
-    model: Any, scorer: Personaliser, inner: Iterator[Any], outer: Iterator[Any], plan: Bilevel,
-    extra: Callable[[Any], torch.Tensor], report: Callable[[float], None],
-) -> None:  # fmt: skip
-    """Train the scorer, the model beside it.
+class Learner:
+    """Trains the scorer, the model beside it.
 
     Args:
         model: one of this package's (:class:`SoftmaxOverItems`), near its optimum on the original data; it goes
             on training.
-        inner: endless batches of original and regenerated rows. outer: endless batches of original rows.
-        extra: batch -> bool [B], the regenerated rows of it; the others weigh 1. report: called with the outer loss.
+        scorer: of vectors of its size.
     """
-    parameters = [x for x in model.parameters() if x.requires_grad]
-    model_steps = torch.optim.Adam(parameters, lr=plan.model_rate)
-    scorer_steps = torch.optim.Adam(scorer.parameters(), lr=plan.learning_rate)
-    for step in range(plan.steps):
-        batch = next(inner)
-        rows = extra(batch)
-        model.train()
-        h, targets = model.encode_batch(batch)
-        with torch.no_grad():
-            weights = torch.where(rows, scorer.sample(h.detach(), plan.tau), 1.0)
-        loss = model.weighted_loss(h, targets, weights)
-        model_steps.zero_grad(set_to_none=True)
-        loss.backward()
-        model_steps.step()
-        if (step + 1) % plan.every == 0 and bool(rows.any()):
-            original = next(outer)
-            # cuDNN's recurrent layers have no backward pass in evaluation mode
-            with torch.backends.cudnn.flags(enabled=False):
-                report(_scorer_step(model, scorer, scorer_steps, parameters, batch, rows, original, plan))
-    model.eval()
+
+    def __init__(self, model: Any, scorer: Personaliser, plan: Bilevel):
+        self.model, self.scorer, self.plan = model, scorer, plan
+        self.steps = 0
+        self._parameters = [x for x in model.parameters() if x.requires_grad]
+        self._model_steps = torch.optim.Adam(self._parameters, lr=plan.model_rate)
+        self._scorer_steps = torch.optim.Adam(scorer.parameters(), lr=plan.learning_rate)
+
+    def learn(
+        self, inner: Iterable[Any], outer: Iterator[Any], extra: Callable[[Any], torch.Tensor],
+        report: Callable[[float], None],
+    ) -> None:  # fmt: skip
+        """A step of the model for each batch of `inner`, and after every so many one of the scorer.
+
+        Args:
+            inner: batches of original and regenerated rows. outer: endless batches of original rows.
+            extra: batch -> bool [B], the regenerated rows of it; the others weigh 1. report: called with the outer
+                loss.
+
+        Raises:
+            ConfigError: a loss is not finite.
+        """
+        model, scorer, plan = self.model, self.scorer, self.plan
+        for batch in inner:
+            rows = extra(batch)
+            model.train()
+            h, targets = model.encode_batch(batch)
+            with torch.no_grad():
+                weights = torch.where(rows, scorer.sample(h.detach(), plan.tau), 1.0)
+            loss = model.weighted_loss(h, targets, weights)
+            _check_finite(float(loss.detach()), plan)
+            self._model_steps.zero_grad(set_to_none=True)
+            loss.backward()
+            self._model_steps.step()
+            self.steps += 1
+            if self.steps % plan.every == 0 and bool(rows.any()):
+                original = next(outer)
+                # cuDNN's recurrent layers have no backward pass in evaluation mode
+                with torch.backends.cudnn.flags(enabled=False):
+                    found = _scorer_step(
+                        model, scorer, self._scorer_steps, self._parameters, batch, rows, original, plan
+                    )
+                report(found)
+        model.eval()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that the next pass needs."""
+        parts = {"model": self.model.state_dict(), "scorer": self.scorer.state_dict()}
+        named = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+        named.update(optimizer_tensors(self._model_steps, "model_steps"))
+        return {**named, **optimizer_tensors(self._scorer_steps, "scorer_steps")}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
+        """Go on after what :meth:`tensors` gave.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: it does not fit.
+        """
+        self.model.load_state_dict(part_of(tensors, "model"))
+        self.scorer.load_state_dict(part_of(tensors, "scorer"))
+        load_optimizer(self._model_steps, tensors, "model_steps")
+        load_optimizer(self._scorer_steps, tensors, "scorer_steps")
+        self.steps = steps
+
+
+def _check_finite(loss: float, plan: Bilevel) -> None:
+    if not math.isfinite(loss):
+        raise ConfigError(
+            [
+                f"regen_personal_rate: {plan.rate:g} with regen_personal_terms: {plan.terms}: the learning of the "
+                "weights diverges; lower them, or learning_rate"
+            ]
+        )
 
 
 def _scorer_step(
@@ -197,6 +249,7 @@ def _scorer_step(
 
     direction = implicit_direction(parameters, outer, inner, plan.terms, plan.rate)
     loss = scorer_loss(weights, row_slopes(parameters, direction, row_losses))
+    _check_finite(float(loss.detach()), plan)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from recbole_raserec.adam_state import load_optimizer, optimizer_tensors, part_of
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.fileio import read_tensors, write_tensors
 from recbole_raserec.regeneration.regenerator import Regenerator
@@ -174,8 +175,7 @@ def _save(
     """One file, so that the best weights are those of the history whenever the run is killed."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors.update({f"best.{name}": value for name, value in best.items()})
-    for index, slots in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in slots.items()})
+    tensors.update(optimizer_tensors(optimizer))
     write_tensors(directory / STATE, tensors, {"history": history, "steps": steps})
 
 
@@ -186,19 +186,11 @@ def _resume(
     path = directory / STATE
     try:
         tensors, meta = read_tensors(path)
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
-        for key, value in tensors.items():
-            kind, _, name = key.partition(".")
-            parts[kind][name] = value
         device = model.projections.device
-        best = {name: value.to(device) for name, value in parts["best"].items()}
-        for weights in (best, parts["model"]):
+        best = {name: value.to(device) for name, value in part_of(tensors, "best").items()}
+        for weights in (best, part_of(tensors, "model")):
             model.load_state_dict(weights)
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in parts["optimizer"].items():
-            index, _, name = key.partition(".")
-            state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        load_optimizer(optimizer, tensors)
         return list(meta["history"]), int(meta["steps"]), best
     except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
