@@ -86,6 +86,8 @@ def page(records: list[dict[str, Any]]) -> str:
         "`python benchmarks/run.py NAME --data_path=DIR --json results/benchmarks/NAME.json`. This page is printed by",
         "`python benchmarks/run.py --table results/benchmarks`. The peer is RecBole 1.2.1 itself unless the work says",
         "otherwise; for serving it is the same model without retrieval, which does less: the ratio is below 1.",
+        "`serve-latency-*` was run with `RASEREC_CHECKPOINT=DIR` of a trained RaSeRec of amazon-beauty; without it the",
+        "weights are random.",
         "Measured on two cores of virtual machines on AMD EPYC servers with AVX-512 BF16.",
         "",
         "| benchmark | ours, s | peer, s | ratio | ours, MiB | peer, MiB |",
@@ -99,8 +101,12 @@ def page(records: list[dict[str, Any]]) -> str:
         lines += ["", f"**{record['name']}**: {record['work']}.", ""]
         lines += [f"- {side}: {record['notes'][side]}" for side in ("ours", "peer")]
         lines += [f"- checked: {record['checked']}"] if "checked" in record else []
-    versions = records[0]["versions"] if records else {}
-    lines += ["", ", ".join(f"{name} {version}" for name, version in versions.items() if version) + "."]
+    made_with: dict[str, list[str]] = {}
+    for record in records:
+        words = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+        made_with.setdefault(words, []).append(record["name"])
+    lines += [""]
+    lines += [f"- {', '.join(names) if len(made_with) > 1 else 'all'}: {words}." for words, names in made_with.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -194,15 +194,16 @@ def table(results: dict[str, Any], settings: dict[str, Any]) -> str:
     else:
         title, what = "# RecBole's models through this runner", "Each sequential and each general model"
         how = flag = ""
+    given = ", ".join(f"`{name}: {value}`" for name, value in sorted(settings["options"].items()))
     lines = [
         title,
         "",
-        f"{what} of RecBole {settings['recbole']}, and this package's own, trained for",
+        f"{what} of RecBole {settings['recbole']}, and this package's own but for DARec, trained for",
         f"one epoch by `run_recbole_raserec`{how} on the last {LONGEST} interactions of the first",
         f"{settings['users']} users of ml-100k (5-core, leave-one-out, all items ranked):",
         f"**{works} of {len(models)} work**. A model works if it trains, is evaluated and saved, and gives the same",
         "figures when its finished run is taken up again; the figures themselves, after one epoch on a cut, say",
-        "nothing of its worth. Remade by",
+        f"nothing of its worth. Options of all: {given}. Remade by",
         "",
         f"    python experiments/recbole_models.py --users={settings['users']}{flag}",
         "",
