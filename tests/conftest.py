@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,27 @@ def stand_in(workdir, monkeypatch):
     from compare_helpers import prepared
 
     return prepared(workdir, monkeypatch)
+
+
+@pytest.fixture
+def directory(planted_run, tmp_path):
+    """A copy of the shared run's checkpoint, for a test that changes it."""
+    shutil.copytree(planted_run.ours.directory, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def convert(tmp_path):
+    """Write `text` to a file, convert it, and return (summary, table of the result)."""
+    from convert_helpers import as_recbole_reads
+
+    from recbole_raserec.data.convert import Options, prepare
+
+    def run(text, form="ratings", **options):
+        source = tmp_path / "raw.txt"
+        source.write_bytes(text if isinstance(text, bytes) else text.encode())
+        given = {"input": str(source), "format": form, "output": str(tmp_path / "out"), "name": "d", **options}
+        summary = prepare(Options(**given))
+        return summary, as_recbole_reads(summary.path)
+
+    return run
