@@ -190,9 +190,9 @@ def test_what_decides_a_figure_names_the_cell(stand_in, workdir):
 
 
 def test_other_versions_are_other_cells(stand_in, monkeypatch):
-    from recbole_raserec.comparison import plan as compare_plan
+    from recbole_raserec.comparison import names
 
     before = [cell.name for cell in plan("SASRec").cells]
-    found = compare_plan.versions()
-    monkeypatch.setattr(compare_plan, "versions", lambda: {**found, "torch": "9.9"})
+    found = names.versions()
+    monkeypatch.setattr(names, "versions", lambda: {**found, "torch": "9.9"})
     assert [cell.name for cell in plan("SASRec").cells] != before

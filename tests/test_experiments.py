@@ -28,7 +28,12 @@ def script(monkeypatch, tmp_path):
         argv = [f"{name}.py", f"--data_path={ROOT / 'dataset'}", "--dataset=planted", f"--output={output}"]
         monkeypatch.setattr(sys, "argv", [*argv, "--options", *small, *arguments])
         module.main()
-        return json.loads(output.read_text()), output.with_suffix(".md").read_text(), output
+        rows = json.loads(output.read_text())["rows"]
+        for record in (record for runs in rows.values() for record in runs.values()):
+            assert record["arguments"].startswith("--options epochs=2")
+            assert record["versions"]["recbole"] == "1.2.1"
+        figures = importlib.import_module("grid").figures(rows)
+        return {"rows": figures}, output.with_suffix(".md").read_text(), output
 
     return run
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
+from recbole_raserec.comparison.names import PROTOCOL, cell_name
 from recbole_raserec.comparison.specs import (
     TAKEN,
     Problems,
@@ -19,26 +20,18 @@ from recbole_raserec.comparison.specs import (
 )
 from recbole_raserec.config import Config
 from recbole_raserec.configuration.options import RETRIEVAL_MODEL
-from recbole_raserec.configuration.stage_options import regeneration_options, trains_regenerator
-from recbole_raserec.configuration.text import plain
+from recbole_raserec.configuration.stage_options import trains_regenerator
 from recbole_raserec.data.fetch import recbole_urls
-from recbole_raserec.data.source import ensure_dataset, inter_files
+from recbole_raserec.data.source import ensure_dataset
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
-from recbole_raserec.evaluation.report import versions
-from recbole_raserec.fileio import read_json, sha256
-from recbole_raserec.fingerprint import MODEL_VERSIONS, fingerprint
+from recbole_raserec.fileio import read_json
 from recbole_raserec.quick_start import check_run
 from recbole_raserec.registry import MODELS
-from recbole_raserec.serving.checkpoint import MANIFEST
 
 #: Below the output directory: the cells, and what their runs keep where `checkpoint_dir` is not given.
 CELLS, SAVED = "cells", "saved"
 
-#: Packages whose version decides a figure.
-_VERSIONS = ("recbole_raserec", "recbole", "torch", "numpy", "faiss", "kernels")
-
-#: Options that say what the figures mean: one value in an output directory, and one for each data set in it.
-_PROTOCOL = ("eval_args", "metrics", "topk")
+#: One value for each data set, as PROTOCOL.
 _FILTERS = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "benchmark_filename")
 
 
@@ -186,7 +179,7 @@ def _check_protocols(folder: Path, requests: Sequence[_Request], problems: Probl
     cells = [(of["dataset"], of["options"], f"the cell {name}") for name, of in _records(folder).items()]
     cells += [(each.dataset, each.config.explain(), each.spec.label) for each in requests]
     for dataset, options, whose in cells:
-        for option in (*_PROTOCOL, *_FILTERS):
+        for option in (*PROTOCOL, *_FILTERS):
             value = _meaning(option, options.get(option))
             before, other = known.setdefault((option, dataset if option in _FILTERS else ""), (value, whose))
             if before != value and option not in told:
@@ -227,7 +220,7 @@ def _lay_out(output: Path, seeds: tuple[int, ...], requests: Sequence[_Request],
     cells: dict[str, Cell] = {}
     rows: dict[str, dict[str, Optional[str]]] = {}
     asked: dict[str, str] = {}
-    named = [(request, _name(request.config, hashes)) for request in requests]
+    named = [(request, cell_name(request.config, hashes)) for request in requests]
     labels = {(request.dataset, request.seed, request.spec.label): name for request, name in named}
     for request, name in named:
         if asked.setdefault(name, request.spec.label) != request.spec.label:
@@ -236,7 +229,7 @@ def _lay_out(output: Path, seeds: tuple[int, ...], requests: Sequence[_Request],
         row = rows.setdefault(request.dataset, {})
         base_name = None
         if request.base is not None:
-            base_name = _name(request.base, hashes)
+            base_name = cell_name(request.base, hashes)
             kept = {key: text for key, text in request.spec.options.items() if key in request.base.external_config_dict}
             base_label = asked.get(base_name) or label(request.base.model, kept)
             if labels.setdefault((request.dataset, request.seed, base_label), base_name) != base_name:
@@ -261,47 +254,9 @@ def _cell(
     if trains_regenerator(config):  # mining takes seconds, and is locked by itself
         shares.add(f"regeneration-{request.dataset}-{request.seed}")
         if config["regen_pretrained"]:
-            shares.add(_name(config.for_embeddings(), hashes))
+            shares.add(cell_name(config.for_embeddings(), hashes))
     if config["collaborative"] in MODELS:
-        shares.add(_name(config.for_collaborator(), hashes))
+        shares.add(cell_name(config.for_collaborator(), hashes))
     taken = {"model", "dataset", "config_files", *TAKEN}
     options = {key: value for key, value in config.external_config_dict.items() if key not in taken}
     return Cell(row, config.model, request.dataset, request.seed, options, name, base, frozenset(shares))
-
-
-def _name(config: Any, hashes: dict[tuple[str, ...], str]) -> str:
-    """Name of a cell: model, data set, seed, and the fingerprint of the options, data and versions that decide it."""
-    options: dict[str, Any] = {name: plain(config[name]) for name in _PROTOCOL}
-    options["training"] = config.training_options()
-    models, parts = {config.model}, [_content(config, hashes)]
-    if config.model == RETRIEVAL_MODEL:
-        options["backbone"] = config.for_backbone().training_options()
-        models.add(options["backbone"]["model"])
-    if config["regeneration"]:
-        options["regeneration"] = {name: plain(config[name]) for name in regeneration_options(config)}
-        pretrained = trains_regenerator(config) and config["regen_pretrained"]
-        options["embeddings"] = config.for_embeddings().training_options() if pretrained else None
-        given = Path(config["regenerated_data"]) if config["regenerated_data"] else None
-        parts += [sha256(path) for path in sorted(given.iterdir()) if path.is_file()] if given else []
-    collaborative = config["collaborative"]
-    if collaborative in MODELS:
-        models.add(collaborative)
-        options["collaborator"] = config.for_collaborator().training_options()
-    elif collaborative and (Path(collaborative) / MANIFEST).is_file():
-        parts.append(sha256(Path(collaborative) / MANIFEST))
-    found = versions()
-    options["versions"] = {name: found[name] for name in _VERSIONS}
-    options["model_versions"] = {name: MODEL_VERSIONS.get(name) for name in sorted(models)}
-    return f"{config.model}-{config['dataset']}-{config['seed']}-{fingerprint(options, *parts)[:12]}"
-
-
-def _content(config: Any, hashes: dict[tuple[str, ...], str]) -> str:
-    """Hash of the files that the run reads: interactions, and features where the model has some."""
-    folder, dataset = Path(config["data_path"]), config["dataset"]
-    paths = inter_files(folder, dataset, config["benchmark_filename"])
-    suffixes = {*(config["load_col"] or ()), *(config["additional_feat_suffix"] or ())} - {"inter"}
-    paths += [folder / f"{dataset}.{suffix}" for suffix in sorted(suffixes)]
-    key = tuple(str(path) for path in paths if path.is_file())
-    if key not in hashes:
-        hashes[key] = fingerprint({Path(path).name: sha256(path) for path in key})
-    return hashes[key]
