@@ -120,7 +120,9 @@ def counted_masks(batch: Interaction, config: Any) -> Interaction:
         return batch
     batch = batch[rows]
     first = int(counted.any(dim=0).to(torch.uint8).argmax())  # they stand at the end
-    cut = {config[name]: batch[config[name]][:, first:] for name in ("MASK_INDEX", "POS_ITEMS", "NEG_ITEMS")}
+    cut = {
+        config[name]: batch[config[name]][:, first:].contiguous() for name in ("MASK_INDEX", "POS_ITEMS", "NEG_ITEMS")
+    }
     batch.update(Interaction(cut))
     return batch
 
