@@ -219,9 +219,9 @@ def test_what_a_mask_cannot_count_is_left_out(small_config, loss_type):
     train = dataset.build()[0]
     loader = BucketLoader(config, train, None, shuffle=True)
     rows = np.arange(0, len(train), 3)
-    random.seed(3)
+    random.seed(0)  # above `ft_ratio`: any item may be masked, not the last alone
     whole = TrainDataLoader.collate_fn(loader, rows)
-    random.seed(3)
+    random.seed(0)
     part = loader.collate_fn(rows)
     counted = whole["MASK_INDEX"] > 0
     assert len(part) == int(counted.any(dim=1).sum()) < len(whole)
