@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -50,6 +51,20 @@ def test_every_table_names_the_protocol_and_has_every_row(content):
         assert "Holm" in plain
         assert "1,234" in plain
     assert max(map(len, STYLES["text"](content).splitlines())) <= 120
+
+
+def test_the_command_in_the_table_makes_it_again(content, finished, capsys):
+    shutil.copytree(finished[1].parent / "data", "data")
+    printed = " ".join(STYLES["markdown"](content).split())
+    command = re.search(r"made by `(recbole-raserec compare .*?)`", printed).group(1)
+    assert command == content["command"]
+    assert f"torch {content['versions']['torch']}" in printed
+    before = Path("out", "compare.json").read_text(encoding="utf-8")
+    assert cli.main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().err.count(": cached, ") == 6
+    after = read_json(Path("out", "compare.json"))
+    assert after["command"] == command
+    assert after["datasets"] == json.loads(before)["datasets"]
 
 
 def test_the_figures_of_the_text_table_are_those_of_the_json(content):

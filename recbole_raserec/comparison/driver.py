@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ def compare(
 
     Returns:
         the content of ``compare.json``: "datasets" ({name: see :func:`recbole_raserec.evaluation.comparison.figures`}),
-        "failed" (one {"cell", "dataset", "seed", "model", "error"} each), "seeds", "options", "versions".
+        "failed" (one {"cell", "dataset", "seed", "model", "error"} each), "seeds", "options", "versions",
+        "command" (the line that makes it, without `jobs`).
 
     Raises:
         ConfigError: with every problem, before anything runs; also where `output` holds figures of another protocol.
@@ -79,6 +81,7 @@ def compare(
     failed = run_cells(plan.cells, folder, count, words, environment, _say)
     content = {
         "format": "recbole-raserec comparison",
+        "command": _command(models, datasets, plan.seeds, output, config_file_list, argv),
         "seeds": list(plan.seeds),
         "options": list(argv),
         "datasets": {name: figures(_rows(plan, name, failed)) for name in plan.rows},
@@ -130,6 +133,17 @@ def run_command(
     print((Path(output) / name).read_text(encoding="utf-8"), end="")
     if content["failed"]:
         raise RaSeRecError(_failures(content))
+
+
+def _command(
+    models: Several, datasets: Several, seeds: Sequence[int], output: str, config_files: Optional[Sequence[str]],
+    argv: Sequence[str],
+) -> str:  # fmt: skip
+    several = {"models": models, "datasets": datasets}
+    words = [f"--{name}={given if isinstance(given, str) else ','.join(given)}" for name, given in several.items()]
+    words.append(f"--seeds={','.join(map(str, seeds))}{',' if len(seeds) == 1 else ''}")
+    words += [f"--config_files={' '.join(config_files)}"] if config_files else []
+    return shlex.join(["recbole-raserec", "compare", *words, *argv, f"--output={output}"])
 
 
 def _count(jobs: Union[str, int], problems: Problems) -> int:

@@ -94,6 +94,9 @@ def _page(content: Content, block: Callable[[str, Rows], str], listed: Callable[
     for name, data in content["datasets"].items():
         for title, rows, notes in _blocks(name, data):
             parts += [block(title, rows), listed(notes)]
+    if "command" in content:
+        made_with = ", ".join(f"{name} {version}" for name, version in content["versions"].items() if version)
+        parts.append(listed([f"made by `{content['command']}`", f"with {made_with}"]))
     return "\n\n".join(parts)
 
 
