@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "GRU4Rec packed": ("--model=GRU4Rec", "--training=packed"),
     "BSARec packed": ("--model=BSARec", "--training=packed"),
     "DuoRec prefix": ("--model=DuoRec", "--training=prefix"),
+    "DuoRec packed, contrast of a quarter": ("--model=DuoRec", "--training=packed", "--contrast_share=0.25"),
     "DuoRec packed, 4 copies": ("--model=DuoRec", "--training=packed", "--packed_copies=4"),
 }
 #: The row that none of this package's loaders, models or kernels takes part in.
