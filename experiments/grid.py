@@ -121,7 +121,8 @@ def made_by(name: str, args: argparse.Namespace, results: Results) -> str:
         line += f" --seeds {' '.join(seeds)} --rows " + " ".join(f'"{label}"' for label in labels)
         lines.append(f"{line} {words}".rstrip())
     lines += ["```", "", "Versions:", ""]
-    return "\n".join(lines + [f"- {count} run{'s' * (count > 1)}: {words}" for words, count in made_with.items()]) + "\n"
+    lines += [f"- {count} run{'s' * (count > 1)}: {words}" for words, count in made_with.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _written(found: Optional[Mapping[str, Any]]) -> str:
