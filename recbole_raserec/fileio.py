@@ -9,18 +9,13 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from recbole_raserec.errors import CheckpointError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -44,30 +39,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: str | os.PathLike, waiting: Optional[Callable[[], None]] = None) -> Iterator[None]:
-    """Inside, no other process is inside for the same `path`; the others wait, until it ends or dies.
-
-    The lock is a file beside `path`, which stays. On a system without such locks nobody waits.
-
-    Args:
-        waiting: called once if somebody is inside.
-    """
-    if fcntl is None:
-        yield
-        return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if waiting is not None:
-                waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def sync_directory(path: str | os.PathLike) -> None:

@@ -22,7 +22,7 @@ from recbole_raserec.data.splits import Splits
 from recbole_raserec.distributed.group import current
 from recbole_raserec.distributed.launch import layout_of
 from recbole_raserec.errors import ConfigError, DatasetError
-from recbole_raserec.fileio import one_at_a_time
+from recbole_raserec.file_locks import one_at_a_time
 from recbole_raserec.fingerprint import fingerprint
 from recbole_raserec.regenerated_set import (
     RegeneratedData,

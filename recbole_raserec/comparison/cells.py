@@ -11,18 +11,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import IO, Any, Callable, Optional
 
 from recbole_raserec.comparison.plan import Cell
 from recbole_raserec.configuration.sources import parse_value
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.evaluation.comparison import Run
+from recbole_raserec.file_locks import INHERITED, lock_file
 from recbole_raserec.fileio import read_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 #: The runner of a cell; the options follow.
 RUNNER = (sys.executable, "-m", "recbole_raserec.cli", "run")
@@ -91,7 +87,7 @@ class _Process:
 
     process: subprocess.Popen
     since: float
-    locks: list[Any]
+    locks: list[IO[bytes]]
 
 
 class _Work:
@@ -208,28 +204,25 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _lock(folder: Path, names: frozenset[str]) -> Optional[list[Any]]:
-    """Open files that hold a lock for each name, None if somebody has one; without locks on this system none.
+def _lock(folder: Path, names: frozenset[str]) -> Optional[list[IO[bytes]]]:
+    """Open files that hold a lock for each name, for a started process to inherit; None if somebody has one.
 
-    A started process inherits the files, and the system frees a lock when the last process that holds it has ended,
-    however it ended.
+    Where processes do not inherit files there are none.
     """
-    if fcntl is None:
+    if not INHERITED:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    held: list[Any] = []
+    held: list[IO[bytes]] = []
     for name in sorted(names):
-        file = open(folder / name, "w")  # noqa: SIM115  stays open
-        held.append(file)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        file = lock_file(folder / name)
+        if file is None:
             _close(held)
             return None
+        held.append(file)
     return held
 
 
-def _close(files: Sequence[Any]) -> None:
+def _close(files: Sequence[IO[bytes]]) -> None:
     for file in files:
         file.close()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import time
 import weakref
@@ -19,10 +18,11 @@ from recbole.utils import ModelType
 from recbole_raserec.distributed.group import current
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.fileio import read_tensors, write_tensors
+from recbole_raserec.optimizer_state import load_optimizer, optimizer_tensors, part_of
 from recbole_raserec.recommendation.averaging import WeightAverage
 from recbole_raserec.recommendation.split_steps import SplitSteps
 
-AVERAGE = "average."
+AVERAGE = "average"
 STATE, BEST = "state.safetensors", "model.safetensors"
 
 #: Evaluates a model on validation data: (model, data) -> {protocol: {metric: value}}.
@@ -199,16 +199,8 @@ class ResumableTrainer(Trainer):
         self._epoch_start = now
         tensors = {f"model.{name}": value for name, value in _tensors(self.model.state_dict()).items()}
         if self._average is not None:
-            tensors.update({AVERAGE + name: value for name, value in self._average.tensors().items()})
-        optimizer = self.optimizer.state_dict()
-        scalars: dict[str, Any] = {}
-        for index, slots in optimizer["state"].items():
-            for name, value in slots.items():
-                key = f"optimizer.{index}.{name}"
-                if isinstance(value, torch.Tensor):
-                    tensors[key] = value
-                else:
-                    scalars[key] = value
+            tensors.update({f"{AVERAGE}.{name}": value for name, value in self._average.tensors().items()})
+        tensors.update(optimizer_tensors(self.optimizer))
         name, keys, pos, has_gauss, cached = np.random.get_state()
         own = {"random.torch": torch.get_rng_state()}
         tensors["random.numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
@@ -227,8 +219,6 @@ class ResumableTrainer(Trainer):
             "train_loss": {str(k): float(v) for k, v in self.train_loss_dict.items()},
             "valid_values": {str(k): v for k, v in self.valid_values.items()},
             "seconds": self.seconds,
-            "param_groups": json.loads(json.dumps(optimizer["param_groups"], default=str)),
-            "scalars": scalars,
             "average_steps": self._average.steps if self._average is not None else None,
             "numpy": [str(name), int(pos), int(has_gauss), float(cached)],
             "python": random.getstate(),
@@ -240,19 +230,10 @@ class ResumableTrainer(Trainer):
             tensors, meta = self._group.from_first(lambda: read_tensors(resume_file))
             if meta["model"] != self.config["model"]:
                 raise CheckpointError(f"{resume_file} belongs to model {meta['model']}, not to {self.config['model']}.")
-            prefix = "model."
-            weights = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-            load_weights(self.model, weights, resume_file)
+            load_weights(self.model, part_of(tensors, "model"), resume_file)
             if self._average is not None:
-                averages = {k[len(AVERAGE) :]: v for k, v in tensors.items() if k.startswith(AVERAGE)}
-                self._average.restore(averages, int(meta["average_steps"]))
-            state: dict[int, dict[str, Any]] = {}
-            slots = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
-            for key, value in {**slots, **meta["scalars"]}.items():
-                _, index, name = key.split(".", 2)
-                state.setdefault(int(index), {})[name] = value
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+                self._average.restore(part_of(tensors, AVERAGE), int(meta["average_steps"]))
+            load_optimizer(self.optimizer, tensors)
             self.start_epoch = int(meta["epoch"]) + 1
             self.cur_step = int(meta["cur_step"])
             self.best_valid_score = meta["best_valid_score"]
@@ -263,7 +244,7 @@ class ResumableTrainer(Trainer):
             self._resumed, self._resumed_meta = tensors, meta
         except CheckpointError as error:
             raise CheckpointError(f"{error} Delete {self.directory} or pass --resume=false.") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(
                 f"{resume_file} does not fit this run ({error!r}); delete {self.directory} or pass --resume=false."
             ) from None

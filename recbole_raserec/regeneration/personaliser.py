@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recbole_raserec.adam_state import load_optimizer, optimizer_tensors, part_of
 from recbole_raserec.errors import ConfigError
+from recbole_raserec.optimizer_state import load_optimizer, optimizer_tensors, part_of
 
 Tensors = Sequence[torch.Tensor]
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from recbole_raserec.adam_state import load_optimizer, optimizer_tensors, part_of
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.fileio import read_tensors, write_tensors
+from recbole_raserec.optimizer_state import load_optimizer, optimizer_tensors, part_of
 from recbole_raserec.regeneration.regenerator import Regenerator
 from recbole_raserec.regeneration.sources import Pairs
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from recbole_raserec.errors import CheckpointError
+from recbole_raserec.file_locks import lock_file
 
 LOCK = "journal.lock"
 
@@ -64,36 +64,19 @@ class DirectoryLock:
     def __init__(self, directory: Path):
         path = Path(directory) / LOCK
         try:
-            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  held as long as the lock
+            held = lock_file(path)
         except FileNotFoundError:
             raise CheckpointError(f"{Path(directory).absolute()} is no directory.") from None
-        try:
-            _lock(self._file.fileno())
-        except OSError:
-            self._file.seek(0)
-            holder = self._file.read(20).decode("ascii", "replace").strip()
-            self._file.close()
+        if held is None:
+            holder = path.read_bytes()[:20].decode("ascii", "replace").strip()
             raise CheckpointError(
                 f"{directory} is in use by another process{f' ({holder})' if holder else ''}, and one at a time may "
                 "journal changes of a checkpoint: stop that one first, or serve a copy of the directory."
-            ) from None
+            )
+        self._file = held
         self._file.truncate(0)
         self._file.write(str(os.getpid()).encode())
 
     def release(self) -> None:
-        """Let it go; again changes nothing. The file stays: deleting it could delete the lock of the next holder."""
+        """Let it go; again changes nothing. The file stays."""
         self._file.close()
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(handle: int) -> None:
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # away from the holder's number, which a locked byte would hide
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(handle: int) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

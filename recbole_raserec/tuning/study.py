@@ -18,6 +18,7 @@ import numpy as np
 
 from recbole_raserec.configuration.text import shown
 from recbole_raserec.errors import ConfigError, MissingExtraError
+from recbole_raserec.file_locks import lock_file
 from recbole_raserec.tuning.space import Space
 
 try:
@@ -77,16 +78,11 @@ def only_process(directory: Path) -> Iterator[None]:
         ConfigError: another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / LOCK, "w", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # no such lock on this system
-            pass
-        except OSError:
-            problem = f"output: another process is searching in {directory}; wait for it, or end it"
-            raise ConfigError([problem]) from None
+    held = lock_file(directory / LOCK)
+    if held is None:
+        problem = f"output: another process is searching in {directory}; wait for it, or end it"
+        raise ConfigError([problem])
+    with held:
         yield
 
 

@@ -15,6 +15,7 @@ def optimizer_tensors(optimizer: Any, prefix: str = "optimizer") -> dict[str, to
         f"{prefix}.{number}.{name}": torch.as_tensor(value)
         for number, slots in state.items()
         for name, value in slots.items()
+        if value is not None  # a momentum that was never there
     }
 
 
