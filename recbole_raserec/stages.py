@@ -175,6 +175,8 @@ def fine_tune(config: Any, base: Outcome, trial: Optional[Trial] = None) -> Outc
 
 def selection_protocol(config: Any) -> str:
     """The protocol whose validation figures stop a training early and choose among trials."""
+    if config["valid_protocol"] != "auto":
+        return config["valid_protocol"]
     return SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
 
 

@@ -209,6 +209,24 @@ def test_every_form_of_the_module_runs(tiny_run, options):
     assert figures(made.record)["ours"] != figures(made.record)["base"]
 
 
+@pytest.mark.parametrize(
+    ("model", "given", "expected"),
+    [
+        ("RaSeRec", {}, "seen_kept"),
+        ("RaSeRec", {"valid_protocol": "seen_removed", "head": "both"}, "seen_removed"),
+        ("BPR", {}, "seen_removed"),
+        ("BPR", {"valid_protocol": "seen_kept"}, "seen_kept"),
+    ],
+)
+def test_trainings_are_stopped_by_the_protocol_asked_for(tiny_run, model, given, expected):
+    made = tiny_run(model, epochs=3, **given)
+    (other,) = set(PROTOCOLS) - {expected}
+    valid = next(iter(figures(made.record).values()))["valid"]
+    best = max(value for _, value in next(iter(made.record["curves"].values()))["valid"])
+    assert best == pytest.approx(valid[expected]["ndcg@10"], abs=1e-4)
+    assert best != pytest.approx(valid[other]["ndcg@10"], abs=1e-4)
+
+
 def test_alpha_one_is_the_base(tiny_run):
     made = figures(tiny_run(alpha=1.0).record)
     assert made["ours"] == made["base"]

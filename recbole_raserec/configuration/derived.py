@@ -125,6 +125,8 @@ class DerivedConfigs:
         processes = layout_of(self.final_config_dict).size
         if processes > 1:  # dropout masks are drawn by each for its rows
             options["world_size"] = processes
+        if options["valid_protocol"] == "auto":  # what it was before there was the option
+            del options["valid_protocol"]
         protocol = dict(options["eval_args"])
         protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
         return {**options, "eval_args": protocol}

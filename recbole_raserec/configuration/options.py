@@ -34,6 +34,7 @@ COMMON: dict[str, Rule] = {
     **dict.fromkeys(("save_dataset", "save_dataloaders", "enable_amp", "enable_scaler", "require_pow"), FLAG),
     **dict.fromkeys(("resume", "bucket_batches", "native_kernels"), FLAG),
     "softmax_precision": choice("auto", "float32", "bfloat16"),
+    "valid_protocol": choice("auto", "seen_kept", "seen_removed"),
     **dict.fromkeys(("data_path", "checkpoint_dir", "USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"), TEXT),
     **dict.fromkeys(("result_file", "ranks_file", "dataset_save_path", "dataloaders_save_path"), optional(TEXT)),
     **dict.fromkeys(("clip_grad_norm", "load_col", "unload_col", "val_interval"), optional(TABLE)),
