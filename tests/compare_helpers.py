@@ -49,10 +49,11 @@ for who in ["base", "ours"][: 1 + ours]:
         protocol: {f"{m}@{k}": round(draw.random(), 6) for m in ("recall", "ndcg") for k in (5, 10, 20)}
         for protocol in ("seen_kept", "seen_removed")
     }
-    metrics[who] = {"valid": values, "test": values}
+    before = {protocol: {name: value / 2 for name, value in of.items()} for protocol, of in values.items()}
+    metrics[who] = {"valid": before, "test": values}
 options = {key: ast.literal_eval(words[key]) for key in ("topk",) if key in words}
 options = {"topk": [5, 10, 20], "metrics": ["Recall", "NDCG"], "threads": words.get("threads"), **options}
-options.update(user_inter_num_interval="[0,inf)", item_inter_num_interval="[0,inf)")
+options.update(user_inter_num_interval="[0,inf)", item_inter_num_interval="[0,inf)", valid_metric="NDCG@10")
 options["eval_args"] = {
     "split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": {"valid": "full", "test": "full"}
 }

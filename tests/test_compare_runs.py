@@ -71,7 +71,7 @@ def test_a_failed_cell_ends_none_of_the_others(stand_in, capsys):
     assert "ended by signal 9" in error
     rows = {line.split()[0]: line.split() for line in printed.out.splitlines() if line.strip()}
     blocks = printed.out.split("tiny: ")
-    assert len(blocks) == 4  # two protocols, and the costs
+    assert len(blocks) == 5  # two protocols, the validation, and the costs
     assert [line.split()[1:] for line in blocks[1].splitlines() if line.startswith("BPR")] == [["-"] * 6]
     assert rows["SASRec"][1:4] == ["1", "of", "2"]
     assert rows["BPR"][1:] == ["0", "of", "2", "-", "-", "-", "-"]

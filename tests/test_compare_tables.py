@@ -84,6 +84,25 @@ def test_the_figures_of_the_text_table_are_those_of_the_json(content):
         )
 
 
+def test_validation_has_a_table_of_its_own_and_earlier_figures_have_none(content):
+    title = "**tiny: validation**"
+    row = content["datasets"]["tiny"]["rows"][2]
+    page = STYLES["markdown"](content)
+    block = page[page.index(title) :].split("\n\n")[1].splitlines()
+    assert block[0] == "| model | NDCG@10, seen kept | NDCG@10, seen removed |"
+    kept, removed = (row["validation"][each]["ndcg@10"] for each in ("seen_kept", "seen_removed"))
+    assert f"| {row['model']} | {kept['mean']:.4f} ±{kept['std']:.4f} | {removed['mean']:.4f} ±" in block[4]
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path("out/cells").glob("RaSeRec-*.json"))]
+    values = [run["metrics"]["ours"]["valid"]["seen_kept"]["ndcg@10"] for run in runs]
+    assert kept["mean"] == pytest.approx(sum(values) / len(values), abs=1e-6)
+    old = json.loads(json.dumps(content))
+    for each in old["datasets"]["tiny"]["rows"]:
+        del each["validation"], each["valid_metric"]
+    for style in STYLES.values():
+        style(old)
+    assert title not in STYLES["markdown"](old)
+
+
 def test_csv_has_one_line_a_figure(content):
     lines = list(csv.DictReader(io.StringIO(STYLES["csv"](content))))
     assert len(lines) == 3 * 2 * 6
@@ -94,6 +113,7 @@ def test_csv_has_one_line_a_figure(content):
     )
     row = content["datasets"]["tiny"]["rows"][2]
     assert float(line["mean"]) == row["metrics"]["seen_removed"]["ndcg@10"]["mean"]
+    assert float(line["validation_mean"]) == row["validation"]["seen_removed"]["ndcg@10"]["mean"]
     assert float(line["p_users_holm"]) == row["significance"]["seen_removed"]["ndcg@10"]["users_holm"]
     assert (line["base"], line["seeds"], line["parameters"], line["ties"]) == ("SASRec", "2", "1234", "lower id")
     assert (line["validation_in_history"], line["validation_in_memory"]) == ("True", "True")
@@ -102,13 +122,13 @@ def test_csv_has_one_line_a_figure(content):
 
 def test_latex_is_escaped_and_balanced(content):
     text = STYLES["latex"](content)
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 3
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 4
     for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
-        assert text.count(rule) == 3
+        assert text.count(rule) == 4
     bare = text.replace(r"\\", "").replace(r"\_", "").replace(r"\%", "").replace("$\\pm$", "").replace("$<$", "")
     assert not set("_%#$±<") & set(bare)
     tabulars = re.findall(r"\\begin\{tabular\}\{(l r*|lr*)\}(.*?)\\end\{tabular\}", text, re.S)
-    assert len(tabulars) == 3
+    assert len(tabulars) == 4
     for columns, body in tabulars:
         rows = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert rows
@@ -123,7 +143,8 @@ def test_the_plot_shows_base_and_ours_and_is_drawn_from_the_file(content, monkey
     drawn = []
     monkeypatch.setattr(drawing.plots, "bars", lambda path, panels, *words: drawn.append(panels))
     drawing.draw("out")
-    (panels,) = drawn
+    panels, *groups = drawn
+    assert len(groups) == 2
     assert [title.partition(":")[0] for title in panels] == ["tiny", "tiny"]
     for panel in panels.values():
         assert list(panel) == ["SASRec", "RaSeRec:backbone=SASRec"]

@@ -39,6 +39,12 @@ class Run:
         return of.get("ours", of["base"])["test"]
 
     @property
+    def validation(self) -> dict[str, dict[str, float]]:
+        """{protocol: {metric: value}} of the validation, for the weights that were kept."""
+        of = self.record["metrics"]
+        return of.get("ours", of["base"]).get("valid", {})
+
+    @property
     def parameters(self) -> Optional[int]:
         of = self.record["parameters"]
         return of.get("ours", of.get("base"))
@@ -74,10 +80,11 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     Returns:
         {"protocol": of the runs, "users": tested, "rows": [...]}; "protocol" and "users" are None when all runs failed.
         Of each row: "model", "base", "seeds" (metrics, seconds, ... of each run), "failed" ({seed: last words}),
-        "metrics" ({protocol: {metric: {"mean", "std"}}}), "improvement_percent" and "significance" by protocol and
-        metric where there is a base ("users" and "seeds" are p-values, "users_holm" and "seeds_holm" corrected over
-        all rows and metrics of this data set and protocol), "pairs" (how many were compared), "parameters",
-        "training_seconds", "wall_seconds", "peak_memory_mb".
+        "metrics" and "validation" ({protocol: {metric: {"mean", "std"}}}, of the test and of the validation),
+        "valid_metric" (which stops the training of a model without a base), "improvement_percent" and "significance" by
+        protocol and metric where there is a base ("users" and "seeds" are p-values, "users_holm" and "seeds_holm"
+        corrected over all rows and metrics of this data set and protocol), "pairs" (how many were compared),
+        "parameters", "training_seconds", "wall_seconds", "peak_memory_mb".
 
     Raises:
         CheckpointError: a file of ranks is damaged.
@@ -109,11 +116,9 @@ def _row(row: Row) -> dict[str, Any]:
     any_run = next(iter(runs.values()), None)
     for name in ("validation_in_history", "validation_in_memory"):
         made[name] = None if any_run is None else any_run.record["protocol"][name]
-    made["metrics"] = {}
-    for protocol, metrics in ({} if any_run is None else any_run.metrics).items():
-        made["metrics"][protocol] = {
-            metric: spread(run.metrics[protocol][metric] for run in runs.values()) for metric in metrics
-        }
+    made["metrics"] = _spreads([run.metrics for run in runs.values()])
+    made["validation"] = _spreads([run.validation for run in runs.values()])
+    made["valid_metric"] = None if any_run is None else str(any_run.record["options"].get("valid_metric", "")).lower()
     made["parameters"] = None if any_run is None else any_run.parameters
     made["training_seconds"] = spread(run.training_seconds for run in runs.values())
     made["wall_seconds"] = spread(run.record["seconds"]["this_run"] for run in whole)
@@ -121,6 +126,14 @@ def _row(row: Row) -> dict[str, Any]:
     made["seeds"] = {str(seed): _seed(run) for seed, run in runs.items()}
     made["failed"] = {str(seed): words for seed, words in sorted(row.failed.items())}
     return made
+
+
+def _spreads(runs: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """{protocol: {metric: value}} of each run as {protocol: {metric: {"mean", "std"}}}."""
+    return {
+        protocol: {metric: spread(run[protocol][metric] for run in runs) for metric in metrics}
+        for protocol, metrics in (runs[0] if runs else {}).items()
+    }
 
 
 def _seed(run: Run) -> dict[str, Any]:

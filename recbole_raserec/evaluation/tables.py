@@ -58,7 +58,7 @@ def csv_table(content: Content) -> str:
                 for metric, value in metrics.items():
                     writer.writerow(_line(name, data, row, protocol, metric, value))
             if not row["metrics"]:
-                writer.writerow([name, "", row["model"], row["base"], "", *[""] * 7, 0, len(row["failed"])])
+                writer.writerow([name, "", row["model"], row["base"], "", *[""] * 8, 0, len(row["failed"])])
     return stream.getvalue()
 
 
@@ -71,9 +71,10 @@ STYLES: dict[str, Callable[[Content], str]] = {
 }
 
 _CSV = (
-    "dataset", "protocol", "model", "base", "metric", "mean", "std", "improvement_percent", "p_users", "p_users_holm",
-    "p_seeds", "p_seeds_holm", "seeds", "failed", "parameters", "training_seconds", "wall_seconds", "peak_memory_mb",
-    "split", "ranking", "seen_items", "ties", "validation_in_history", "validation_in_memory",
+    "dataset", "protocol", "model", "base", "metric", "mean", "std", "validation_mean", "improvement_percent",
+    "p_users", "p_users_holm", "p_seeds", "p_seeds_holm", "seeds", "failed", "parameters", "training_seconds",
+    "wall_seconds", "peak_memory_mb", "split", "ranking", "seen_items", "ties", "validation_in_history",
+    "validation_in_memory",
 )  # fmt: skip
 
 
@@ -81,7 +82,8 @@ def _line(name: str, data: Content, row: Content, protocol: str, metric: str, va
     tested = row.get("significance", {}).get(protocol, {}).get(metric, {})
     gain = row.get("improvement_percent", {}).get(protocol, {}).get(metric)
     of = data["protocol"]
-    line = [name, protocol, row["model"], row["base"], metric, value["mean"], value["std"], gain]
+    before = (row.get("validation") or {}).get(protocol, {}).get(metric, {}).get("mean")
+    line = [name, protocol, row["model"], row["base"], metric, value["mean"], value["std"], before, gain]
     line += [tested.get(each) for each in ("users", "users_holm", "seeds", "seeds_holm")]
     line += [len(row["seeds"]), len(row["failed"]), row["parameters"]]
     line += [row[each]["mean"] for each in ("training_seconds", "wall_seconds", "peak_memory_mb")]
@@ -111,6 +113,7 @@ def _blocks(name: str, data: Content) -> Iterator[tuple[str, Rows, list[str]]]:
         for row in data["rows"]:
             rows += _model(row, protocol, metrics)
         yield f"{name}: {PROTOCOL_TITLES.get(protocol, protocol)}", rows, notes[protocol]
+    yield from _validation(name, data["rows"])
     costs = [["model", "seeds", "parameters", "training s", "wall s", "peak MiB"]]
     for row in data["rows"]:
         count = row["parameters"]
@@ -125,6 +128,23 @@ def _blocks(name: str, data: Content) -> Iterator[tuple[str, Rows, list[str]]]:
             "wall s, peak MiB: of the row's run, which finds its base trained; without runs that were interrupted",
             *notes["failed"],
         ],
+    )
+
+
+def _validation(name: str, rows: list[Content]) -> Iterator[tuple[str, Rows, list[str]]]:
+    """The table of validation figures: by these options are chosen; none for figures of earlier versions."""
+    metric = next((row["valid_metric"] for row in rows if row.get("valid_metric")), None)
+    protocols = {protocol: None for row in rows for protocol in row.get("validation") or ()}
+    if metric is None or not protocols:
+        return
+    table = [["model", *(f"{metric_title(metric)}, {protocol.replace('_', ' ')}" for protocol in protocols)]]
+    for row in rows:
+        of = row["validation"]
+        table.append([row["model"], *(_spread(of.get(protocol, {}).get(metric), 4) for protocol in protocols)])
+    yield (
+        f"{name}: validation",
+        table,
+        ["of the weights that were kept; options are chosen by these, not by the test's"],
     )
 
 
