@@ -16,6 +16,7 @@ MODELS = {
     "DuoRec": "recbole_raserec.recommendation.duorec",
     "BSARec": "recbole_raserec.recommendation.bsarec",
     "GRU4Rec": "recbole_raserec.recommendation.gru4rec",
+    "NARM": "recbole_raserec.recommendation.narm",
     "BERT4Rec": "recbole_raserec.recommendation.bert4rec",
     "DARec": "recbole_raserec.recommendation.darec",
     "RaSeRec": "recbole_raserec.retrieval.raserec",

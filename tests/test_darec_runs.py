@@ -78,7 +78,7 @@ def test_options_that_do_not_fit_are_said(workdir):
         run(workdir, adapter_sizes=[-1, 2])
     with pytest.raises(ConfigError, match=r"collaborative: nobody is neither"):
         run(workdir, collaborative="nobody")
-    for name in ("RaSeRec", "DARec", "NARM"):
+    for name in ("RaSeRec", "DARec", "STAMP"):
         with pytest.raises(ConfigError, match=rf"collaborative: {name} is neither .* SASRec"):
             run(workdir, collaborative=name)
     with pytest.raises(ConfigError, match=r"collaborative_layers: \[7\]"):

@@ -249,7 +249,7 @@ def test_other_models_do_not_weigh(tmp_path):
     options = {"regeneration": "personalised", "backbone": "SASRec", "loss_type": "BPR"}
     with pytest.raises(ConfigError, match="loss_type: CE; it is BPR"):
         run_recbole_raserec("RaSeRec", "tiny", config_dict=options, argv=[])
-    with pytest.raises(ConfigError, match="not in that of NARM"):
-        run_recbole_raserec("NARM", "tiny", config_dict={"regeneration": "personalised"}, argv=[])
+    with pytest.raises(ConfigError, match="not in that of STAMP"):
+        run_recbole_raserec("STAMP", "tiny", config_dict={"regeneration": "personalised"}, argv=[])
     with pytest.raises(ConfigError, match=r"regeneration: 'often' .* is not true, false or personalised"):
         run_recbole_raserec("GRU4Rec", "tiny", config_dict={"regeneration": "often"}, argv=[])

@@ -12,6 +12,7 @@ from recbole_raserec.configuration.options import (
     ENCODERS,
     LANGUAGE,
     NOT_TRAINING,
+    RECURRENT,
     REGENERATION,
     RETRIEVAL,
     RETRIEVAL_MODEL,
@@ -100,7 +101,7 @@ class DerivedConfigs:
         dropped |= {"additional_feat_suffix", "preload_weight"}
         if not ENCODERS & set(self._names):
             dropped |= set(ENCODER)
-        if not (ENCODERS - {"GRU4Rec"}) & set(self._names):  # sizes of another kind of model
+        if not (ENCODERS - RECURRENT) & set(self._names):  # sizes of another kind of model
             dropped |= {*SEQUENTIAL, "hidden_dropout_prob", "attn_dropout_prob", "embedding_size"}
         columns = self.final_config_dict.get("load_col")
         interactions = {"load_col": {"inter": columns["inter"]}} if columns and "inter" in columns else {}

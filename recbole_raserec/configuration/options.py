@@ -66,7 +66,7 @@ SEQUENTIAL: dict[str, Rule] = {
     "initializer_range": number(0, open_low=True),
 }
 
-#: Options of SASRec, DuoRec, BSARec and GRU4Rec as this package trains them.
+#: Options of SASRec, DuoRec, BSARec, GRU4Rec and NARM as this package trains them.
 ENCODER: dict[str, Rule] = {
     "loss_type": choice("CE", "BPR"),
     "training": choice("prefix", "packed"),
@@ -90,8 +90,10 @@ FILTER: dict[str, Rule] = {
     "filter_scope": choice("causal", "window"),
 }
 
-#: Models that train as SASRec of this package does, and those of them that have DuoRec's contrast.
-ENCODERS = frozenset({"SASRec", "DuoRec", "BSARec", "GRU4Rec"})
+#: Models that train as SASRec of this package does, those of them whose sizes mean something else, and those that have
+#: DuoRec's contrast.
+RECURRENT = frozenset({"GRU4Rec", "NARM"})
+ENCODERS = frozenset({"SASRec", "DuoRec", "BSARec"}) | RECURRENT
 CONTRASTED = frozenset({"DuoRec", "BSARec"})
 
 #: Options of DARec: the language model, its texts, adapters, tasks, and what is put into its attention.
