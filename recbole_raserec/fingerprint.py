@@ -12,7 +12,7 @@ import numpy as np
 TRAINING_VERSION = 2
 
 #: The same for one model alone.
-MODEL_VERSIONS = {"BERT4Rec": 3, "GRU4Rec": 1, "NARM": 1, "RaSeRec": 1}
+MODEL_VERSIONS = {"BERT4Rec": 3, "FEARec": 1, "GRU4Rec": 1, "NARM": 1, "RaSeRec": 1}
 
 
 def data_fingerprint(dataset: Any) -> str:

@@ -17,6 +17,7 @@ MODELS = {
     "BSARec": "recbole_raserec.recommendation.bsarec",
     "GRU4Rec": "recbole_raserec.recommendation.gru4rec",
     "NARM": "recbole_raserec.recommendation.narm",
+    "FEARec": "recbole_raserec.recommendation.fearec",
     "BERT4Rec": "recbole_raserec.recommendation.bert4rec",
     "DARec": "recbole_raserec.recommendation.darec",
     "RaSeRec": "recbole_raserec.retrieval.raserec",

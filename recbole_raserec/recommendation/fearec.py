@@ -1,0 +1,157 @@
+"""FEARec (arXiv 2304.09184) with RecBole's parameters and results; autocorrelation without its [B, H, L] series."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from typing import Any, Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from recbole.model.sequential_recommender.fearec import FEARec as RecBoleFEARec
+
+from recbole_raserec.kernels.dropout import use_fast_dropout
+from recbole_raserec.kernels.losses import linear_cross_entropy
+from recbole_raserec.recommendation.sasrec import feed_forward_branch
+
+
+class FEARec(RecBoleFEARec):
+    """RecBole's FEARec: same parameters, same names, same initialisation, same scores and loss within 1e-5.
+
+    What differs is the cost, where attention is in the frequency domain alone (``dual_domain: false``, RecBole's
+    default; with true, layers are RecBole's own):
+
+    - The strength of a delay is a mean over the H dimensions of cross-correlations. The mean is taken of the spectra,
+      before the inverse transform, and the transforms are products with small matrices (:class:`Delays`).
+    - Each place takes a weighted mean of the places that the strongest delays lead to: one product with an [L, L]
+      matrix for each window.
+    - The last layer is evaluated at the last place alone.
+
+    Without contrast (RecBole's default) the windows with the same target, which RecBole draws for each batch and does
+    not use, are not drawn. The softmax over items runs in reused buffers.
+
+    All places of the padded window take part, so that windows are never cut; prefixes are encoded one by one.
+
+    Options beside those of RecBole's FEARec: `softmax_precision`, see
+    :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`; `contrast` may also be ``none``.
+    """
+
+    trims = False
+
+    def __init__(self, config: Any, dataset: Any):
+        with contextlib.redirect_stdout(io.StringIO()):  # RecBole prints each layer's frequencies
+            super().__init__(config, dataset)
+        use_fast_dropout(self)
+        self.softmax_precision = config["softmax_precision"] or "auto"
+        self.fast = not config["dual_domain"] and not config["use_filter"]
+        if self.fast:
+            self.delays = [
+                Delays(self.max_seq_length, layer.hybrid_attention.q_index, layer.hybrid_attention.factor)
+                for layer in self.item_encoder.layer
+            ]
+
+    def get_same_item_index(self, dataset: Any) -> dict[int, np.ndarray]:
+        """Rows of the training split by target item, in ascending order."""
+        targets = dataset.inter_feat[self.ITEM_ID].numpy()
+        order = np.argsort(targets, kind="stable")
+        items, starts = np.unique(targets[order], return_index=True)
+        return dict(zip(items.tolist(), np.split(order, starts[1:])))
+
+    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+        """User vectors [B, H] of histories [B, L], left-aligned, padded with 0 to L: `MAX_ITEM_LIST_LENGTH`."""
+        if not self.fast:
+            return super().forward(item_seq, item_seq_len)
+        hidden = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.shape[1]]
+        hidden = self.dropout(self.LayerNorm(hidden))  # [B, L, H]
+        layers = self.item_encoder.layer
+        for number, layer in enumerate(layers):
+            last = item_seq_len - 1 if number == len(layers) - 1 else None
+            mixed = _attention(layer.hybrid_attention, self.delays[number], hidden, last)
+            hidden = feed_forward_branch(layer, mixed)
+        return hidden
+
+    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        """The loss of a training batch, a scalar: cross-entropy over all items, with `contrast` RecBole's sum."""
+        if self.ssl in ("us", "un", "su", "us_x") or self.loss_type != "CE":
+            return super().calculate_loss(interaction)
+        h = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        targets = interaction[self.POS_ITEM_ID]
+        return linear_cross_entropy(h, self.item_embedding.weight, targets, precision=self.softmax_precision)
+
+    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """What ``full_sort_predict`` multiplies: user vectors [B, H], item vectors [V, H], no bias."""
+        h = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return h, self.item_embedding.weight, None
+
+
+class Delays:
+    """Which delays of a window of L places go together best, from some of its frequencies (paper, section 3.2).
+
+    Args:
+        length: L.
+        frequencies: those that count, of the L // 2 + 1 of a real transform.
+        factor: the strongest int(factor * log L) delays are taken.
+    """
+
+    def __init__(self, length: int, frequencies: list[int], factor: float):
+        unit = torch.eye(length, dtype=torch.float64)
+        spectrum = torch.fft.rfft(unit, dim=0)[frequencies]  # [F, L]
+        self.transform = torch.cat([spectrum.real, spectrum.imag])  # [2F, L]
+        box = torch.zeros(len(frequencies), length // 2 + 1, dtype=torch.complex128)
+        box[torch.arange(len(frequencies)), torch.tensor(frequencies)] = 1
+        self.inverse = torch.cat([torch.fft.irfft(box), torch.fft.irfft(1j * box)])  # [2F, L], one less if L is odd
+        self.constant = self.transform.sum(dim=1, keepdim=True)  # [2F, 1]: the transform of 1, 1, ...
+        place = torch.arange(length)
+        self.shifts = F.one_hot((place[:, None] + place) % length, length).double()  # [delay, L, L]
+        self.count = int(factor * math.log(length))
+        self.length = length
+
+    def to(self, like: torch.Tensor) -> None:
+        """Move to device and type of `like`."""
+        if self.transform.dtype != like.dtype or self.transform.device != like.device:
+            for name in ("transform", "inverse", "constant", "shifts"):
+                setattr(self, name, getattr(self, name).to(like))
+
+    def strengths(self, hidden: torch.Tensor, query: Any, key: Any) -> torch.Tensor:
+        """Mean over dimensions of the circular cross-correlations of query and key, [B, L, H] -> [B, L]."""
+        spectrum = self.transform @ hidden  # [B, 2F, H]
+        q = F.linear(spectrum, query.weight) + self.constant * query.bias
+        k = F.linear(spectrum, key.weight) + self.constant * key.bias
+        half = q.shape[1] // 2
+        real = (q * k).mean(dim=2)  # [B, 2F]
+        crossed = (q * k.roll(half, dims=1)).mean(dim=2)
+        product = torch.cat([real[:, :half] + real[:, half:], crossed[:, half:] - crossed[:, :half]], dim=1)
+        return product @ self.inverse
+
+    def mixing(self, strengths: torch.Tensor, shared: bool, last: Optional[torch.Tensor]) -> torch.Tensor:
+        """Weights by which places take from places: [B, L, L]; with `last` [B] for that place alone, [B, 1, L].
+
+        `shared` (training): the delays that are strongest in the mean of the batch, for all its windows.
+        """
+        if shared:
+            index = torch.topk(strengths.mean(dim=0), self.count).indices  # [C]
+            weights = torch.softmax(strengths[:, index], dim=1)  # [B, C]
+            if last is None:
+                return (weights @ self.shifts[index].flatten(1)).view(-1, self.length, self.length)
+            index = index.expand(len(weights), -1)
+        else:
+            values, index = torch.topk(strengths, self.count, dim=1)
+            weights = torch.softmax(values, dim=1)
+        spread = weights.new_zeros(len(weights), self.length).scatter(1, index, weights)  # [B, delay]
+        if last is None:
+            return (spread @ self.shifts.flatten(1)).view(-1, self.length, self.length)
+        delay = torch.arange(self.length, device=last.device) - last[:, None]
+        return spread.gather(1, delay % self.length).unsqueeze(1)
+
+
+def _attention(part: Any, delays: Delays, hidden: torch.Tensor, last: Optional[torch.Tensor]) -> torch.Tensor:
+    """RecBole's HybridAttention in the frequency domain, [B, L, H] -> [B, L, H], or [B, H] at the places `last`."""
+    delays.to(hidden)
+    strengths = delays.strengths(hidden, part.query_layer, part.key_layer)
+    taken = delays.mixing(strengths, part.training, last) @ hidden  # weights sum to 1, so that values may come after
+    if last is not None:
+        taken = taken.squeeze(1)
+        hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
+    return part.LayerNorm(part.out_dropout(part.dense(part.value_layer(taken))) + hidden)
