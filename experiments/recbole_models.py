@@ -39,7 +39,7 @@ from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.serving.checkpoint import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = dict.fromkeys(("SASRec", "DuoRec", "GRU4Rec", "BSARec", "RaSeRec"), "sequential")
+OURS = dict.fromkeys(("SASRec", "DuoRec", "GRU4Rec", "NARM", "BERT4Rec", "FEARec", "BSARec", "RaSeRec"), "sequential")
 KINDS = {
     "sequential": recbole.model.sequential_recommender,
     "general": recbole.model.general_recommender,

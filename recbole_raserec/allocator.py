@@ -27,22 +27,65 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
 
 
+class FreedMemory:
+    """What :func:`keep_freed_memory` keeps, bounded: batches of ever new shapes leave holes that nothing fits again.
+
+    Training BERT4Rec on amazon-beauty grows by some 100 MiB an epoch so, with or without :func:`keep_freed_memory`,
+    while what it uses stays below 600 MiB.
+    """
+
+    def __init__(self) -> None:
+        self._least: float | None = None
+
+    def bound(self) -> bool:
+        """Give freed memory back to the system if the process has come to hold twice the least it held at a call.
+
+        Returns:
+            whether it did.
+        """
+        now = resident_mb()
+        if now is None:
+            return False
+        self._least = now if self._least is None else min(self._least, now)
+        return now > 2 * self._least and _trim()
+
+
+def _trim() -> bool:
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (OSError, AttributeError, TypeError):  # not glibc; TypeError: Windows has no library of that name
+        return False
+
+
+def resident_mb() -> float | None:
+    """Memory that this process holds, MiB; None where ``/proc`` does not tell."""
+    return _status("VmRSS:")
+
+
 def peak_memory_mb() -> float | None:
     """Largest resident memory of this process so far, MiB; None where the system does not tell.
 
     Linux counts into ``ru_maxrss`` what the process held before it became this program, its parent's memory; the
     figure in ``/proc`` starts anew.
     """
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) / 1024
-    except (OSError, ValueError, IndexError):
-        pass
+    peak = _status("VmHWM:")
+    if peak is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def _status(name: str) -> float | None:
+    """An entry of ``/proc/self/status``, MiB."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            for line in status:
+                if line.startswith(name):
+                    return int(line.split()[1]) / 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None

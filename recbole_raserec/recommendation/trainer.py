@@ -15,6 +15,7 @@ from recbole.trainer import Trainer
 from recbole.trainer.trainer import PretrainTrainer
 from recbole.utils import ModelType
 
+from recbole_raserec.allocator import FreedMemory
 from recbole_raserec.distributed.group import current
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.fileio import read_tensors, write_tensors
@@ -71,6 +72,7 @@ class ResumableTrainer(Trainer):
         self.seconds = 0.0
         self.valid_values: dict[int, float] = {}  # by epoch
         self._epoch_start = time.perf_counter()
+        self._freed = FreedMemory()
         self._loader: Any = None
         self._resumed: Optional[dict[str, torch.Tensor]] = None
         # Graph models cache embeddings there. Until this process has seen the best epoch, they are as constructed.
@@ -152,7 +154,9 @@ class ResumableTrainer(Trainer):
             self._before_epoch(epoch_idx)
         if self._split is not None:
             loss_func = self._split.loss_of(loss_func or self.model.calculate_loss)
-        return super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
+        losses = super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
+        self._freed.bound()
+        return losses
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
         with self._averaged():

@@ -1,0 +1,51 @@
+"""Memory that was freed and is still held: given back when a process has grown by it."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from recbole.trainer import Trainer
+
+from recbole_raserec import allocator
+from recbole_raserec.allocator import FreedMemory, resident_mb
+
+
+def test_memory_is_given_back_when_the_process_has_doubled(monkeypatch):
+    held, given = iter([300.0, 500.0, 250.0, 490.0, 510.0, 260.0]), []
+    monkeypatch.setattr(allocator, "resident_mb", lambda: next(held))
+    monkeypatch.setattr(allocator, "_trim", lambda: given.append(1) is None)
+    freed = FreedMemory()
+    assert [freed.bound() for _ in range(6)] == [False, False, False, False, True, False]
+    assert len(given) == 1
+
+
+def test_where_the_system_does_not_tell_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(allocator, "resident_mb", lambda: None)
+    monkeypatch.setattr(allocator, "_trim", lambda: pytest.fail("nothing is known of the memory"))
+    assert not FreedMemory().bound()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator can be told")
+def test_holes_between_tensors_go_back():
+    before = resident_mb()
+    freed = FreedMemory()
+    freed._least = before / 4
+    tensors = [torch.ones(16_000) for _ in range(4000)]  # of 64 kB, 244 MiB: below what is mapped one by one
+    kept = tensors[::100]
+    grown = resident_mb()
+    assert grown > before + 200
+    tensors.clear()
+    assert freed.bound()
+    assert resident_mb() < grown - 150
+    assert all(bool((tensor == 1).all()) for tensor in kept)
+
+
+def test_a_training_looks_after_each_epoch(tiny_run, monkeypatch):
+    epochs, looked = [], []
+    train = Trainer._train_epoch
+    monkeypatch.setattr(FreedMemory, "bound", lambda self: looked.append(len(epochs)))
+    monkeypatch.setattr(Trainer, "_train_epoch", lambda *args, **kwargs: epochs.append(1) or train(*args, **kwargs))
+    tiny_run("SASRec", epochs=3)
+    assert looked == [1, 2, 3]
