@@ -15,14 +15,8 @@ from recbole.utils import ModelType
 
 from recbole_raserec.configuration.checks import check_names, check_together, check_values
 from recbole_raserec.configuration.derived import DerivedConfigs
-from recbole_raserec.configuration.options import (
-    COMPUTED_KEYS,
-    NESTED,
-    RETRIEVAL_MODEL,
-    TRANSFORM_KEYS,
-    WITHOUT_NEGATIVES,
-    rules_for,
-)
+from recbole_raserec.configuration.key_sets import COMPUTED_KEYS, TRANSFORM_KEYS
+from recbole_raserec.configuration.options import NESTED, RETRIEVAL_MODEL, WITHOUT_NEGATIVES, rules_for
 from recbole_raserec.configuration.sources import (
     LISTED_KEYS,
     PROPERTIES,

@@ -17,6 +17,9 @@ _PAUSE = 0.1
 #: What a file system says that has no locks: nobody waits there.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)})
 
+#: What it says of a lock that somebody has.
+_HELD = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK})
+
 #: Whether a started process can be given an open file, and holds its lock with its starter.
 INHERITED = sys.platform != "win32"
 
@@ -28,15 +31,18 @@ def lock_file(path: str | os.PathLike) -> Optional[IO[bytes]]:
     deleting it could delete the lock of the next holder.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or the system fails to lock it.
     """
     file = open(path, "a+b", buffering=0)  # noqa: SIM115  held as long as the lock
     try:
         _lock(file.fileno())
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            file.close()
-            return None
+        if error.errno in _NO_LOCKS:
+            return file
+        file.close()
+        if error.errno not in _HELD:
+            raise
+        return None
     return file
 
 

@@ -20,7 +20,7 @@ from recbole.utils import InputType
 
 from recbole_raserec import registry
 from recbole_raserec.config import Config
-from recbole_raserec.configuration import options, sources
+from recbole_raserec.configuration import key_sets, options, sources
 
 RECBOLE = Path(recbole.__file__).parent
 SHIPPED = sorted(path for path in sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
@@ -157,7 +157,7 @@ def test_model_class_and_context_model():
 
 
 def test_keys_that_recbole_reads_are_all_known():
-    known = sources.all_keys() | options.COMPUTED_KEYS | {"full"}  # "full" is an evaluation mode
+    known = sources.all_keys() | key_sets.COMPUTED_KEYS | {"full"}  # "full" is an evaluation mode
     missing = {}
     for path in RECBOLE.rglob("*.py"):
         for key in sources.keys_in_source(path.read_text(encoding="utf-8")) - known:

@@ -77,6 +77,19 @@ def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
         pass
 
 
+def test_a_lock_that_fails_is_not_waited_for(tmp_path, monkeypatch):
+    import errno
+
+    from recbole_raserec import file_locks
+
+    def fail(handle):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(file_locks, "_lock", fail)
+    with pytest.raises(OSError, match="input/output"), one_at_a_time(tmp_path / "thing", pytest.fail):
+        pass
+
+
 def test_a_missing_directory_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         lock_file(tmp_path / "none" / "lock")

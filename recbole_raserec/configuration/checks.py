@@ -10,7 +10,8 @@ from typing import Any, Callable
 from recbole.evaluator import metric_types
 from recbole.utils import EvaluatorType
 
-from recbole_raserec.configuration.options import COMPUTED_KEYS, NESTED, REMEDIES
+from recbole_raserec.configuration.key_sets import COMPUTED_KEYS, REMEDIES
+from recbole_raserec.configuration.options import NESTED
 from recbole_raserec.configuration.rules import Rule, number
 from recbole_raserec.configuration.sources import all_keys, model_keys
 from recbole_raserec.configuration.text import nearest, shown

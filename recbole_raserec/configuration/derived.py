@@ -7,11 +7,11 @@ from typing import Any
 from recbole.utils import ModelType
 
 from recbole_raserec.configuration.checks import check_names
+from recbole_raserec.configuration.key_sets import NOT_TRAINING
 from recbole_raserec.configuration.options import (
     ENCODER,
     ENCODERS,
     LANGUAGE,
-    NOT_TRAINING,
     RECURRENT,
     REGENERATION,
     RETRIEVAL,

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from recbole_raserec.configuration.rules import (
     DEVICES,
     DROPOUT,
+    DROPOUTS,
     FLAG,
     INTERVAL,
     LEVEL,
@@ -88,6 +89,24 @@ FILTER: dict[str, Rule] = {
     "filter_weight": number(0, 1),
     "filter_cutoff": integer(1),
     "filter_scope": choice("causal", "window"),
+}
+
+#: Options of FEARec.
+FREQUENCY: dict[str, Rule] = {
+    **{name: rule for name, rule in CONTRAST.items() if name != "contrast_share"},
+    "global_ratio": number(0, 1, open_low=True),
+    "topk_factor": number(0, open_low=True),
+    **dict.fromkeys(("dual_domain", "std", "fredom"), FLAG),
+    "spatial_ratio": number(0, 1),
+    "fredom_type": optional(choice("un", "su", "us", "us_x")),
+}
+
+#: Options of one model alone.
+OF_ONE: dict[str, dict[str, Rule]] = {
+    "BSARec": FILTER,
+    "FEARec": FREQUENCY,
+    "BERT4Rec": {"mask_ratio": number(0, 1), "ft_ratio": number(0, 1)},
+    "NARM": {"dropout_probs": DROPOUTS},
 }
 
 #: Models that train as SASRec of this package does, those of them whose sizes mean something else, and those that have
@@ -194,100 +213,6 @@ NESTED: dict[str, tuple[str, ...]] = {
 #: sampled items as if they were targets.
 WITHOUT_NEGATIVES = frozenset({"RepeatNet"})
 
-#: Options of the run, not of a model: how it is started.
-RUN_KEYS = frozenset(
-    [
-        "model",
-        "dataset",
-        "config_files",
-        "nproc",
-        "ip",
-        "port",
-        "world_size",
-        "group_offset",
-        "verbose",
-    ]
-)
-
-#: Options that RecBole 1.2.1 reads, whatever the model, without listing them in a YAML file or argument list.
-UNLISTED_KEYS = frozenset(["encoding", "tail_ratio", "token_num_threshold", "xgb_early_stopping_rounds"])
-
-#: The same, read by one model's code alone (or, eta, by one transform).
-UNLISTED_MODEL_KEYS = frozenset(["cin", "contrast", "eta", "feature_num", "has_residual", "norm", "sim", "use_filter"])
-
-#: Options of RecBole's sequence transforms; read when `transform` is set.
-TRANSFORM_KEYS = frozenset(["beta", "eta", "ft_ratio", "mask_ratio"])
-
-#: Entries RecBole computes and overwrites; a value given for one would be lost in silence.
-COMPUTED_KEYS = frozenset(
-    [
-        "MODEL_TYPE",
-        "MODEL_INPUT_TYPE",
-        "collaborative_options",
-        "eval_type",
-        "device",
-        "local_rank",
-        "offset",
-        "single_spec",
-        "valid_neg_sample_args",
-        "test_neg_sample_args",
-        "CROP_ITEM_SEQ",
-        "CROP_ITEM_SEQ_LEN",
-        "INVERSE_ITEM_SEQ",
-        "MASK_INDEX",
-        "MASK_ITEM_SEQ",
-        "NEG_ITEMS",
-        "POS_ITEMS",
-        "REORDER_ITEM_SEQ",
-    ]
-)
-
-#: What to write instead of a name that RecBole once had, or computes.
-REMEDIES = {
-    "device": "set gpu_id, or use_gpu: false for the CPU",
-    "local_rank": "set nproc, the runner numbers the processes",
-    "offset": "set group_offset",
-    "neg_sampling": "set train_neg_sample_args",
-    "training_neg_sample_num": "set train_neg_sample_args",
-    "eval_setting": "set eval_args",
-}
-
-#: Options that leave the trained weights as they are.
-NOT_TRAINING = (
-    RUN_KEYS
-    | COMPUTED_KEYS
-    | frozenset(
-        [
-            "cache_neighbours",
-            "data_path",
-            "checkpoint_dir",
-            "backbone_checkpoint",
-            "result_file",
-            "ranks_file",
-            "resume",
-            "threads",
-            "gpu_id",
-            "use_gpu",
-            "worker",
-            "show_progress",
-            "state",
-            "log_wandb",
-            "wandb_project",
-            "save_dataset",
-            "dataset_save_path",
-            "save_dataloaders",
-            "dataloaders_save_path",
-            "config_file",
-            "eval_batch_size",
-            "eval_memory_mb",
-            "topk",
-            "metrics",
-            "metric_decimal_place",
-            "loss_decimal_place",
-        ]
-    )
-) - {"model", "dataset"}
-
 
 def rules_for(models: Iterable[str], sequential: bool) -> dict[str, Rule]:
     """The rules that apply to a run of `models` (a model and, if it has one, its backbone)."""
@@ -299,8 +224,8 @@ def rules_for(models: Iterable[str], sequential: bool) -> dict[str, Rule]:
         rules.update(ENCODER)
     if models & CONTRASTED:
         rules.update(CONTRAST)
-    if "BSARec" in models:
-        rules.update(FILTER)
+    for name in models & set(OF_ONE):
+        rules.update(OF_ONE[name])
     if "DARec" in models:
         rules.update(LANGUAGE)
     if RETRIEVAL_MODEL in models:

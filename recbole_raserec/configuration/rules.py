@@ -89,6 +89,11 @@ INTERVAL = Rule(
 DEVICES = Rule("a GPU number, several joined by commas, or empty for the CPU", _devices)
 LEVEL = Rule("one of debug, info, warning, error, critical", _level)
 DROPOUT = number(0, 1, open_high=True)
+DROPOUTS = Rule(
+    "a list of two numbers in [0, 1)",
+    lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(DROPOUT.accepts, value)),
+    kind=list,
+)
 NAMES = Rule(
     "a list of names",
     lambda value: isinstance(value, (list, tuple)) and all(isinstance(name, str) and name for name in value),

@@ -16,7 +16,7 @@ import yaml
 from recbole.utils import dataset_arguments, evaluation_arguments, general_arguments, training_arguments
 
 from recbole_raserec import registry
-from recbole_raserec.configuration.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS
+from recbole_raserec.configuration.key_sets import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS
 from recbole_raserec.configuration.text import nearest, shown
 from recbole_raserec.errors import ConfigError
 

@@ -13,7 +13,8 @@ from typing import Any, Optional
 
 from recbole.utils import dataset_arguments, evaluation_arguments
 
-from recbole_raserec.configuration.options import NOT_TRAINING, REGENERATION
+from recbole_raserec.configuration.key_sets import NOT_TRAINING
+from recbole_raserec.configuration.options import REGENERATION
 from recbole_raserec.configuration.sources import PROPERTIES, read_yaml
 from recbole_raserec.configuration.stage_options import regeneration_options
 from recbole_raserec.configuration.text import nearest, plain, shown
