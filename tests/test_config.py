@@ -90,6 +90,15 @@ def test_protocol_of_the_published_data_sets(model, dataset):
     assert config["load_col"] == {"inter": ["user_id", "item_id", "timestamp"]}
 
 
+@pytest.mark.parametrize("given", ["[5,60]", [5, 60], "[5, 60]"])
+def test_a_closed_interval_is_an_interval(given):
+    """Command line and YAML make a list of it."""
+    named = {"user_inter_num_interval": given}
+    assert Config("SASRec", "ml-100k", config_dict=named, argv=[])["user_inter_num_interval"] == "[5,60]"
+    argv = [f"--user_inter_num_interval={given}"]
+    assert Config("SASRec", "ml-100k", argv=argv)["user_inter_num_interval"] == "[5,60]"
+
+
 def test_yaml_reads_as_recbole_reads_it_but_safely(tmp_path):
     recbole_loader = RecBoleConfig._build_yaml_loader(None)
     files = [path for path in RECBOLE.glob("properties/**/*.yaml") if path.parent.name != "dataset"]

@@ -83,6 +83,7 @@ MODELS = sorted(
         ({"device": "cpu"}, ["device", "gpu_id"]),
         ({"state": "LOUD"}, ["state", "LOUD", "info"]),
         ({"threads": 0}, ["threads", "0", "null"]),
+        ({"user_inter_num_interval": [5, "x"]}, ["user_inter_num_interval", "[5,inf)"]),
         ({"user_inter_num_interval": "5,inf"}, ["user_inter_num_interval", "[5,inf)"]),
         ({"topk": [5, 0]}, ["topk", "[5, 0]"]),
         ({"topk": "ten"}, ["topk", "'ten'"]),

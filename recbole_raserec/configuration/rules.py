@@ -79,13 +79,22 @@ def _sizes(value: Any) -> bool:
 
 _INTERVALS = re.compile(r"[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])](;[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])])*")
 
+
+def _interval(value: Any) -> bool:
+    return _INTERVALS.fullmatch(_interval_text(value)) is not None
+
+
+def _interval_text(value: Any) -> str:
+    """As RecBole reads it; "[5,60]" arrives as a list, which its command line and YAML make of it."""
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(number().accepts, value)):
+        return f"[{value[0]},{value[1]}]"
+    return value if isinstance(value, str) else ""
+
+
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("a non-empty text", lambda value: isinstance(value, str) and bool(value))
 TABLE = Rule("a mapping", lambda value: isinstance(value, dict))
-INTERVAL = Rule(
-    'an interval such as "[5,inf)" (in quotes)',
-    lambda value: isinstance(value, str) and _INTERVALS.fullmatch(value) is not None,
-)
+INTERVAL = Rule('an interval such as "[5,inf)" (in quotes)', _interval, kind=_interval_text)
 DEVICES = Rule("a GPU number, several joined by commas, or empty for the CPU", _devices)
 LEVEL = Rule("one of debug, info, warning, error, critical", _level)
 DROPOUT = number(0, 1, open_high=True)
