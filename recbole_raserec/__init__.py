@@ -12,11 +12,14 @@ __version__ = "0.1.0"
 
 #: Public name -> module; imported on first use, so that `recbole-raserec --help` need not load torch.
 _PUBLIC = {
+    "BERT4Rec": "recbole_raserec.recommendation.bert4rec",
     "BSARec": "recbole_raserec.recommendation.bsarec",
     "Config": "recbole_raserec.config",
     "DuoRec": "recbole_raserec.recommendation.duorec",
+    "FEARec": "recbole_raserec.recommendation.fearec",
     "GRU4Rec": "recbole_raserec.recommendation.gru4rec",
     "MemoryBank": "recbole_raserec.retrieval.memory",
+    "NARM": "recbole_raserec.recommendation.narm",
     "Recommender": "recbole_raserec.serving.recommender",
     "RaSeRec": "recbole_raserec.retrieval.raserec",
     "SASRec": "recbole_raserec.recommendation.sasrec",

@@ -33,7 +33,7 @@ Trains a model and prints its test figures, under both protocols (items of the h
 removed). RaSeRec trains its backbone first, or reuses it, and is compared with it. The same command continues an
 interrupted run from the last finished epoch.
 
-  -m, --model=NAME           RaSeRec, SASRec, DuoRec, GRU4Rec, BSARec, DARec, or any of RecBole
+  -m, --model=NAME           RaSeRec, SASRec, DuoRec, BSARec, DARec, or any of RecBole
   -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
   --config_files="A B"       YAML files, later ones win over earlier ones
 

@@ -61,7 +61,19 @@ MODELS = sorted(
         ({"backbone": "NARM", "dropout_probs": [0.5, 1]}, ["dropout_probs", "[0.5, 1]"]),
         ({"backbone": "FEARec", "global_ratio": 0}, ["global_ratio", "0", "(0, 1]"]),
         ({"backbone": "FEARec", "contrast": "x"}, ["contrast", "'x'", "none"]),
-        ({"backbone": "BERT4Rec", "mask_ratio": 1.5}, ["mask_ratio", "1.5", "[0, 1]"]),
+        ({"backbone": "FEARec", "topk_factor": 0.2}, ["topk_factor: 0.2", "= 0 delays", "LENGTH: 50"]),
+        ({"backbone": "FEARec", "topk_factor": 13.1}, ["topk_factor: 13.1", "= 51 delays", "at most 50"]),
+        ({"backbone": "FEARec", "n_layers": 1}, ["n_layers: 1", "2 or more"]),
+        ({"backbone": "FEARec", "use_filter": True}, ["use_filter: true", "leave it out"]),
+        ({"backbone": "FEARec", "loss_type": "ce"}, ["loss_type", "'ce'", "CE"]),
+        ({"backbone": "BERT4Rec", "mask_ratio": 1.5}, ["mask_ratio", "1.5", "(0, 1]"]),
+        (
+            {"backbone": "BERT4Rec", "mask_ratio": 0.01},
+            ["mask_ratio: 0.01", "LENGTH: 50", "0.02 or more"],
+        ),
+        ({"backbone": "BERT4Rec", "ft_ratio": 2}, ["ft_ratio", "2", "[0, 1]"]),
+        ({"backbone": "BERT4Rec", "transform": None}, ["transform", "mask_itemseq"]),
+        ({"backbone": "BERT4Rec", "loss_type": "x"}, ["loss_type", "'x'", "BPR"]),
         ({"ram_valid_metric": "NDCG@3"}, ["ram_valid_metric", "NDCG@3", "NDCG@5"]),
         ({"learnable_alpha": "yes"}, ["learnable_alpha", "'yes'", "true or false"]),
         ({"contrast": "usx"}, ["contrast", "'usx'", "did you mean us_x?"]),
@@ -149,7 +161,7 @@ def test_options_of_other_models():
         Config("RaSeRec", "ml-100k", config_dict={"backbone": "GRU4Rec", "num_layers": 3}, argv=[])["num_layers"] == 3
     )
     # FEARec reads an option that stands in none of RecBole's files.
-    assert Config("FEARec", "ml-100k", config_dict={"use_filter": True}, argv=[])["use_filter"] is True
+    assert Config("FEARec", "ml-100k", config_dict={"use_filter": False}, argv=[])["use_filter"] is False
     assert "other models" in only_problem(model="SASRec", config_dict={"eta": 0.5})
     config = Config("SASRec", "ml-100k", config_dict={"eta": 0.5, "transform": "crop_itemseq"}, argv=[])
     assert config["eta"] == 0.5

@@ -55,6 +55,8 @@ JOBS = {
         {**STILL, "loss_type": "BPR", "train_neg_sample_args": {}, "clip_grad_norm": {"max_norm": 0.1}},
     ),
     "GRU4Rec": ("GRU4Rec", {"embedding_size": 16, "hidden_size": 16, "dropout_prob": 0.0}),
+    "NARM": ("NARM", {"embedding_size": 16, "hidden_size": 16, "dropout_probs": [0.0, 0.0], "training": "packed"}),
+    "BERT4Rec": ("BERT4Rec", STILL),
     "RaSeRec": ("RaSeRec", {**STILL, **RETRIEVAL}),
     "RaSeRec, all of it": ("RaSeRec", {**STILL, **RETRIEVAL, "freeze_backbone": False}),
     "BPR": ("BPR", {"embedding_size": 16}),

@@ -259,3 +259,13 @@ def test_the_runner_refuses_before_it_looks_for_data(tmp_path, options, words):
     with pytest.raises(ConfigError) as error:
         run(tmp_path, dataset="nowhere", **options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("model", ["SASRec", "DuoRec", "BSARec", "GRU4Rec", "NARM", "BERT4Rec", "FEARec"])
+@pytest.mark.parametrize("precision", ["auto", "float32"])
+def test_automatic_mixed_precision_trains(tiny_run, model, precision):
+    """Layers give shorter numbers than the item table has."""
+    made = tiny_run(model, enable_amp=True, softmax_precision=precision)
+    figures = made.record["metrics"]["base"]["test"]["seen_kept"]
+    assert all(0 <= value <= 1 for value in figures.values())
+    assert all(torch.isfinite(weight).all() for weight in made.base.model.parameters())

@@ -51,7 +51,7 @@ def test_a_user_who_never_existed(loaded):
 
 
 @pytest.mark.parametrize(
-    "model", ["SASRec", "DuoRec", "GRU4Rec", "BERT4Rec", "FPMC", "HGN", "NARM", "Caser", "LightSANs"]
+    "model", ["SASRec", "DuoRec", "GRU4Rec", "BERT4Rec", "FEARec", "FPMC", "HGN", "NARM", "Caser", "LightSANs"]
 )
 def test_sequential_models(tiny_run, model):
     outcome = tiny_run(model).base

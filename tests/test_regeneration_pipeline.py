@@ -193,9 +193,10 @@ def test_generated_memories_are_of_the_latest_time(tiny):
     assert (memory.times[made] == memory.times[:pairs].max()).all()
 
 
-def test_sizes_of_another_model_are_not_those_of_the_embeddings():
-    given_ = {"regeneration": True, "hidden_size": 129, "num_layers": 2, "seed": 3}
-    config = Config("GRU4Rec", "ml-100k", config_dict=given_, argv=[]).for_embeddings()
+@pytest.mark.parametrize(("model", "layers"), [("GRU4Rec", "num_layers"), ("NARM", "n_layers")])
+def test_sizes_of_another_model_are_not_those_of_the_embeddings(model, layers):
+    given_ = {"regeneration": True, "hidden_size": 129, layers: 3, "seed": 3}
+    config = Config(model, "ml-100k", config_dict=given_, argv=[]).for_embeddings()
     assert (config["hidden_size"], config["seed"], config["model"]) == (64, 3, "SASRec")
     plain = Config("SASRec", "ml-100k", config_dict={"seed": 3}, argv=[])
     assert config.training_options() == plain.training_options()

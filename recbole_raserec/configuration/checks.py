@@ -116,6 +116,7 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
             "filter_scope: window lets a position see later ones, which training: packed predicts; "
             "set training: prefix, or filter_scope: causal"
         )
+    problems += _check_windows(options, reads)
     alike = options.get("hard_similarity") if reads("hard_similarity") and options.get("hard_weight") else None
     if alike == "collaborative" and not options.get("collaborative"):
         problems.append(
@@ -123,6 +124,31 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
         )
     targets = ["valid_metric", "ram_valid_metric"] if retrieval else ["valid_metric"]
     return problems + _check_metrics(options, targets) + _check_eval_args(options) + _check_negatives(options)
+
+
+def _check_windows(options: Mapping[str, Any], reads: Callable[[str], bool]) -> list[str]:
+    """What FEARec's delays and BERT4Rec's masks ask of the length of a window."""
+    length, problems = options.get("MAX_ITEM_LIST_LENGTH"), []
+    if type(length) is not int or length < 1:
+        return []  # reported on its own
+    factor, ratio = options.get("topk_factor"), options.get("mask_ratio")
+    if reads("topk_factor") and isinstance(factor, (int, float)):
+        count, most = int(factor * math.log(length)), length - length % 2
+        if not 1 <= count <= most:
+            problems.append(
+                f"topk_factor: {factor} takes int({factor} x log {length}) = {count} delays of a window of "
+                f"MAX_ITEM_LIST_LENGTH: {length}; set it so that they are at least 1 and at most {most}"
+            )
+        if options.get("n_layers") == 1:
+            problems.append("n_layers: 1: FEARec deals its frequencies out to several layers; set n_layers: 2 or more")
+        if options.get("use_filter"):
+            problems.append("use_filter: true needs weights that RecBole's FEARec does not have; leave it out")
+    if options.get("transform") == "mask_itemseq" and isinstance(ratio, (int, float)) and int(ratio * length) < 1:
+        problems.append(
+            f"mask_ratio: {ratio} masks no item of a window of MAX_ITEM_LIST_LENGTH: {length}; "
+            f"set it to {math.ceil(1000 / length) / 1000} or more"
+        )
+    return problems
 
 
 def _check_metrics(options: Mapping[str, Any], targets: list[str]) -> list[str]:

@@ -94,6 +94,7 @@ FILTER: dict[str, Rule] = {
 #: Options of FEARec.
 FREQUENCY: dict[str, Rule] = {
     **{name: rule for name, rule in CONTRAST.items() if name != "contrast_share"},
+    "loss_type": choice("CE", "BPR"),
     "global_ratio": number(0, 1, open_low=True),
     "topk_factor": number(0, open_low=True),
     **dict.fromkeys(("dual_domain", "std", "fredom"), FLAG),
@@ -105,7 +106,12 @@ FREQUENCY: dict[str, Rule] = {
 OF_ONE: dict[str, dict[str, Rule]] = {
     "BSARec": FILTER,
     "FEARec": FREQUENCY,
-    "BERT4Rec": {"mask_ratio": number(0, 1), "ft_ratio": number(0, 1)},
+    "BERT4Rec": {
+        "loss_type": choice("CE", "BPR"),
+        "transform": choice("mask_itemseq"),
+        "mask_ratio": number(0, 1, open_low=True),
+        "ft_ratio": number(0, 1),
+    },
     "NARM": {"dropout_probs": DROPOUTS},
 }
 

@@ -94,6 +94,10 @@ def _training_problems(target: Any, asked: str, remedy: str) -> list[str]:
         problems.append(
             f"{asked} share the rows of a batch, but DARec's losses compare the rows with each other; {remedy}"
         )
+    elif model == "FEARec":
+        problems.append(
+            f"{asked} share the rows of a batch, but FEARec chooses its delays by the mean over all of them; {remedy}"
+        )
     elif trainer is not Trainer:
         problems.append(
             f"{asked} share the steps of RecBole's Trainer, but {model} is trained by {trainer.__name__}, in another "

@@ -127,17 +127,19 @@ def linear_cross_entropy(
     Returns:
         scalar tensor.
     """
+    h = h.to(items.dtype)  # autocast (`enable_amp`) may have made it shorter
     if weights is None:
         normalised = h.new_full((len(h),), 1.0 / max(len(h), 1))
     else:
         weights = weights.to(h.dtype)
         normalised = weights / weights.sum().clamp(min=torch.finfo(h.dtype).tiny)
     low = None
-    if h.dtype == torch.float32 and precision != "float32":
-        if h.device.type == "cpu" and items.dtype == torch.float32 and native.has_cross_entropy():
-            return _CompiledCrossEntropy.apply(h, items, targets, normalised, torch.is_grad_enabled())
-        low = torch.bfloat16 if precision == "bfloat16" else None
-    return _LinearCrossEntropy.apply(h.contiguous(), items, targets, normalised, low)
+    with torch.autocast(h.device.type, enabled=False):
+        if h.dtype == torch.float32 and precision != "float32":
+            if h.device.type == "cpu" and native.has_cross_entropy():
+                return _CompiledCrossEntropy.apply(h, items, targets, normalised, torch.is_grad_enabled())
+            low = torch.bfloat16 if precision == "bfloat16" else None
+        return _LinearCrossEntropy.apply(h.contiguous(), items, targets, normalised, low)
 
 
 def info_nce(

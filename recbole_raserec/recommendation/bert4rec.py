@@ -49,10 +49,12 @@ class BERT4Rec(RecBoleBERT4Rec):
 
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         """Mean cross-entropy over the masked places, the first of a window never counted (RecBole), or its BPR."""
-        if self.loss_type != "CE":
-            return super().calculate_loss(interaction)
         places = interaction[self.MASK_INDEX]  # [B, M], 0: none
         counted = places > 0
+        if not counted.any():
+            return self.output_bias.sum() * 0
+        if self.loss_type != "CE":
+            return super().calculate_loss(interaction)
         h = self.encode_places(interaction[self.MASK_ITEM_SEQ], places)[counted]  # [N, H]
         items, bias = self.item_embedding.weight[: self.n_items], self.output_bias
         # The bias as two more dimensions of the item vectors, so that it keeps 16 bits where products are in bfloat16.

@@ -29,8 +29,8 @@ class FEARec(RecBoleFEARec):
       matrix for each window.
     - The last layer is evaluated at the last place alone.
 
-    Without contrast (RecBole's default) the windows with the same target, which RecBole draws for each batch and does
-    not use, are not drawn. The softmax over items runs in reused buffers.
+    Without contrast (RecBole's default) and with ``loss_type: CE`` the windows of the same target, which RecBole draws
+    for each batch and does not use, are not drawn, and the softmax over items runs in reused buffers.
 
     All places of the padded window take part, so that windows are never cut; prefixes are encoded one by one.
 
@@ -103,15 +103,13 @@ class Delays:
         box[torch.arange(len(frequencies)), torch.tensor(frequencies)] = 1
         self.inverse = torch.cat([torch.fft.irfft(box), torch.fft.irfft(1j * box)])  # [2F, L], one less if L is odd
         self.constant = self.transform.sum(dim=1, keepdim=True)  # [2F, 1]: the transform of 1, 1, ...
-        place = torch.arange(length)
-        self.shifts = F.one_hot((place[:, None] + place) % length, length).double()  # [delay, L, L]
         self.count = int(factor * math.log(length))
         self.length = length
 
     def to(self, like: torch.Tensor) -> None:
         """Move to device and type of `like`."""
         if self.transform.dtype != like.dtype or self.transform.device != like.device:
-            for name in ("transform", "inverse", "constant", "shifts"):
+            for name in ("inverse", "constant", "transform"):  # in this order, as other threads may look at the last
                 setattr(self, name, getattr(self, name).to(like))
 
     def strengths(self, hidden: torch.Tensor, query: Any, key: Any) -> torch.Tensor:
@@ -134,14 +132,16 @@ class Delays:
             index = torch.topk(strengths.mean(dim=0), self.count).indices  # [C]
             weights = torch.softmax(strengths[:, index], dim=1)  # [B, C]
             if last is None:
-                return (weights @ self.shifts[index].flatten(1)).view(-1, self.length, self.length)
+                taken = (torch.arange(self.length, device=index.device) + index[:, None]) % self.length  # [C, L]
+                shifts = F.one_hot(taken, self.length).to(weights)  # [C, L, L]
+                return (weights @ shifts.flatten(1)).view(-1, self.length, self.length)
             index = index.expand(len(weights), -1)
         else:
             values, index = torch.topk(strengths, self.count, dim=1)
             weights = torch.softmax(values, dim=1)
         spread = weights.new_zeros(len(weights), self.length).scatter(1, index, weights)  # [B, delay]
-        if last is None:
-            return (spread @ self.shifts.flatten(1)).view(-1, self.length, self.length)
+        if last is None:  # row t holds them from place t on, around
+            return torch.cat([spread, spread], dim=1).unfold(1, self.length, 1)[:, 1:].flip(1)
         delay = torch.arange(self.length, device=last.device) - last[:, None]
         return spread.gather(1, delay % self.length).unsqueeze(1)
 
