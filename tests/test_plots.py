@@ -35,3 +35,45 @@ def test_without_matplotlib(tmp_path, monkeypatch):
 
 def test_a_plot_lies_beside_its_figures(tmp_path):
     assert plots.plot_beside(tmp_path / "a.b.json", "_K") == tmp_path / "a.b_K.png"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are written."""
+    figure = pytest.importorskip("matplotlib.figure", reason="plots need matplotlib")
+    written, save = [], figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: written.append(self) or save(self, *a, **k))
+    return written
+
+
+LONG = "RaSeRec:backbone=SASRec:training=packed:head=both:memory=both:alpha=0.2:ram_learning_rate=0.0002:top_k=50"
+
+
+def test_long_names_stand_below_the_panels(tmp_path, figures):
+    plots.bars(tmp_path / "x.png", {"t": {LONG: POINTS, "SASRec": POINTS}, "u": {"SASRec": POINTS}}, "K", "N")
+    [figure] = figures
+    [legend] = figure.legends
+    assert [axis.get_legend() for axis in figure.axes] == [None, None]
+    box = legend.get_window_extent()
+    assert all(box.y1 <= axis.get_window_extent().y0 for axis in figure.axes)
+    assert all(axis.get_window_extent().height > 200 for axis in figure.axes)  # the figure has grown for it
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    first, second = (text.get_text() for text in legend.get_texts())
+    assert first.replace("\n    ", "") == LONG
+    assert "\n" not in second
+
+
+def test_short_names_stand_in_the_panels(tmp_path, figures):
+    plots.lines(tmp_path / "x.png", {"t": {"a": POINTS, "b": POINTS}, "u": {"b": POINTS}}, "K", "N")
+    [figure] = figures
+    assert not figure.legends
+    assert [axis.get_legend() is not None for axis in figure.axes] == [True, False]
+    colors = [{line.get_label(): line.get_color() for line in axis.lines} for axis in figure.axes]
+    assert colors[0]["b"] == colors[1]["b"] != colors[0]["a"]
+
+
+def test_more_labels_than_ten_differ(tmp_path, figures):
+    plots.bars(tmp_path / "x.png", {"t": {f"model {n}": POINTS for n in range(15)}}, "K", "N")
+    colors = {patch.get_facecolor() for patch in figures[0].axes[0].patches}
+    assert len(colors) == 15
