@@ -6,7 +6,6 @@ import platform
 
 import pytest
 import torch
-from recbole.trainer import Trainer
 
 from recbole_raserec import allocator
 from recbole_raserec.allocator import FreedMemory, resident_mb
@@ -44,6 +43,8 @@ def test_holes_between_tensors_go_back():
 
 
 def test_a_training_looks_after_each_epoch(tiny_run, monkeypatch):
+    from recbole.trainer import Trainer
+
     epochs, looked = [], []
     train = Trainer._train_epoch
     monkeypatch.setattr(FreedMemory, "bound", lambda self: looked.append(len(epochs)))
