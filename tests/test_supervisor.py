@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -45,6 +46,12 @@ def appear(folder, count):
         assert time.monotonic() < until
         time.sleep(0.02)
     return [int(path.read_text()) for path in folder.glob("*.pid")]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the processes' end is set up by a function of glibc")
+def test_libraries_that_abort_at_the_end_do_not_undo_what_was_done(tmp_path):
+    assert supervise(distributed_helpers.abort_late, (str(tmp_path),), 2) == 7
+    assert [(tmp_path / f"{number}.end").read_text() for number in range(2)] == ["said", "said"]
 
 
 @posix

@@ -5,6 +5,7 @@ Standard library alone: what they do is the caller's.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.connection
@@ -77,6 +78,16 @@ def _main(do: Callable[..., Any], number: int, folder: Path, arguments: Sequence
     except BaseException as error:
         _leave_error(folder, number, error)
         os._exit(1)  # at once: nothing here may wait for a process that is gone
+    _leave()
+
+
+def _leave() -> None:
+    """End as Python ends, but without the destructors of C++ libraries: they can abort a process that has done its work
+    ("terminate called without an active exception") when threads of its group are still there."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def _end_with_parent() -> None:
