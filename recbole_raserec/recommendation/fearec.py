@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.fearec import FEARec as RecBoleFEARec
 
-from recbole_raserec.kernels.dropout import use_fast_dropout
-from recbole_raserec.kernels.losses import linear_cross_entropy
+from recbole_raserec.recommendation.objective import SoftmaxOverItems
 from recbole_raserec.recommendation.sasrec import feed_forward_branch
 
 
-class FEARec(RecBoleFEARec):
+class FEARec(SoftmaxOverItems, RecBoleFEARec):
     """RecBole's FEARec: same parameters, same names, same initialisation, same scores and loss within 1e-5.
 
     What differs is the cost, where attention is in the frequency domain alone (``dual_domain: false``, RecBole's
@@ -43,8 +42,6 @@ class FEARec(RecBoleFEARec):
     def __init__(self, config: Any, dataset: Any):
         with contextlib.redirect_stdout(io.StringIO()):  # RecBole prints each layer's frequencies
             super().__init__(config, dataset)
-        use_fast_dropout(self)
-        self.softmax_precision = config["softmax_precision"] or "auto"
         self.fast = not config["dual_domain"] and not config["use_filter"]
         if self.fast:
             self.delays = [
@@ -74,16 +71,9 @@ class FEARec(RecBoleFEARec):
 
     def calculate_loss(self, interaction: Any) -> torch.Tensor:
         """The loss of a training batch, a scalar: cross-entropy over all items, with `contrast` RecBole's sum."""
-        if self.ssl in ("us", "un", "su", "us_x") or self.loss_type != "CE":
-            return super().calculate_loss(interaction)
-        h = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        targets = interaction[self.POS_ITEM_ID]
-        return linear_cross_entropy(h, self.item_embedding.weight, targets, precision=self.softmax_precision)
-
-    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """What ``full_sort_predict`` multiplies: user vectors [B, H], item vectors [V, H], no bias."""
-        h = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return h, self.item_embedding.weight, None
+        if self.ssl in ("us", "un", "su", "us_x"):
+            return RecBoleFEARec.calculate_loss(self, interaction)
+        return super().calculate_loss(interaction)
 
 
 class Delays:

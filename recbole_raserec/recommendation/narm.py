@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from recbole.model.sequential_recommender.narm import NARM as RecBoleNARM
 
-from recbole_raserec.kernels.dropout import use_fast_dropout
 from recbole_raserec.recommendation.objective import SoftmaxOverItems
 
 
@@ -23,11 +20,6 @@ class NARM(SoftmaxOverItems, RecBoleNARM):
     """
 
     trims = True
-
-    def __init__(self, config: Any, dataset: Any):
-        super().__init__(config, dataset)
-        use_fast_dropout(self)
-        self.softmax_precision = config["softmax_precision"] or "auto"
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
         """User vectors [B, E] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""

@@ -8,6 +8,7 @@ import torch
 
 from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.packed import PACKED_TARGETS
+from recbole_raserec.kernels.dropout import use_fast_dropout
 from recbole_raserec.kernels.losses import linear_cross_entropy
 
 
@@ -27,6 +28,11 @@ class SoftmaxOverItems:
     encode_positions: Any
     item_embedding: Any
     softmax_precision = "auto"
+
+    def __init__(self, config: Any, dataset: Any):
+        super().__init__(config, dataset)  # type: ignore[call-arg]
+        use_fast_dropout(self)  # type: ignore[arg-type]
+        self.softmax_precision = config["softmax_precision"] or "auto"
 
     def item_vectors(self) -> torch.Tensor:
         """Item table as it enters the dot product, [V, H]."""

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
-from recbole_raserec.kernels.dropout import use_fast_dropout
 from recbole_raserec.kernels.encoder import Architecture, Ragged, encode
 from recbole_raserec.recommendation.objective import SoftmaxOverItems
 
@@ -30,8 +29,6 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
 
     def __init__(self, config: Any, dataset: Any):
         super().__init__(config, dataset)
-        use_fast_dropout(self)
-        self.softmax_precision = config["softmax_precision"] or "auto"
         self._architecture = Architecture(
             self.hidden_size, self.inner_size, self.n_heads, self.n_layers, float(self.layer_norm_eps)
         )
