@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from recbole_raserec.cli import main
+from recbole_raserec.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["run", *sys.argv[1:]]))

@@ -7,7 +7,7 @@ from setuptools import Extension, find_packages, setup
 README = Path(__file__).with_name("README.md")
 
 INSTALL_REQUIRES = [
-    "recbole==1.2.1",  # compat.py mends this version and no other
+    "recbole==1.2.1",  # compat/patches.py patches this version and no other
     "torch>=2.0",
     "faiss-cpu>=1.7.4",
     "numpy>=1.22,<2",  # RecBole names aliases that numpy 2 removed
@@ -78,7 +78,7 @@ setup(
         "recbole_raserec.serving": ["*.css", "*.js"],
     },
     ext_modules=[kernels(name) for name in INSTRUCTIONS],
-    entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli:main"]},
+    entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli.main:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",

@@ -31,7 +31,7 @@ class Case:
 
 def config_of(model: str, data_path: str, dataset: str = "amazon-beauty", **options: Any) -> Any:
     """The package's configuration of `model`, quiet, with checkpoints in a temporary directory."""
-    from recbole_raserec.config import Config
+    from recbole_raserec.config.config import Config
 
     base = {"data_path": data_path, "show_progress": False, "state": "ERROR", "checkpoint_dir": tempfile.mkdtemp()}
     return Config(model, dataset, config_dict={**base, **options}, argv=[])

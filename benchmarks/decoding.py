@@ -18,10 +18,10 @@ def _model_and_sequences(data_path: str) -> tuple[Any, Any]:
     """A regenerator of amazon-beauty's size (default sizes, weights as constructed), and the training sequences."""
     import torch
 
-    from recbole_raserec.allocator import keep_freed_memory
+    from recbole_raserec.data.splits import prepare_data
+    from recbole_raserec.kernels.allocator import keep_freed_memory
+    from recbole_raserec.regeneration.pairs import pieces, training_sequences
     from recbole_raserec.regeneration.regenerator import Regenerator
-    from recbole_raserec.regeneration.sources import pieces, training_sequences
-    from recbole_raserec.stages import prepare_data
 
     keep_freed_memory()
     train = prepare_data(config_of("SASRec", data_path)).train._dataset

@@ -24,9 +24,9 @@ def ours(model: str, training: str, dataset: str = "amazon-beauty", **options: A
 def _our_epoch(model: str, data_path: str, dataset: str = "amazon-beauty", **options: Any) -> float:
     import torch
 
-    from recbole_raserec.allocator import keep_freed_memory
-    from recbole_raserec.registry import get_model
-    from recbole_raserec.stages import prepare_data
+    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.data.splits import prepare_data
+    from recbole_raserec.kernels.allocator import keep_freed_memory
 
     keep_freed_memory()
     config = config_of(model, data_path, dataset, train_batch_size=BATCH, **options)
@@ -73,10 +73,10 @@ def duorec_padded(data_path: str) -> dict[str, Any]:
     import torch.nn.functional as F
     from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
-    from recbole_raserec.data.loader import SAME_TARGET, BucketLoader
+    from recbole_raserec.data.loaders import SAME_TARGET, BucketLoader
+    from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.kernels.losses import info_nce
     from recbole_raserec.recommendation.duorec import DuoRec
-    from recbole_raserec.stages import prepare_data
 
     class Padded(DuoRec):
         def calculate_loss(self, interaction: Any) -> torch.Tensor:

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     args = parser.parse_args()
     args.bearer = args.token_file.read_text(encoding="utf-8").strip() if args.token_file else ""
-    from recbole_raserec.serving.checkpoint import read_ids
+    from recbole_raserec.storage.checkpoint import read_ids
 
     found = asyncio.run(load(args, read_ids(args.checkpoint)["items"][1:]))
     print(json.dumps(found, indent=2))

@@ -15,7 +15,7 @@ ALPHA, BETA = 5, 2
 
 def _training_part(data_path: str) -> tuple[np.ndarray, np.ndarray]:
     """Items and offsets of the training part of amazon-beauty's leave-one-out split."""
-    from recbole_raserec.stages import prepare_data
+    from recbole_raserec.data.splits import prepare_data
 
     train = prepare_data(config_of("SASRec", data_path)).train._dataset
     users, positions, _ = train.windows()

@@ -20,7 +20,7 @@ SHARE = 50
 
 def our_preparation(data_path: str) -> dict[str, Any]:
     """amazon-beauty through this package."""
-    from recbole_raserec.stages import prepare_data
+    from recbole_raserec.data.splits import prepare_data
 
     config = config_of("SASRec", data_path)
     started = time.perf_counter()
@@ -79,7 +79,7 @@ def write_big_log(directory: Path, users: int) -> Path:
 
 def big_ours(_: str) -> dict[str, Any]:
     """Ten million interactions to loaders, and the first training batch."""
-    from recbole_raserec.stages import prepare_data
+    from recbole_raserec.data.splits import prepare_data
 
     with tempfile.TemporaryDirectory() as folder:
         size = os.path.getsize(write_big_log(Path(folder), BIG))

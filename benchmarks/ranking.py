@@ -13,10 +13,10 @@ DIGITS = 8
 
 def ours(data_path: str) -> dict[str, Any]:
     """Both protocols in one pass."""
-    from recbole_raserec.allocator import keep_freed_memory
+    from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.evaluation.protocols import evaluate
+    from recbole_raserec.kernels.allocator import keep_freed_memory
     from recbole_raserec.recommendation.sasrec import SASRec
-    from recbole_raserec.stages import prepare_data
 
     keep_freed_memory()
     config = config_of("SASRec", data_path)

@@ -16,15 +16,15 @@ PEER_BATCHES = 12
 
 
 def _stage(data_path: str) -> tuple[Any, Any, Any, Any]:
-    """Frozen random SASRec, RaSeRec over it with dropout off, keeper, loader of the training rows."""
+    """Frozen random SASRec, RaSeRec over it with dropout off, hooks, loader of the training rows."""
     import torch
 
-    from recbole_raserec.data.loader import RowLoader
+    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.data.loaders import RowLoader
+    from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.recommendation.backbone import wrap_backbone
-    from recbole_raserec.registry import get_model
-    from recbole_raserec.retrieval.keeper import MemoryKeeper
     from recbole_raserec.retrieval.raserec import RaSeRec
-    from recbole_raserec.stages import prepare_data
+    from recbole_raserec.retrieval.stage import RetrievalHooks
 
     config = config_of("RaSeRec", data_path, backbone="SASRec", ram_dropout=0.0, train_batch_size=1024, index="flat")
     backbone_config = config.for_backbone()
@@ -35,23 +35,23 @@ def _stage(data_path: str) -> tuple[Any, Any, Any, Any]:
         encoder.item_embedding.weight.mul_(25)  # to the length that training gives them
     model = RaSeRec(config, splits.dataset, wrap_backbone(encoder, config, splits.dataset))
     train, valid = splits.train._dataset, splits.valid._dataset
-    keeper = MemoryKeeper(model, train, valid, config)
+    hooks = RetrievalHooks(model, train, valid, config)
     model.train()
     config["train_batch_size"] = 1024
     loader = RowLoader(config, train, splits.train._sampler, shuffle=True)
-    return model, keeper, loader, train
+    return model, hooks, loader, train
 
 
 def cached(data_path: str) -> dict[str, Any]:
     """Vectors and neighbours of all training windows once, then a whole epoch that looks them up."""
     import torch
 
-    from recbole_raserec.allocator import keep_freed_memory
+    from recbole_raserec.kernels.allocator import keep_freed_memory
 
     keep_freed_memory()
     started = time.perf_counter()
-    model, keeper, loader, _ = _stage(data_path)
-    keeper.before_epoch(0)
+    model, hooks, loader, _ = _stage(data_path)
+    hooks.before_epoch(0)
     once = time.perf_counter() - started
     start = copy.deepcopy(model.ram.state_dict())
     order = loader.generator.get_state()

@@ -29,8 +29,8 @@ def _recommender(data_path: str, index: str | None) -> tuple[Any, str]:
     import dataclasses
 
     from recbole_raserec import Recommender, load_checkpoint
-    from recbole_raserec.serving.catalogue import Catalogue
-    from recbole_raserec.serving.checkpoint import Options
+    from recbole_raserec.data.catalogue import Catalogue
+    from recbole_raserec.serving.loading import Options
 
     found = load_checkpoint(directory, "cpu")
     catalogue = Catalogue.load(found.parts, len(found.users), found.vocabulary.item_num)
@@ -48,13 +48,13 @@ def _random(data_path: str, index: str | None) -> Any:
     import torch
 
     from recbole_raserec import Recommender
+    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.data.catalogue import catalogue_of
+    from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.recommendation.backbone import wrap_backbone
-    from recbole_raserec.registry import get_model
-    from recbole_raserec.retrieval.keeper import MemoryKeeper
     from recbole_raserec.retrieval.raserec import RaSeRec
-    from recbole_raserec.serving.catalogue import catalogue_of
-    from recbole_raserec.serving.checkpoint import Checkpoint, Options, Vocabulary
-    from recbole_raserec.stages import prepare_data
+    from recbole_raserec.retrieval.stage import RetrievalHooks
+    from recbole_raserec.serving.loading import Checkpoint, Options, Vocabulary
 
     config = config_of("RaSeRec", data_path, backbone="SASRec", index=index or "flat")
     own = config.for_backbone()
@@ -65,7 +65,7 @@ def _random(data_path: str, index: str | None) -> Any:
         model.item_embedding.weight.mul_(25)  # to the length that training gives them
     if index is not None:
         model = RaSeRec(config, splits.dataset, wrap_backbone(model, config, splits.dataset))
-        MemoryKeeper(model, splits.train._dataset, splits.valid._dataset, config)
+        RetrievalHooks(model, splits.train._dataset, splits.valid._dataset, config)
     ids = splits.vocabulary()
     options = Options((config if index else own).explain(), device=torch.device("cpu"))
     manifest = {"model": type(model).__name__, "dataset": "amazon-beauty", "fingerprint": ""}

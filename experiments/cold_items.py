@@ -23,10 +23,10 @@ import grid
 import numpy as np
 from grid import Results, cells, mean
 
-from recbole_raserec.config import Config
-from recbole_raserec.data.source import ensure_dataset
-from recbole_raserec.fileio import replacing
-from recbole_raserec.stages import prepare_data
+from recbole_raserec.config.config import Config
+from recbole_raserec.data.preparation.download import ensure_dataset
+from recbole_raserec.data.splits import prepare_data
+from recbole_raserec.storage.files import replacing
 
 #: Share of the items that lose interactions, the most that they keep, and the seed of the draw.
 SHARE, KEPT, DRAW = 0.2, darec.COLD - 1, 0

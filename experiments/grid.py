@@ -14,8 +14,7 @@ from typing import Any, Callable, Optional
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.evaluation.report import versions
-from recbole_raserec.file_locks import one_at_a_time
-from recbole_raserec.fileio import read_json, replacing, write_json
+from recbole_raserec.storage.files import one_at_a_time, read_json, replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Data sets whose timestamp is the position in the user's history.

@@ -18,9 +18,9 @@ import numpy as np
 from grid import Results, mean
 from trained import load
 
-from recbole_raserec import plots
-from recbole_raserec.evaluation.groups import quintiles
+from recbole_raserec.evaluation import plots
 from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT
+from recbole_raserec.evaluation.ranks import quintiles
 
 ROWS = {"RaSeRec over SASRec": ("--model=RaSeRec", "--backbone=SASRec")}
 GROUPINGS = ("target popularity", "history length")
@@ -83,7 +83,7 @@ def draw(results: Results, path: Any) -> None:
             }
             for grouping in GROUPINGS
         }
-        plots.bars(path, panels, "quintile", "NDCG@10")
+        plots.plot_bars(path, panels, "quintile", "NDCG@10")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from grid import POSITIONS, Results, cells
 from trained import Trained, add_rows, bank_like, load
 
-from recbole_raserec import plots
+from recbole_raserec.evaluation import plots
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 
 ROWS = {"RaSeRec over SASRec": ("--model=RaSeRec", "--backbone=SASRec")}
@@ -92,7 +92,7 @@ def draw(results: Results, path: Any) -> None:
                 for name in names
             }
             panels.setdefault(protocol.replace("_", " "), {})[label] = points
-    plots.bars(path, panels, "memory", "NDCG@10")
+    plots.plot_bars(path, panels, "memory", "NDCG@10")
 
 
 def main() -> None:

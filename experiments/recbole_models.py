@@ -34,9 +34,9 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from recbole_cut import COMMON, DATASET, EXTRA, LONGEST, REGENERATED, write_cut
 
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED
-from recbole_raserec.fileio import read_json, replacing, write_json
 from recbole_raserec.quick_start import run_recbole_raserec
-from recbole_raserec.serving.checkpoint import read_manifest
+from recbole_raserec.storage.checkpoint import read_manifest
+from recbole_raserec.storage.files import read_json, replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = dict.fromkeys(("SASRec", "DuoRec", "GRU4Rec", "NARM", "BERT4Rec", "FEARec", "BSARec", "RaSeRec"), "sequential")

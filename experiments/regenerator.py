@@ -21,15 +21,15 @@ import grid
 import numpy as np
 from grid import Results, mean
 
-from recbole_raserec.config import Config
-from recbole_raserec.data.source import ensure_dataset
-from recbole_raserec.fileio import read_tensors
-from recbole_raserec.regenerate import regenerate
+from recbole_raserec.config.config import Config
+from recbole_raserec.data.preparation.download import ensure_dataset
+from recbole_raserec.data.splits import prepare_data
 from recbole_raserec.regeneration.inference import generate
-from recbole_raserec.regeneration.settings import build, schedule
-from recbole_raserec.regeneration.sources import Pairs, make_pairs, pieces, training_sequences
-from recbole_raserec.regeneration.training import BEST, held_out_loss, split
-from recbole_raserec.stages import prepare_data
+from recbole_raserec.regeneration.pairs import Pairs, make_pairs, pieces, training_sequences
+from recbole_raserec.regeneration.regenerator import build
+from recbole_raserec.regeneration.stage import regenerate
+from recbole_raserec.regeneration.training import BEST, held_out_loss, schedule, split
+from recbole_raserec.storage.files import read_tensors
 
 ROWS = {"from SASRec's item vectors": ("--regen_pretrained=True",), "from scratch": ("--regen_pretrained=False",)}
 GAMMAS = (0.0, 0.1, 1.0)

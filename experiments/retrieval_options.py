@@ -16,7 +16,7 @@ from typing import Any
 import grid
 from grid import POSITIONS, Results, cells, mean
 
-from recbole_raserec import plots
+from recbole_raserec.evaluation import plots
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 
 DEFAULT = "default"
@@ -120,7 +120,7 @@ def draw(results: Results, path: Any) -> None:
             }
             base = [results[DEFAULT][seed]["base"]["test"][protocol]["ndcg@10"] for seed in seeds]
             levels[title] = {"SASRec": base}
-        plots.lines(plots.plot_beside(path, f"_{name}"), panels, name, "NDCG@10", levels, log=name == "K")
+        plots.plot_lines(plots.plot_beside(path, f"_{name}"), panels, name, "NDCG@10", levels, log=name == "K")
 
 
 def main() -> None:

@@ -10,12 +10,14 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from recbole_raserec.config import Config
-from recbole_raserec.data.source import ensure_dataset
+from recbole_raserec.config.config import Config
+from recbole_raserec.data.preparation.download import ensure_dataset
 from recbole_raserec.evaluation.protocols import Metrics, Ranks, collect_ranks, metrics_from_ranks
+from recbole_raserec.recommendation.stage import train_model
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import encode_split
-from recbole_raserec.stages import DECIMALS, Outcome, fine_tune, train_model
+from recbole_raserec.retrieval.stage import fine_tune
+from recbole_raserec.training.stage import DECIMALS, Outcome
 
 
 @dataclasses.dataclass

@@ -50,12 +50,12 @@ def recbole(seed: int, args: argparse.Namespace) -> dict[str, Any]:
     from recbole.model.sequential_recommender.sasrec import SASRec
     from recbole.utils import init_seed
 
-    from recbole_raserec.allocator import keep_freed_memory
-    from recbole_raserec.config import Config
-    from recbole_raserec.data.source import ensure_dataset
+    from recbole_raserec.config.config import Config
+    from recbole_raserec.data.preparation.download import ensure_dataset
+    from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.evaluation.protocols import SEEN_KEPT, evaluate
-    from recbole_raserec.recommendation.trainer import ResumableTrainer
-    from recbole_raserec.stages import prepare_data
+    from recbole_raserec.kernels.allocator import keep_freed_memory
+    from recbole_raserec.training.trainer import ResumableTrainer
 
     argv = [f"--dataset={args.dataset}", f"--seed={seed}", f"--data_path={args.data_path}", "--training=prefix"]
     argv += [f"--checkpoint_dir={args.checkpoint_dir}", *(f"--{option}" for option in args.options)]

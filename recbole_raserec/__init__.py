@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from recbole_raserec import compat
+from recbole_raserec.compat import apply
 
-compat.apply()
+apply()
 
 __version__ = "0.1.0"
 
 #: Public name -> module; imported on first use, so that `recbole-raserec --help` need not load torch.
 _PUBLIC = {
-    "BERT4Rec": "recbole_raserec.recommendation.bert4rec",
-    "BSARec": "recbole_raserec.recommendation.bsarec",
+    "BERT4Rec": "recbole_raserec.recommendation",
+    "BSARec": "recbole_raserec.recommendation",
     "Config": "recbole_raserec.config",
-    "DuoRec": "recbole_raserec.recommendation.duorec",
-    "FEARec": "recbole_raserec.recommendation.fearec",
-    "GRU4Rec": "recbole_raserec.recommendation.gru4rec",
-    "MemoryBank": "recbole_raserec.retrieval.memory",
-    "NARM": "recbole_raserec.recommendation.narm",
-    "Recommender": "recbole_raserec.serving.recommender",
-    "RaSeRec": "recbole_raserec.retrieval.raserec",
-    "SASRec": "recbole_raserec.recommendation.sasrec",
-    "compare": "recbole_raserec.comparison.driver",
-    "load_checkpoint": "recbole_raserec.serving.checkpoint",
+    "DuoRec": "recbole_raserec.recommendation",
+    "FEARec": "recbole_raserec.recommendation",
+    "GRU4Rec": "recbole_raserec.recommendation",
+    "MemoryBank": "recbole_raserec.retrieval",
+    "NARM": "recbole_raserec.recommendation",
+    "Recommender": "recbole_raserec.serving",
+    "RaSeRec": "recbole_raserec.retrieval",
+    "SASRec": "recbole_raserec.recommendation",
+    "compare": "recbole_raserec.comparison",
+    "load_checkpoint": "recbole_raserec.serving",
     "run_recbole_raserec": "recbole_raserec.quick_start",
-    "tune_hyper_parameters": "recbole_raserec.tune",
+    "tune_hyper_parameters": "recbole_raserec.tuning",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class RaSeRecError(Exception):
@@ -47,3 +49,16 @@ class MissingExtraError(RaSeRecError, ImportError):
 
 class ProcessError(RaSeRecError):
     """One of the processes of a run in several ended before its end."""
+
+
+def nearest(word: object, words: Iterable[str]) -> str | None:
+    """The most similar of `words`, whatever the case; None when nothing is near."""
+    by_lower = {candidate.lower(): candidate for candidate in sorted(words)}
+    found = difflib.get_close_matches(str(word).lower(), list(by_lower), n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def shown(value: Any) -> str:
+    """The value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

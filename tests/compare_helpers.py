@@ -10,10 +10,10 @@ import torch
 from conftest import random_log, write_log
 from scipy.sparse import csr_matrix
 
-from recbole_raserec.comparison import cells as compare_cells
+from recbole_raserec.comparison import runner as compare_cells
 from recbole_raserec.comparison.driver import compare
 from recbole_raserec.evaluation.protocols import Ranks
-from recbole_raserec.evaluation.ranks_file import write_ranks
+from recbole_raserec.evaluation.ranks import write_ranks
 
 #: Stands in for the runner: writes what a run writes, notes start and end in a journal, and can be told to fail,
 #: to die, or to wait for a file.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
 from recbole_raserec.errors import ConfigError
 
 

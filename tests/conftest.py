@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import recbole_raserec  # noqa: F401  mends RecBole, before any test imports that
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -64,7 +62,7 @@ def random_log(seed: int, users: int = 30, items: int = 25, longest: int = 14, r
 @pytest.fixture
 def small_config(workdir):
     """Factory: a Config on a generated log. `small_config("SASRec", seed=1, hidden_size=16, ...)`."""
-    from recbole_raserec.config import Config
+    from recbole_raserec.config.config import Config
 
     def build(model: str, log_seed: int = 0, log=None, **options):
         write_log(workdir, "tiny", random_log(log_seed) if log is None else log)
@@ -183,7 +181,7 @@ def convert(tmp_path):
     """Write `text` to a file, convert it, and return (summary, table of the result)."""
     from convert_helpers import as_recbole_reads
 
-    from recbole_raserec.data.convert import Options, prepare
+    from recbole_raserec.data.preparation.convert import Options, prepare
 
     def run(text, form="ratings", **options):
         source = tmp_path / "raw.txt"

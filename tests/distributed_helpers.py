@@ -86,15 +86,17 @@ def run_all(jobs):
     Args:
         jobs: name -> (model, options).
     """
-    from recbole_raserec.config import Config
+    from recbole_raserec.config.config import Config
     from recbole_raserec.distributed.group import current
-    from recbole_raserec.distributed.launch import silent
-    from recbole_raserec.quick_start import run
+    from recbole_raserec.distributed.launch import silence
+    from recbole_raserec.quick_start import QUIET, run
 
     found = {}
     for name, (model, options) in jobs.items():
         config = Config(model, "tiny", config_dict=options, argv=[])
-        config = config if current().first else silent(config)
+        if not current().first:
+            silence()
+            config = config.with_options(QUIET)
         with watched() as losses:
             try:
                 record = run(config)

@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT
 
 from recbole_raserec import quick_start
-from recbole_raserec.configuration.sources import keys_read_by
-from recbole_raserec.recommendation.trainer import ResumableTrainer
-from recbole_raserec.registry import get_model
+from recbole_raserec.config.registry import get_model
+from recbole_raserec.config.sources import keys_read_by
+from recbole_raserec.evaluation.report import report_stages
+from recbole_raserec.training.trainer import ResumableTrainer
 
 #: The run most tests share: a few seconds, and long enough for retrieval to pay.
 PLANTED = {
@@ -58,7 +59,7 @@ def run(directory, model="RaSeRec", dataset="planted", **options):
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     kept = {"trained": []}
-    report, train_epoch = quick_start._report, ResumableTrainer._train_epoch
+    report, train_epoch = report_stages, ResumableTrainer._train_epoch
 
     def reporting(config, stages, data, seconds):
         base, *more = stages.values()
@@ -73,7 +74,7 @@ def run(directory, model="RaSeRec", dataset="planted", **options):
     options = {"show_progress": False, "state": "WARNING", "data_path": str(ROOT / "dataset"), **options}
     before = os.getcwd()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(quick_start, "_report", reporting)
+        patch.setattr(quick_start, "report_stages", reporting)
         patch.setattr(ResumableTrainer, "_train_epoch", training)
         os.chdir(directory)
         try:

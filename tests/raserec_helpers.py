@@ -11,14 +11,14 @@ from recbole_raserec.data.dataset import POSITION
 from recbole_raserec.data.sequences import SequenceStore
 from recbole_raserec.recommendation.backbone import Backbone, wrap_backbone
 from recbole_raserec.recommendation.sasrec import SASRec
-from recbole_raserec.retrieval.keeper import MemoryKeeper
 from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.retrieval.stage import RetrievalHooks
 
 ITEM_SEQ = "item_id_list"
 
 
 class Split:
-    """Windows (user, position) of a store: what the memory's keeper reads of a data set."""
+    """Windows (user, position) of a store: what the memory's hooks reads of a data set."""
 
     max_item_list_len = LENGTH
 
@@ -65,19 +65,19 @@ class Biased(Backbone):
 
 
 def raserec(histories=None, biased=False, min_length=1, **changes):
-    """Model, keeper and splits; the module's weights are moved off their start."""
+    """Model, hooks and splits; the module's weights are moved off their start."""
     sasrec = build(SASRec, **{name: changes.pop(name) for name in list(changes) if "dropout_prob" in name})
     config = options(**changes)
     backbone = Biased(sasrec, N_ITEMS) if biased else wrap_backbone(sasrec, config, Ids())
     model = RaSeRec(config, Ids(), backbone)
     parts = splits(histories_of(0) if histories is None else histories)
     config = {**config, "memory_min_length": min_length}
-    keeper = MemoryKeeper(model, parts[0], parts[1], config)
+    hooks = RetrievalHooks(model, parts[0], parts[1], config)
     alpha = model.ram.alpha.detach().clone()
     disturb(model.ram)
     with torch.no_grad():
         model.ram.alpha.copy_(alpha)
-    return model.eval(), keeper, parts
+    return model.eval(), hooks, parts
 
 
 def close(a, b, tolerance=1e-5):

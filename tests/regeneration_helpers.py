@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from recbole_raserec.regeneration.pairs import Pairs, Sequences, make_pairs
 from recbole_raserec.regeneration.regenerator import Regenerator
-from recbole_raserec.regeneration.sources import Pairs, Sequences, make_pairs
 
 QUICK = {
     "regeneration": True, "regen_epochs": 2, "regen_layers": 1, "regen_inner_size": 16, "regen_conditions": 2,

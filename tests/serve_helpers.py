@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from recbole_raserec import Recommender
-from recbole_raserec.serving.service import Settings
+from recbole_raserec.serving.http.settings import Settings
 
 TOKEN = "a-token-of-the-tests"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -33,7 +33,7 @@ def application(planted_run, directory):
     """A recommender behind an application, on a copy of the shared run's checkpoint."""
     from fastapi.testclient import TestClient
 
-    from recbole_raserec.serving.app import create_app
+    from recbole_raserec.serving.http.app import create_app
 
     recommender = Recommender.load(fresh(planted_run, directory), "cpu", journal=True)
     app = create_app(recommender, LIMITS)
@@ -49,7 +49,15 @@ class Server:
         environment = {**os.environ, "RECBOLE_RASEREC_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
         root = str(Path(__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
-        command = [sys.executable, "-m", "recbole_raserec.cli", "serve", str(directory), "--port=0", "--device=cpu"]
+        command = [
+            sys.executable,
+            "-m",
+            "recbole_raserec.cli.main",
+            "serve",
+            str(directory),
+            "--port=0",
+            "--device=cpu",
+        ]
         self.process = subprocess.Popen(
             [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
         )

@@ -10,9 +10,9 @@ pytest.importorskip("optuna", reason="needs the extra tune")
 from conftest import random_log
 from darec_helpers import small, tiny_llm, write_data
 
-from recbole_raserec import adaption
-from recbole_raserec.adaption import Adaption, main, search
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
+from recbole_raserec.tuning import adaption
+from recbole_raserec.tuning.adaption import Adaption, main, search
 
 
 @pytest.mark.parametrize("sampler", ["gp", "random"])

@@ -7,8 +7,8 @@ import platform
 import pytest
 import torch
 
-from recbole_raserec import allocator
-from recbole_raserec.allocator import FreedMemory, resident_mb
+from recbole_raserec.kernels import allocator
+from recbole_raserec.kernels.allocator import FreedMemory, resident_mb
 
 
 def test_memory_is_given_back_when_the_process_has_doubled(monkeypatch):

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.fileio import read_tensors
-from recbole_raserec.recommendation.averaging import WARM_UP, WeightAverage
-from recbole_raserec.recommendation.trainer import ResumableTrainer
-from recbole_raserec.stages import train_model
+from recbole_raserec.recommendation.stage import train_model
+from recbole_raserec.storage.files import read_tensors
+from recbole_raserec.training.trainer import WARM_UP, ResumableTrainer, WeightAverage
 
 
 def net():

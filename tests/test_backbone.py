@@ -18,9 +18,10 @@ from recbole.model import sequential_recommender
 from recbole.utils import get_model
 from torch import nn
 
+from recbole_raserec.config.registry import REFUSED, TRIMMABLE
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation import backbone as module
-from recbole_raserec.recommendation.backbone import ADAPTERS, REFUSED, TRIMMABLE, Backbone, wrap_backbone
+from recbole_raserec.recommendation.backbone import ADAPTERS, Backbone, wrap_backbone
 
 #: Models without full_sort_predict. (Both hold a mask of MAX_ITEM_LIST_LENGTH columns.)
 PAIRWISE_ONLY = {"DIN", "DIEN"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
 from tiny_models import LENGTH, N_ITEMS, batch, build
 
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.recommendation.bsarec import BSARec, FrequencyFilter, low_pass

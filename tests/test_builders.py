@@ -15,10 +15,10 @@ from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation.backbone import wrap_backbone
 from recbole_raserec.recommendation.sasrec import SASRec
 from recbole_raserec.retrieval.builders import PairBuilder, PatternBuilder, thinned
-from recbole_raserec.retrieval.keeper import MemoryKeeper
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import encode_split
 from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.retrieval.stage import RetrievalHooks
 
 SPAN, SUPPORT = 3, 2
 
@@ -51,7 +51,7 @@ def built(logs, **changes):
     torch.manual_seed(0)
     model = RaSeRec(config, Ids(), wrap_backbone(build(SASRec), config, Ids()))
     parts = splits(logs)
-    return model, MemoryKeeper(model, parts[0], parts[1], config), parts
+    return model, RetrievalHooks(model, parts[0], parts[1], config), parts
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,13 +94,13 @@ def test_a_pattern_found_is_frequent_without_the_querys_later_items(seed):
     """Whatever a training query finds would have been mined from a log in which its user's history ends before it."""
     logs = histories(seed, n_users=6)
     try:
-        model, keeper, _parts = built(logs, top_k=50)
+        model, hooks, _parts = built(logs, top_k=50)
     except ConfigError:  # no pattern at all
         return
-    keeper.before_epoch(0)
+    hooks.before_epoch(0)
     queries = model._known["train"]
     cut = [log[:-2] if len(log) > 3 else [] for log in logs]
-    patterns = keeper._builders[0].patterns
+    patterns = hooks._builders[0].patterns
     for row in range(len(queries)):
         user, position = int(queries.users[row]), int(queries.positions[row])
         own = [log[:position] if u == user else log for u, log in enumerate(cut, 1)]
@@ -112,8 +112,8 @@ def test_a_pattern_found_is_frequent_without_the_querys_later_items(seed):
 
 
 def test_keys_are_the_encodings_of_the_prefixes():
-    model, keeper, _ = built(histories(5, n_users=8))
-    patterns = keeper._builders[0].patterns
+    model, hooks, _ = built(histories(5, n_users=8))
+    patterns = hooks._builders[0].patterns
     assert len(model.memory) == len(patterns) > 2
     for number in range(len(patterns)):
         prefix = torch.tensor([patterns[number][:-1]])
@@ -167,13 +167,13 @@ def test_every_memory_trains_and_counts_frequency(memory, freeze):
     torch.manual_seed(0)
     model = RaSeRec(config, Ids(), wrap_backbone(build(SASRec), config, Ids()))
     train, valid, test = splits(histories(1, n_users=8))
-    keeper = MemoryKeeper(model, train, valid, config)
+    hooks = RetrievalHooks(model, train, valid, config)
     users = model.memory.users
     assert (users < 0).any() == (memory != "pairs")
     assert (users >= 0).any() == (memory != "patterns")
-    keeper.before_epoch(0)
+    hooks.before_epoch(0)
     model.train()
-    keeper.before_epoch(1)
+    hooks.before_epoch(1)
     queries = model._known["train"]
     h = queries.h[:5]
     weighted = model.augment(h, queries.ids[:5], queries.mask[:5])
@@ -181,7 +181,8 @@ def test_every_memory_trains_and_counts_frequency(memory, freeze):
     model._copy = (*model._copy[:3], torch.zeros_like(model._copy[3]))
     assert torch.equal(weighted, model.augment(h, queries.ids[:5], queries.mask[:5])) == (memory == "pairs")
     before = len(model.memory)
-    keeper.admit_validation(test)
+    hooks.test = test
+    hooks.before_test()
     assert len(model.memory) == before + len(valid.windows()[0])
     assert LENGTH
     assert N_ITEMS
@@ -192,11 +193,11 @@ def test_retrieval_by_target_follows_the_item_vectors(freeze):
     config = options(retrieve_by="target", freeze_backbone=freeze, top_k=4, similarity="dot")
     model = RaSeRec(config, Ids(), wrap_backbone(build(SASRec), config, Ids()))
     train, valid, _ = splits(histories(1, n_users=8))
-    keeper = MemoryKeeper(model, train, valid, config)
+    hooks = RetrievalHooks(model, train, valid, config)
     if not freeze:
         with torch.no_grad():
             model.item_vectors().mul_(-1.0)
-    keeper.before_epoch(0)
+    hooks.before_epoch(0)
     queries = model._known["train"]
     values = model.item_vectors().detach()[torch.from_numpy(model.memory.targets.astype(int))]
     scores = queries.h @ values.T

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from recbole_raserec.retrieval.cache import NeighbourCache
 from recbole_raserec.retrieval.memory import MemoryBank
-from recbole_raserec.retrieval.queries import Queries
+from recbole_raserec.retrieval.queries import NeighbourCache, Queries
 
 SIZE, WIDTH, TOP_K = 60, 8, 6
 

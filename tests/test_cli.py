@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recbole_raserec import cli
+from recbole_raserec.cli import main as cli
 from recbole_raserec.errors import ConfigError, DatasetError
 
 ROOT = Path(__file__).parents[1]
@@ -184,7 +184,7 @@ def test_the_prepare_examples_of_the_help_are_valid(capsys):
 
 def test_help_and_a_wrong_option_need_no_heavy_import():
     code = (
-        "import sys; from recbole_raserec import cli; "
+        "import sys; from recbole_raserec.cli import main as cli; "
         "words = (['--help'], ['prepare', '--help'], ['tune', '--help'], ['run', '--model'], ['--version']); "
         "codes = [cli.main(each) for each in words]; "
         "assert codes == [0, 0, 0, 2, 0], codes; "

@@ -8,8 +8,9 @@ import json
 
 import pytest
 
-from recbole_raserec import Recommender, doctor
-from recbole_raserec.cli import main
+from recbole_raserec import Recommender
+from recbole_raserec.cli import doctor
+from recbole_raserec.cli.main import main
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from compare_helpers import go
 
-from recbole_raserec import cli
+from recbole_raserec.cli import main as cli
 from recbole_raserec.comparison.driver import compare
-from recbole_raserec.comparison.plan import make_plan
-from recbole_raserec.comparison.specs import Problems, parse_seeds, parse_specs, split_outside
+from recbole_raserec.comparison.plan import Problems, make_plan, parse_seeds, parse_specs, split_outside
 from recbole_raserec.errors import ConfigError
 
 # ------------------------------------------------------------------ what is asked for
@@ -190,7 +189,7 @@ def test_what_decides_a_figure_names_the_cell(stand_in, workdir):
 
 
 def test_other_versions_are_other_cells(stand_in, monkeypatch):
-    from recbole_raserec.comparison import names
+    from recbole_raserec.comparison import plan as names
 
     before = [cell.name for cell in plan("SASRec").cells]
     found = names.versions()

@@ -16,12 +16,12 @@ import pytest
 from compare_helpers import MODELS, go
 from conftest import ROOT, random_log, write_log
 
-from recbole_raserec import cli
-from recbole_raserec.comparison import cells as compare_cells
+from recbole_raserec.cli import main as cli
 from recbole_raserec.comparison import driver
+from recbole_raserec.comparison import runner as compare_cells
 from recbole_raserec.comparison.driver import compare
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.fileio import read_json
+from recbole_raserec.storage.files import read_json
 
 
 def test_every_cell_runs_once_and_is_found_again(stand_in, capsys):
@@ -138,7 +138,7 @@ def test_killed_and_started_again(stand_in, workdir, capsys, monkeypatch):
     stand_in.order(**{"BPR-2020": str(workdir / "go")})
     words = ["compare", f"--models={MODELS}", "--datasets=tiny", "--seeds=2", "--output=out", "--data_path=data"]
     code = (
-        "import sys; from recbole_raserec import cli; from recbole_raserec.comparison import cells as compare_cells; "
+        "import sys; from recbole_raserec.cli import main as cli; from recbole_raserec.comparison import runner as compare_cells; "
         f"compare_cells.RUNNER = {stand_in.command!r}; sys.exit(cli.main(sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

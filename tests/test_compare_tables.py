@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 from compare_helpers import go, prepared
 
-from recbole_raserec import cli
-from recbole_raserec.comparison import drawing, driver
-from recbole_raserec.comparison.drawing import TABLES
-from recbole_raserec.evaluation.tables import STYLES
-from recbole_raserec.fileio import read_json
+from recbole_raserec.cli import main as cli
+from recbole_raserec.comparison import driver
+from recbole_raserec.comparison import driver as drawing
+from recbole_raserec.comparison.driver import TABLES
+from recbole_raserec.evaluation.report import STYLES
+from recbole_raserec.storage.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_the_plot_shows_base_and_ours_and_is_drawn_from_the_file(content, monkey
     assert picture.read_bytes().startswith(b"\x89PNG")
     picture.unlink()
     drawn = []
-    monkeypatch.setattr(drawing.plots, "bars", lambda path, panels, *words: drawn.append(panels))
+    monkeypatch.setattr(drawing.plots, "plot_bars", lambda path, panels, *words: drawn.append(panels))
     drawing.draw("out")
     panels, *groups = drawn
     assert len(groups) == 2

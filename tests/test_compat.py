@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from recbole_raserec import compat
+from recbole_raserec.compat import patches as compat
 from recbole_raserec.errors import ConfigError
 
 compat.apply()
@@ -59,7 +59,7 @@ def test_modules_imported_before_apply_are_mended_too():
         "import recbole.quick_start, recbole.trainer.trainer as trainer, torch, sys\n"
         "old = recbole.quick_start.load_data_and_model\n"
         "sys.path.insert(0, '.')\n"
-        "from recbole_raserec import compat\n"
+        "from recbole_raserec.compat import patches as compat\n"
         "compat.apply()\n"
         "assert trainer.torch.load is not torch.load\n"
         "assert recbole.quick_start.load_data_and_model is not old\n"
@@ -157,7 +157,7 @@ def test_a_checkpoint_cannot_call_functions(tmp_path, attack, protocol):
 
 
 def test_a_checkpoint_cannot_reach_functions_through_a_dotted_name():
-    from recbole_raserec.recbole_checkpoint import CheckpointUnpickler
+    from recbole_raserec.compat.recbole_checkpoint import CheckpointUnpickler
 
     # find_class("recbole.trainer.trainer", "os.getcwd"), called without arguments.
     stream = b"\x80\x04\x8c\x17recbole.trainer.trainer\x8c\x09os.getcwd\x93)R."

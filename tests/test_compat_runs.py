@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from recbole_raserec import compat
+from recbole_raserec.compat import patches as compat
 
 compat.apply()
 

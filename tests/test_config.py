@@ -18,9 +18,9 @@ from recbole.config import Config as RecBoleConfig
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 from recbole.utils import InputType
 
-from recbole_raserec import registry
-from recbole_raserec.config import Config
-from recbole_raserec.configuration import key_sets, options, sources
+from recbole_raserec.config import options, registry, sources
+from recbole_raserec.config import options as key_sets
+from recbole_raserec.config.config import Config
 
 RECBOLE = Path(recbole.__file__).parent
 SHIPPED = sorted(path for path in sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
@@ -189,7 +189,7 @@ def test_recbole_keeps_its_copy_of_ml_100k_unless_the_user_has_one(tmp_path):
 
 def test_use_gpu_false_means_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("recbole_raserec.config._VISIBLE_DEVICES", None)
+    monkeypatch.setattr("recbole_raserec.config.config._VISIBLE_DEVICES", None)
     assert Config("SASRec", "planted", argv=[])["device"].type == "cuda"
     assert Config("SASRec", "planted", argv=["--use_gpu=false"])["device"].type == "cpu"
     assert Config("SASRec", "planted", argv=["--gpu_id="])["device"].type == "cpu"
@@ -197,7 +197,7 @@ def test_use_gpu_false_means_the_cpu(monkeypatch):
 
 
 def test_devices_chosen_in_the_environment_stay_chosen(monkeypatch):
-    monkeypatch.setattr("recbole_raserec.config._VISIBLE_DEVICES", "3")
+    monkeypatch.setattr("recbole_raserec.config.config._VISIBLE_DEVICES", "3")
     assert Config("SASRec", "planted", argv=[])["gpu_id"] == "3"
     assert Config("SASRec", "planted", argv=["--gpu_id=1"])["gpu_id"] == "1"
 

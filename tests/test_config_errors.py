@@ -13,9 +13,8 @@ import recbole.model.sequential_recommender
 from config_helpers import only_problem, problems, write
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 
-from recbole_raserec import registry
-from recbole_raserec.config import Config
-from recbole_raserec.configuration import sources
+from recbole_raserec.config import registry, sources
+from recbole_raserec.config.config import Config
 from recbole_raserec.errors import ConfigError
 
 RECBOLE = Path(recbole.__file__).parent
@@ -235,7 +234,7 @@ def test_model_that_cannot_be_imported(monkeypatch):
     def broken(name):
         raise ImportError("No module named 'boosting'")
 
-    monkeypatch.setattr(registry, "get_model", broken)
+    monkeypatch.setattr(sources, "get_model", broken)
     assert "No module named 'boosting'" in only_problem(model="LightGBM")
     assert "did you mean SASRec?" in only_problem(model="SASRek")
 

@@ -12,8 +12,8 @@ import recbole.model.sequential_recommender
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 from recbole.utils import ModelType
 
-from recbole_raserec.config import Config
-from recbole_raserec.configuration import options, sources
+from recbole_raserec.config import options, sources
+from recbole_raserec.config.config import Config
 
 RECBOLE = Path(recbole.__file__).parent
 SHIPPED = sorted(path for path in sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")

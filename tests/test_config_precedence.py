@@ -6,8 +6,8 @@ import pytest
 from config_helpers import only_problem, write
 from recbole.config import Config as RecBoleConfig
 
-from recbole_raserec.config import Config
-from recbole_raserec.configuration import sources
+from recbole_raserec.config import sources
+from recbole_raserec.config.config import Config
 
 
 def test_precedence(tmp_path):
@@ -30,7 +30,7 @@ def test_dataset_file_is_over_overall_file_and_under_the_user(tmp_path, monkeypa
     (tmp_path / "dataset").mkdir()
     write(tmp_path / "dataset", "eval_batch_size: 7\nMAX_ITEM_LIST_LENGTH: 9\n", "mine.yaml")
     write(tmp_path, "eval_batch_size: 5\ntopk: [10]\n", "overall.yaml")
-    monkeypatch.setattr("recbole_raserec.config.PROPERTIES", tmp_path)
+    monkeypatch.setattr("recbole_raserec.config.config.PROPERTIES", tmp_path)
     config = Config("GRU4Rec", "mine", argv=["--MAX_ITEM_LIST_LENGTH=3", "--valid_metric=MRR@10"])
     assert [config[name] for name in ("eval_batch_size", "MAX_ITEM_LIST_LENGTH", "topk")] == [7, 3, [10]]
 

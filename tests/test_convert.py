@@ -10,8 +10,8 @@ from convert_helpers import as_recbole_reads, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_raserec.data import atomic
-from recbole_raserec.data.convert import Options, prepare
+from recbole_raserec.data.preparation import atomic
+from recbole_raserec.data.preparation.convert import Options, prepare
 from recbole_raserec.errors import DatasetError
 
 # ---------------------------------------------------------------- formats

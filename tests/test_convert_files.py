@@ -9,9 +9,8 @@ from convert_helpers import rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_raserec.data import atomic
-from recbole_raserec.data.convert import Options, prepare
-from recbole_raserec.data.kcore import k_core
+from recbole_raserec.data.preparation import atomic
+from recbole_raserec.data.preparation.convert import Options, k_core, prepare
 from recbole_raserec.errors import ConfigError, DatasetError
 
 # ---------------------------------------------------------------- filters

@@ -13,14 +13,12 @@ from darec_helpers import SIZE, small, tiny_llm, write_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
+from recbole_raserec.data.splits import prepare_data
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation.backbone import wrap_backbone
-from recbole_raserec.recommendation.darec import DARec
-from recbole_raserec.recommendation.hard_negatives import hard_contrast, mine_hard_negatives
-from recbole_raserec.recommendation.item_reader import adapter_pairs
+from recbole_raserec.recommendation.darec.model import DARec, adapter_pairs, hard_contrast, mine_hard_negatives
 from recbole_raserec.retrieval.queries import encode_split
-from recbole_raserec.stages import prepare_data
 
 QUICK_SASREC = {"hidden_size": 8, "inner_size": 8, "n_layers": 1}
 

@@ -10,12 +10,12 @@ pytest.importorskip("transformers", reason="needs the extra llm")
 from conftest import random_log
 from darec_helpers import small, tiny_llm, write_data
 
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.quick_start import run_recbole_raserec
-from recbole_raserec.serving.checkpoint import load_checkpoint
+from recbole_raserec.recommendation.stage import train_model
+from recbole_raserec.serving.loading import load_checkpoint
 from recbole_raserec.serving.recommender import Recommender
-from recbole_raserec.stages import train_model
 
 
 def run(workdir, model="DARec", **options):
@@ -43,7 +43,7 @@ def test_a_run_and_its_checkpoint(workdir, options):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(workdir, monkeypatch):
-    from recbole_raserec.recommendation.trainer import ResumableTrainer
+    from recbole_raserec.training.trainer import ResumableTrainer
 
     write_data(workdir, random_log(0))
     whole = run(workdir, epochs=3)

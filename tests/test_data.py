@@ -13,10 +13,9 @@ from recbole.data.dataloader import TrainDataLoader
 from recbole.data.dataset import SequentialDataset
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec
 
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
 from recbole_raserec.data.dataset import POSITION, SequenceDataset
-from recbole_raserec.data.loader import SAME_TARGET, SAME_TARGET_ROWS, BucketLoader, SameTarget
-from recbole_raserec.data.packed import PACKED_TARGETS
+from recbole_raserec.data.loaders import PACKED_TARGETS, SAME_TARGET, SAME_TARGET_ROWS, BucketLoader, SameTarget
 from recbole_raserec.data.sequences import SequenceStore
 from recbole_raserec.data.splits import prepare
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_raserec.kernels import native
-from recbole_raserec.regeneration.compiled import compiled
 from recbole_raserec.regeneration.inference import LEAST, Decoder, _Steps, generate
+from recbole_raserec.regeneration.native_decoder import compiled
+from recbole_raserec.regeneration.pairs import Sequences
 from recbole_raserec.regeneration.regenerator import Regenerator
-from recbole_raserec.regeneration.sources import Sequences
 
 pytestmark = pytest.mark.skipif(native.loaded() is None, reason="no compiled kernels here (no C compiler?)")
 

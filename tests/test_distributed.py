@@ -12,15 +12,13 @@ import distributed_helpers
 import pytest
 from conftest import random_log, write_log
 
-from recbole_raserec.config import Config
-from recbole_raserec.distributed import launch as launcher
+import recbole_raserec.distributed.launch as launcher
 from recbole_raserec.distributed.group import current
-from recbole_raserec.distributed.launch import Layout
-from recbole_raserec.distributed.supervisor import supervise
+from recbole_raserec.distributed.launch import Layout, supervise
 from recbole_raserec.errors import ProcessError
 from recbole_raserec.evaluation.protocols import PROTOCOLS
-from recbole_raserec.fileio import read_tensors
-from recbole_raserec.quick_start import run_recbole_raserec
+from recbole_raserec.quick_start import run_process, run_recbole_raserec
+from recbole_raserec.storage.files import read_tensors
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
 
@@ -162,8 +160,7 @@ def test_a_process_does_what_the_runner_does(logs, monkeypatch):
     monkeypatch.chdir(logs)
     monkeypatch.setattr(launcher, "supervise", lambda do, arguments, count: do(0, logs, *arguments))
     options = given(logs, "worked", {**STILL, "threads": None})
-    config = Config("SASRec", "tiny", config_dict=options, argv=[])
-    record = launcher.launch(config, ("SASRec", "tiny", None, options, []))
+    record = launcher.start(Layout(), run_process, ("SASRec", "tiny", None, options, []), cuda=False)
     assert record["model"] == "SASRec"
     assert record["metrics"]["base"]["test"]
     assert current().size == 1

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from recbole_raserec.config import Config
-from recbole_raserec.configuration.sources import parse_arguments
+from recbole_raserec.config.checks import check_run
+from recbole_raserec.config.config import Config
+from recbole_raserec.config.sources import parse_arguments
 from recbole_raserec.distributed.launch import Layout, layout_of
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.quick_start import check_run
-from recbole_raserec.regenerate import regenerate_dataset
-from recbole_raserec.tune import tune_hyper_parameters
+from recbole_raserec.regeneration.stage import regenerate_dataset
+from recbole_raserec.tuning.tune import tune_hyper_parameters
 
 
 @pytest.mark.parametrize(

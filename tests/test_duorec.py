@@ -8,8 +8,7 @@ from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 from tiny_models import LENGTH, N_ITEMS, batch, build, cross_entropy_loops, nce_loops
 
 from recbole_raserec.data.dataset import WEIGHT
-from recbole_raserec.data.loader import SAME_TARGET, SAME_TARGET_ROWS
-from recbole_raserec.data.packed import PACKED_TARGETS
+from recbole_raserec.data.loaders import PACKED_TARGETS, SAME_TARGET, SAME_TARGET_ROWS
 from recbole_raserec.recommendation.duorec import DuoRec
 from recbole_raserec.recommendation.sasrec import SASRec
 

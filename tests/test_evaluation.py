@@ -8,16 +8,10 @@ import torch
 from ranking_helpers import sorted_rank
 from scipy.sparse import csr_matrix
 
-from recbole_raserec import compat
+from recbole_raserec.compat import patches as compat
+from recbole_raserec.config.checks import evaluation_problems
 from recbole_raserec.errors import ConfigError, DatasetError
-from recbole_raserec.evaluation.protocols import (
-    SEEN_KEPT,
-    SEEN_REMOVED,
-    collect_ranks,
-    evaluate,
-    evaluation_problems,
-    metrics_from_ranks,
-)
+from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED, collect_ranks, evaluate, metrics_from_ranks
 
 
 def seen_from_interactions(users, items, n_users, n_items):
@@ -247,9 +241,9 @@ def test_an_empty_evaluation_set_is_an_error(data_path):
 def test_queries_encoded_by_length_rank_alike(small_config, monkeypatch, model_name):
     from conftest import random_log
 
-    from recbole_raserec.evaluation import scoring
-    from recbole_raserec.registry import get_model
-    from recbole_raserec.stages import prepare_data
+    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.data.splits import prepare_data
+    from recbole_raserec.evaluation import ranking as scoring
 
     config = small_config(model_name, log=random_log(4, users=50, longest=12), MAX_ITEM_LIST_LENGTH=10)
     splits = prepare_data(config)

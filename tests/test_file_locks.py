@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from recbole_raserec.file_locks import INHERITED, lock_file, one_at_a_time
+from recbole_raserec.storage.files import INHERITED, lock_file, one_at_a_time
 
 HOLD = """
 import sys, time
-from recbole_raserec.file_locks import one_at_a_time
+from recbole_raserec.storage import one_at_a_time
 with one_at_a_time(sys.argv[1]):
     print("in", flush=True)
     time.sleep(60)
@@ -67,7 +67,7 @@ def test_a_started_process_holds_the_lock_with_its_starter(tmp_path):
 def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
     import errno
 
-    from recbole_raserec import file_locks
+    from recbole_raserec.storage import files as file_locks
 
     def refuse(handle):
         raise OSError(errno.ENOLCK, "no locks available")
@@ -80,7 +80,7 @@ def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
 def test_a_lock_that_fails_is_not_waited_for(tmp_path, monkeypatch):
     import errno
 
-    from recbole_raserec import file_locks
+    from recbole_raserec.storage import files as file_locks
 
     def fail(handle):
         raise OSError(errno.EIO, "input/output error")

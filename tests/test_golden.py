@@ -47,7 +47,7 @@ def test_the_figures_are_those_of_the_golden_file(planted_run):
 def remake() -> None:
     import torch
 
-    from recbole_raserec.fileio import write_json
+    from recbole_raserec.storage.files import write_json
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:

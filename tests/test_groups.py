@@ -10,11 +10,10 @@ import pytest
 import torch
 from conftest import random_log, write_log
 
-from recbole_raserec.comparison.drawing import group_panels, training_panels
-from recbole_raserec.evaluation.comparison import Row, Run, figures
-from recbole_raserec.evaluation.groups import grouped, quintiles
+from recbole_raserec.comparison.driver import group_panels, training_panels
+from recbole_raserec.comparison.figures import Row, Run, figures
 from recbole_raserec.evaluation.protocols import PROTOCOLS, metrics_from_ranks
-from recbole_raserec.evaluation.ranks_file import StageRanks, read_ranks
+from recbole_raserec.evaluation.ranks import StageRanks, grouped, quintiles, read_ranks
 from recbole_raserec.quick_start import run_recbole_raserec
 
 LOG = random_log(0, repeats=False)

@@ -9,13 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from recbole_raserec.retrieval import choice as index_module
-from recbole_raserec.retrieval.approximate import HNSWIndex, IVFIndex
-from recbole_raserec.retrieval.choice import make_index
-from recbole_raserec.retrieval.guard import LeakageGuard
-from recbole_raserec.retrieval.index import FlatIndex
+from recbole_raserec.retrieval import index as index_module
+from recbole_raserec.retrieval.index import FlatIndex, HNSWIndex, IVFIndex, make_index
 from recbole_raserec.retrieval.memory import MemoryBank
-from recbole_raserec.retrieval.search import pack, unpack
+from recbole_raserec.retrieval.search import LeakageGuard, pack, unpack
 
 
 def vectors_of(size, width=16, seed=0):

@@ -7,7 +7,7 @@ import pytest
 from test_index import vectors_of
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.retrieval import choice
+from recbole_raserec.retrieval import index as choice
 from recbole_raserec.retrieval.index_state import ARRAYS, restore, state_of
 from recbole_raserec.retrieval.memory import MemoryBank
 
@@ -43,7 +43,7 @@ def no_training(monkeypatch):
 
     return lambda: (
         monkeypatch.setattr(choice, "make_index", refuse)
-        or monkeypatch.setattr("recbole_raserec.retrieval.indexed.make_index", refuse)
+        or monkeypatch.setattr("recbole_raserec.retrieval.memory.make_index", refuse)
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from recbole_raserec.data.item_text import read_item_texts, tokenise
 from recbole_raserec.errors import ConfigError
+from recbole_raserec.recommendation.darec.item_text import read_item_texts, tokenise
 
 TABLE = """\
 item_id:token\tmovie_title:token_seq\tprice:float\tclass:token_seq

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline_helpers import PLANTED, figures, run
 
 from recbole_raserec import load_checkpoint
-from recbole_raserec.retrieval.knn import SHARES, TAUS, KNNRaSeRec, interpolate, tune
+from recbole_raserec.retrieval.knn_head import SHARES, TAUS, KNNRaSeRec, interpolate, tune
 
 
 @settings(max_examples=60, deadline=None)

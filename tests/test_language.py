@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.recommendation.language import LanguageModel, computes_in_bfloat16
-from recbole_raserec.recommendation.places import Places, View, histories_as_rows, texts_as_rows
-from recbole_raserec.recommendation.pretrained import load_pretrained
+from recbole_raserec.recommendation.darec.language_model import LanguageModel, computes_in_bfloat16, load_pretrained
+from recbole_raserec.recommendation.darec.token_layout import Places, View, histories_as_rows, texts_as_rows
 
 #: Tokens of each item of a history.
 HISTORY = st.lists(st.integers(1, 4), min_size=1, max_size=5)

@@ -9,13 +9,13 @@ import pytest
 from live_helpers import load
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.serving.journal import Journal
+from recbole_raserec.serving.live import Journal
 
 
 @pytest.mark.parametrize("moment", ["catalogue", "memory", "pointer", "cleaning"])
 def test_killed_while_it_saves(directory, monkeypatch, moment):
-    from recbole_raserec.serving import checkpoint
-    from recbole_raserec.serving.catalogue import Catalogue
+    from recbole_raserec.data.catalogue import Catalogue
+    from recbole_raserec.storage import checkpoint
 
     recommender = load(directory, journal=True)
     recommender.update([("new", item) for item in recommender.items[1:6]])
@@ -87,7 +87,7 @@ def test_a_damaged_journal_is_refused(tmp_path):
 
 def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
     """Half a line is written, the rest refused, twice; later there is room again."""
-    from recbole_raserec.serving import journal as module
+    from recbole_raserec.serving import live as module
 
     (tmp_path / "j").write_bytes(b'{"n": 1, "events": []}\n{"n": 2, "eve')
     journal = Journal(tmp_path / "j")

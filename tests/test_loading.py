@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.utils import FeatureSource
 
-from recbole_raserec.config import Config
-from recbole_raserec.data import loading
-from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.loading import LEFT_OUT, leave_out
+from recbole_raserec.config.config import Config
+from recbole_raserec.data import dataset as loading
+from recbole_raserec.data.dataset import LEFT_OUT, SequenceDataset, leave_out
 
 TOKENS = ["7", "07", "a b", "NA", "", "nan", "ü", "-1", "1e3", "x" * 40]
 

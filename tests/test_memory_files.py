@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from memory_helpers import HIDDEN, bank_of, log_of
 
-from recbole_raserec import stored_arrays as arrays_module
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.retrieval.memory import MemoryBank
+from recbole_raserec.storage import arrays as arrays_module
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import disturb
 
 from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.loader import SAME_TARGET, BucketLoader
-from recbole_raserec.data.packed import PACKED_TARGETS, PackedLoader, PackedWindows
+from recbole_raserec.data.loaders import PACKED_TARGETS, SAME_TARGET, BucketLoader, PackedLoader, PackedWindows
 from recbole_raserec.data.sequences import SequenceStore
 from recbole_raserec.data.splits import prepare
 from recbole_raserec.recommendation.duorec import DuoRec

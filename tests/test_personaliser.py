@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recbole_raserec.config.registry import get_model
 from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined
+from recbole_raserec.data.splits import prepare_data
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.fileio import write_tensors
-from recbole_raserec.personalise import STATE
 from recbole_raserec.quick_start import run_recbole_raserec
-from recbole_raserec.recommendation.objective import row_weights
+from recbole_raserec.recommendation.base import row_weights
 from recbole_raserec.regeneration.personaliser import (
+    STATE,
     Bilevel,
     Learner,
     Personaliser,
@@ -27,8 +28,7 @@ from recbole_raserec.regeneration.personaliser import (
     scorer_loss,
     shifted,
 )
-from recbole_raserec.registry import get_model
-from recbole_raserec.stages import prepare_data
+from recbole_raserec.storage.files import write_tensors
 
 
 @pytest.fixture

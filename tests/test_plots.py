@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from recbole_raserec import plots
 from recbole_raserec.errors import MissingExtraError
+from recbole_raserec.evaluation import plots
 
 POINTS = {1: [0.1, 0.2], 10: [0.2, 0.3], 100: [0.25]}
 
@@ -15,8 +15,10 @@ POINTS = {1: [0.1, 0.2], 10: [0.2, 0.3], 100: [0.25]}
 def test_the_same_figures_give_the_same_bytes(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     for name in ("a", "b"):
-        plots.lines(tmp_path / f"l{name}.png", {"t": {"x": POINTS}}, "K", "N", {"t": {"base": [0.1]}}, log=True)
-        plots.bars(tmp_path / f"b{name}.png", {"t": {"x": POINTS, "y": POINTS}, "u": {"x": {"60%": [1.0]}}}, "g", "N")
+        plots.plot_lines(tmp_path / f"l{name}.png", {"t": {"x": POINTS}}, "K", "N", {"t": {"base": [0.1]}}, log=True)
+        plots.plot_bars(
+            tmp_path / f"b{name}.png", {"t": {"x": POINTS, "y": POINTS}, "u": {"x": {"60%": [1.0]}}}, "g", "N"
+        )
     for kind in "lb":
         first, second = ((tmp_path / f"{kind}{name}.png").read_bytes() for name in ("a", "b"))
         assert first == second
@@ -29,7 +31,7 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'recbole-raserec\[plots\]'"):
-        plots.bars(tmp_path / "x.png", {"t": {"x": POINTS}}, "K", "N")
+        plots.plot_bars(tmp_path / "x.png", {"t": {"x": POINTS}}, "K", "N")
     assert not list(tmp_path.iterdir())
 
 
@@ -50,7 +52,7 @@ LONG = "RaSeRec:backbone=SASRec:training=packed:head=both:memory=both:alpha=0.2:
 
 
 def test_long_names_stand_below_the_panels(tmp_path, figures):
-    plots.bars(tmp_path / "x.png", {"t": {LONG: POINTS, "SASRec": POINTS}, "u": {"SASRec": POINTS}}, "K", "N")
+    plots.plot_bars(tmp_path / "x.png", {"t": {LONG: POINTS, "SASRec": POINTS}, "u": {"SASRec": POINTS}}, "K", "N")
     [figure] = figures
     [legend] = figure.legends
     assert [axis.get_legend() for axis in figure.axes] == [None, None]
@@ -65,7 +67,7 @@ def test_long_names_stand_below_the_panels(tmp_path, figures):
 
 
 def test_short_names_stand_in_the_panels(tmp_path, figures):
-    plots.lines(tmp_path / "x.png", {"t": {"a": POINTS, "b": POINTS}, "u": {"b": POINTS}}, "K", "N")
+    plots.plot_lines(tmp_path / "x.png", {"t": {"a": POINTS, "b": POINTS}, "u": {"b": POINTS}}, "K", "N")
     [figure] = figures
     assert not figure.legends
     assert [axis.get_legend() is not None for axis in figure.axes] == [True, False]
@@ -74,6 +76,6 @@ def test_short_names_stand_in_the_panels(tmp_path, figures):
 
 
 def test_more_labels_than_ten_differ(tmp_path, figures):
-    plots.bars(tmp_path / "x.png", {"t": {f"model {n}": POINTS for n in range(15)}}, "K", "N")
+    plots.plot_bars(tmp_path / "x.png", {"t": {f"model {n}": POINTS for n in range(15)}}, "K", "N")
     colors = {patch.get_facecolor() for patch in figures[0].axes[0].patches}
     assert len(colors) == 15

@@ -104,12 +104,12 @@ def test_memory_holds_prefixes_of_at_least_min_length():
 
 
 def test_looked_up_rows_equal_direct_ones():
-    model, keeper, parts = raserec()
-    keeper.admit_validation()
+    model, hooks, parts = raserec()
+    hooks.before_test()
     direct = [[model.calculate_loss(part.batch()).detach(), model.full_sort_predict(part.batch())] for part in parts]
-    keeper.before_epoch(0)
-    keeper.before_evaluation()
-    model.know("test", keeper.search(keeper.encode(parts[2], ""), ""))
+    hooks.before_epoch(0)
+    hooks.before_evaluation()
+    model.know("test", hooks.search(hooks.encode(parts[2], ""), ""))
     for part, (loss, scores) in zip(parts, direct):
         turn = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0))
         rows = part.batch(turn.numpy())
@@ -141,22 +141,23 @@ def test_find_gives_the_row_or_nothing(windows, seed):
 
 
 def test_unknown_rows_are_encoded():
-    model, keeper, parts = raserec()
+    model, hooks, parts = raserec()
     wanted = model.full_sort_predict(parts[2].batch())
-    keeper.before_epoch(0)
+    hooks.before_epoch(0)
     assert model.knows("train")
     assert close(model.full_sort_predict(parts[2].batch()), wanted)
-    model.remember(keeper.encode(parts[1], ""))
+    model.remember(hooks.encode(parts[1], ""))
     assert not model.knows("train")
 
 
 def test_validation_pairs_join_the_memory():
-    model, keeper, parts = raserec()
-    keeper.before_epoch(0)
-    keeper.before_evaluation()
+    model, hooks, parts = raserec()
+    hooks.before_epoch(0)
+    hooks.before_evaluation()
     before = len(model.memory)
     scores = model.full_sort_predict(parts[2].batch())
-    keeper.admit_validation(parts[2])
+    hooks.test = parts[2]
+    hooks.before_test()
     users, positions, targets = parts[1].windows()
     assert len(model.memory) == before + len(users)
     assert np.array_equal(model.memory.users[before:], users)

@@ -14,8 +14,8 @@ from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.splits import prepare
 from recbole_raserec.recommendation.backbone import wrap_backbone
 from recbole_raserec.recommendation.sasrec import SASRec
-from recbole_raserec.retrieval.keeper import MemoryKeeper
 from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.retrieval.stage import RetrievalHooks
 
 
 def _name(model, parameter):
@@ -23,9 +23,7 @@ def _name(model, parameter):
 
 
 def test_frozen_backbone_neither_learns_nor_drops():
-    model, keeper, parts = raserec(
-        hidden_dropout_prob=0.5, attn_dropout_prob=0.5, ram_dropout=0.5, learnable_alpha=True
-    )
+    model, hooks, parts = raserec(hidden_dropout_prob=0.5, attn_dropout_prob=0.5, ram_dropout=0.5, learnable_alpha=True)
     model.train()
     assert model.training
     assert all(part.training for part in model.ram.modules())
@@ -33,7 +31,7 @@ def test_frozen_backbone_neither_learns_nor_drops():
     interaction = parts[0].batch()
     vectors = [model.encode(interaction[ITEM_SEQ], interaction["item_length"]) for _ in range(2)]
     assert torch.equal(*vectors)
-    keeper.before_epoch(0)
+    hooks.before_epoch(0)
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model.calculate_loss(interaction).backward()
@@ -46,32 +44,33 @@ def test_frozen_backbone_neither_learns_nor_drops():
 
 
 def test_unfrozen_backbone_learns():
-    model, keeper, parts = raserec(freeze_backbone=False, hidden_dropout_prob=0.5)
+    model, hooks, parts = raserec(freeze_backbone=False, hidden_dropout_prob=0.5)
     model.train()
     assert all(part.training for part in model.modules())
-    keeper.before_epoch(0)
+    hooks.before_epoch(0)
     model.calculate_loss(parts[0].batch()).backward()
     quiet = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert all("key.bias" in name for name in quiet)  # a softmax does not see a shift of all its logits
 
 
 def test_unfrozen_memory_follows_the_backbone():
-    model, keeper, parts = raserec(freeze_backbone=False)
-    keeper.before_epoch(0)
+    model, hooks, parts = raserec(freeze_backbone=False)
+    hooks.before_epoch(0)
     first = np.array(model.memory.keys)
     disturb(model.backbone, seed=5)
-    keeper.before_evaluation()
+    hooks.before_evaluation()
     moved = np.array(model.memory.keys)
     wanted = model.encode(parts[0].batch()[ITEM_SEQ], parts[0].batch()["item_length"]).detach().numpy()
     assert np.abs(moved - wanted).max() < 1e-5 < np.abs(moved - first).max()
     assert not model.knows("train")  # neighbours of the old weights
-    keeper.admit_validation(parts[2])
+    hooks.test = parts[2]
+    hooks.before_test()
     assert len(model.memory) == len(first) + len(parts[1].windows()[0])
 
 
 def test_unfrozen_loss_uses_fresh_vectors_and_known_neighbours():
-    model, keeper, parts = raserec(freeze_backbone=False)
-    keeper.before_epoch(0)
+    model, hooks, parts = raserec(freeze_backbone=False)
+    hooks.before_epoch(0)
     interaction = parts[0].batch()
     disturb(model.backbone, seed=5, scale=0.05)
     h = model.encode(interaction[ITEM_SEQ], interaction["item_length"])
@@ -101,14 +100,15 @@ def no_later_memory(model, queries):
 def test_no_neighbour_knows_the_answer(histories, top_k, similarity, frozen):
     """Few items, so that windows repeat: a user's own later windows are often the most similar of all."""
     histories = [np.array(h) for h in histories]
-    model, keeper, parts = raserec(histories, top_k=top_k, similarity=similarity, freeze_backbone=frozen)
-    keeper.before_epoch(0)
+    model, hooks, parts = raserec(histories, top_k=top_k, similarity=similarity, freeze_backbone=frozen)
+    hooks.before_epoch(0)
     no_later_memory(model, model._known["train"])
-    no_later_memory(model, keeper.search(keeper.encode(parts[1], ""), ""))
-    keeper.admit_validation(parts[2])
+    no_later_memory(model, hooks.search(hooks.encode(parts[1], ""), ""))
+    hooks.test = parts[2]
+    hooks.before_test()
     no_later_memory(model, model._known["test"])
     for part in parts:  # the path without look-up, now that validation pairs are there too
-        queries = keeper.encode(part, "")
+        queries = hooks.encode(part, "")
         ids, mask = model.neighbours(queries.h, torch.from_numpy(queries.users), torch.from_numpy(queries.positions))
         queries.ids, queries.mask = ids, mask
         no_later_memory(model, queries)
@@ -125,18 +125,18 @@ def test_the_future_does_not_change_a_score(seed, user, cut, own):
     changed[user - 1][cut:] = rng.integers(1, N_ITEMS, len(histories[user - 1][cut:]))
     scores, weights = [], None
     for logs_ in (histories, changed):
-        model, keeper, parts = raserec(logs_, top_k=4)
+        model, hooks, parts = raserec(logs_, top_k=4)
         if weights is None:
             weights = model.ram.state_dict()
         model.ram.load_state_dict(weights)  # the module's start depends on the whole training split
         if not own:
             fresh = RaSeRec(options(top_k=4), Ids(), model.backbone).eval()
             fresh.ram.load_state_dict(weights)
-            queries = keeper.encode(parts[0], "")
+            queries = hooks.encode(parts[0], "")
             fresh.remember(queries.take(np.flatnonzero(queries.users != user)))
             model = fresh
         else:
-            keeper.admit_validation()
+            hooks.before_test()
         store = parts[0].store
         positions = np.arange(1, min(cut, len(histories[user - 1]) - 1) + 1)
         part = Split(store, np.full(len(positions), user), positions)
@@ -155,12 +155,13 @@ def test_no_leak_through_the_real_data_set(small_config):
     sasrec = disturb(SASRec(config.for_backbone(), data.dataset))
     model = RaSeRec(config, data.dataset, wrap_backbone(sasrec, config, data.dataset))
     train, valid, test = (part._dataset for part in (data.train, data.valid, data.test))
-    keeper = MemoryKeeper(model, train, valid, config)
-    keeper.before_epoch(0)
+    hooks = RetrievalHooks(model, train, valid, config)
+    hooks.before_epoch(0)
     no_later_memory(model, model._known["train"])
     assert len(model.memory) == len(train)
     assert torch.isfinite(model.train().calculate_loss(next(iter(data.train))))
-    keeper.admit_validation(test)
+    hooks.test = test
+    hooks.before_test()
     no_later_memory(model, model._known["test"])
     store = train.store
     lengths = store.lengths()

@@ -34,8 +34,8 @@ def test_a_model_trains_and_is_tested(script, workdir, model, options):
 def test_a_pre_training_stage_hands_its_weights_on_and_is_resumed(script, workdir):
     import torch
 
-    from recbole_raserec.fileio import read_tensors
     from recbole_raserec.quick_start import run_recbole_raserec
+    from recbole_raserec.storage.files import read_tensors
 
     script.write_cut(workdir, 20)
     common = {**script.COMMON, "data_path": str(workdir), "mlp_hidden_size": [16], "metrics_k": 5}
@@ -95,10 +95,10 @@ def test_the_page_lists_every_model(script):
 def test_a_resumed_graph_model_forgets_the_embeddings_of_its_last_epoch(small_config):
     import torch
 
+    from recbole_raserec.config.registry import get_model
     from recbole_raserec.evaluation.protocols import evaluate
-    from recbole_raserec.recommendation.trainer import ResumableTrainer
-    from recbole_raserec.registry import get_model
-    from recbole_raserec.stages import train_model
+    from recbole_raserec.recommendation.stage import train_model
+    from recbole_raserec.training.trainer import ResumableTrainer
 
     config = small_config("LightGCN")
     run = train_model(config)

@@ -90,7 +90,7 @@ def test_batches_change_nothing(loaded, monkeypatch):
     rng = np.random.default_rng(0)
     rows = [rng.choice(recommender.items[1:], rng.integers(0, 70)).tolist() for _ in range(40)]
     whole = recommender.score(rows)
-    monkeypatch.setattr("recbole_raserec.serving.scoring.SCORE_BYTES", 4 * len(recommender.items) * 7)
+    monkeypatch.setattr("recbole_raserec.serving.recommender.SCORE_BYTES", 4 * len(recommender.items) * 7)
     np.testing.assert_allclose(recommender.score(rows), whole, rtol=1e-5, atol=1e-5)
     for number in (0, 13, 39):
         np.testing.assert_allclose(recommender.score([rows[number]])[0], whole[number], rtol=1e-5, atol=1e-5)

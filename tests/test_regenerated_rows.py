@@ -14,16 +14,16 @@ from recbole.data.dataset import SequentialDataset
 from regeneration_helpers import QUICK, as_rows
 
 from recbole_raserec.data.dataset import POSITION, SequenceDataset
-from recbole_raserec.data.packed import PACKED_TARGETS, PackedLoader
+from recbole_raserec.data.loaders import PACKED_TARGETS, PackedLoader
 from recbole_raserec.data.patterns import mine_patterns
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined
 from recbole_raserec.data.sequences import SequenceStore
-from recbole_raserec.regenerate import regenerate
-from recbole_raserec.regeneration.combine import combine, first_of_each
-from recbole_raserec.regeneration.inference import generate
+from recbole_raserec.data.splits import prepare_data
+from recbole_raserec.recommendation.stage import train_model
+from recbole_raserec.regeneration.inference import combine, first_of_each, generate
+from recbole_raserec.regeneration.pairs import Sequences, make_pairs, pieces, training_sequences
 from recbole_raserec.regeneration.regenerator import Regenerator
-from recbole_raserec.regeneration.sources import Sequences, make_pairs, pieces, training_sequences
-from recbole_raserec.stages import prepare_data, train_model
+from recbole_raserec.regeneration.stage import regenerate
 
 
 class Split:

@@ -10,11 +10,12 @@ from conftest import random_log, write_log
 from pipeline_helpers import run
 from regeneration_helpers import QUICK
 
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined
+from recbole_raserec.data.splits import prepare_data
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
-from recbole_raserec.regenerate import regenerate, regenerate_dataset
-from recbole_raserec.stages import prepare_data, train_model
+from recbole_raserec.recommendation.stage import train_model
+from recbole_raserec.regeneration.stage import regenerate, regenerate_dataset
 
 
 def test_stored_and_read_again(tmp_path):
@@ -108,7 +109,7 @@ def test_recbole_alone_loads_the_files(tmp_path, monkeypatch):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    from recbole_raserec.cli import main
+    from recbole_raserec.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     write_log(tmp_path, "tiny", random_log(0))
@@ -190,7 +191,7 @@ def test_files_hold_the_split_that_was_mined(features, tmp_path):
     ],
 )
 def test_what_stage_i_alone_refuses(features, tmp_path, option, problem, monkeypatch):
-    monkeypatch.setattr("recbole_raserec.regenerate.ensure_dataset", None)  # before any data is read
+    monkeypatch.setattr("recbole_raserec.regeneration.stage.ensure_dataset", None)  # before any data is read
     given_ = {name: value for name, value in features.items() if name not in ("selected_features", "load_col")}
     words = [f"--{name}={value}" for name, value in option.items()]
     with pytest.raises(ConfigError, match=problem):

@@ -11,11 +11,11 @@ from conftest import random_log, write_log
 from pipeline_helpers import figures, run
 from regeneration_helpers import QUICK, as_rows
 
-from recbole_raserec import regenerate as regenerate_module
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
 from recbole_raserec.data.regenerated import ORIGINS
 from recbole_raserec.errors import ConfigError, DatasetError
-from recbole_raserec.regenerated_set import REPORT
+from recbole_raserec.regeneration import stage as regenerate_module
+from recbole_raserec.regeneration.stage import REPORT
 
 
 def test_one_origin_alone(tiny):

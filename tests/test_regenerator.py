@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from regeneration_helpers import ITEMS, model_of, pairs_of, random_rows, sequences_of
 
 from recbole_raserec.regeneration.inference import LEAST, Decoder, best_two, generate, uniform
+from recbole_raserec.regeneration.pairs import pieces
 from recbole_raserec.regeneration.regenerator import Regenerator, first_occurrences
-from recbole_raserec.regeneration.sources import pieces
 
 
 def logits_one_by_one(model: Regenerator, row: list[int], way: int, written: list[int]) -> torch.Tensor:

@@ -10,10 +10,10 @@ import torch
 from regeneration_helpers import model_of, pairs_of, sequences_of
 
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.fileio import read_tensors
 from recbole_raserec.regeneration import training
-from recbole_raserec.regeneration.sources import make_pairs
+from recbole_raserec.regeneration.pairs import make_pairs
 from recbole_raserec.regeneration.training import BEST, STATE, Schedule, epoch_batches, fit, held_out_loss, split
+from recbole_raserec.storage.files import read_tensors
 
 
 def test_held_out_sequences_are_learned_from_by_nobody():

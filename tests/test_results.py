@@ -10,7 +10,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from recbole_raserec.cli import main
+from recbole_raserec.cli.main import main
 
 PAGE = ROOT / "results" / "comparison_planted.md"
 

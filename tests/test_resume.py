@@ -15,11 +15,11 @@ import pytest
 from conftest import ROOT, random_log, write_log
 from pipeline_helpers import PLANTED, TINY, figures, run
 
-from recbole_raserec import stages
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.fileio import read_tensors
-from recbole_raserec.recommendation.trainer import ResumableTrainer
 from recbole_raserec.retrieval.memory import MemoryBank
+from recbole_raserec.storage.files import read_tensors
+from recbole_raserec.training import stage as stages
+from recbole_raserec.training.trainer import ResumableTrainer
 
 # ------------------------------------------------------------------ kill -9
 

@@ -15,8 +15,9 @@ from recbole_raserec import Recommender
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from recbole_raserec.serving.app import CSP, create_app
-from recbole_raserec.serving.service import Service, Settings
+from recbole_raserec.serving.http.app import CSP, create_app
+from recbole_raserec.serving.http.service import Service
+from recbole_raserec.serving.http.settings import Settings
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from serve_helpers import AUTHORIZED, LIMITS, TOKEN
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from fastapi.testclient import TestClient
 
-from recbole_raserec.serving.app import create_app
-from recbole_raserec.serving.service import Settings
+from recbole_raserec.serving.http.app import create_app
+from recbole_raserec.serving.http.settings import Settings
 
 
 @pytest.mark.parametrize("path", ["/update", "/forget", "/save"])

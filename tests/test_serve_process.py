@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from serve_helpers import AUTHORIZED, Server, fresh
 
-from recbole_raserec import Recommender, cli
+from recbole_raserec import Recommender
+from recbole_raserec.cli import main as cli
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.serving.service import SERVE_HELP, Settings
+from recbole_raserec.serving.http.server import SERVE_HELP
+from recbole_raserec.serving.http.settings import TOKEN_VARIABLE, Settings
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
@@ -167,7 +169,7 @@ def test_options(tmp_path, capsys, monkeypatch):
 
 
 def test_where_the_token_comes_from(tmp_path, monkeypatch):
-    from recbole_raserec.serving import service
+    from recbole_raserec.serving.http import server as service
 
     (tmp_path / "t").write_text(" from-file\n")
     parser = cli._Parser(prog="recbole-raserec serve")
@@ -176,9 +178,9 @@ def test_where_the_token_comes_from(tmp_path, monkeypatch):
     def token(*words):
         return service.settings_of(parser.parse_args(["d", *words])).token
 
-    monkeypatch.delenv(service.TOKEN_VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert token() is None
-    monkeypatch.setenv(service.TOKEN_VARIABLE, "from-variable")
+    monkeypatch.setenv(TOKEN_VARIABLE, "from-variable")
     assert token() == "from-variable"
     assert token(f"--token_file={tmp_path / 't'}") == "from-file"
     assert token(f"--token_file={tmp_path / 't'}", "--token=given") == "given"
@@ -189,7 +191,7 @@ def test_where_the_token_comes_from(tmp_path, monkeypatch):
 
 def test_nothing_of_it_is_imported_before_it_is_needed(tmp_path):
     code = (
-        "import sys; from recbole_raserec import cli; cli.main(['serve', '--help']); cli.main(['serve', 'x', '--k']); "
+        "import sys; from recbole_raserec.cli import main as cli; cli.main(['serve', '--help']); cli.main(['serve', 'x', '--k']); "
         "found = {'torch', 'fastapi', 'uvicorn', 'pydantic', 'prometheus_client'} & set(sys.modules); "
         "assert not found, found; sys.modules['fastapi'] = None; sys.modules['uvicorn'] = None; "
         "sys.exit(cli.main(['serve', 'x']))"

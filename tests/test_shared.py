@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recbole_raserec.regeneration.layers import Attention
-from recbole_raserec.regeneration.shared import PairsOfSources
+from recbole_raserec.regeneration.regenerator import Attention, PairsOfSources
 
 SIZE, SPACES, STEPS = 8, 3, 4
 

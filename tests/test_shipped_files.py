@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT, random_log, write_log
 from pipeline_helpers import SIZES, TINY, figures, run, small
 
-from recbole_raserec.config import Config
+from recbole_raserec.config.config import Config
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "properties" / "model").glob("*.yaml")), ids=lambda path: path.stem)

@@ -12,8 +12,9 @@ import zipfile
 
 import pytest
 
-from recbole_raserec.data import fetch, source
-from recbole_raserec.data.source import ensure_dataset, inter_files, locate
+from recbole_raserec.data.preparation import download as fetch
+from recbole_raserec.data.preparation import download as source
+from recbole_raserec.data.preparation.download import ensure_dataset, inter_files, locate
 from recbole_raserec.errors import DatasetError
 
 HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
@@ -164,7 +165,7 @@ def test_recboles_own_data_sets_without_a_connection(config, monkeypatch, tmp_pa
 
 def test_the_sample_can_be_made_again(config, urls, tmp_path):
     config.update(dataset="planted", data_path=str(tmp_path / "planted"))
-    with pytest.raises(DatasetError, match=f"recbole_raserec.data.synthetic --output={tmp_path}"):
+    with pytest.raises(DatasetError, match=f"recbole_raserec.data.preparation.planted --output={tmp_path}"):
         ensure_dataset(config)
 
 

@@ -18,8 +18,7 @@ import pytest
 from conftest import ROOT
 
 from recbole_raserec.distributed.group import Group, current
-from recbole_raserec.distributed.launch import Layout
-from recbole_raserec.distributed.supervisor import supervise
+from recbole_raserec.distributed.launch import Layout, supervise
 from recbole_raserec.errors import ConfigError, ProcessError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
@@ -72,7 +71,7 @@ def test_an_interrupt_ends_all_processes(tmp_path):
 
 @posix
 def test_processes_end_with_the_one_that_started_them(tmp_path):
-    program = "from recbole_raserec.distributed.supervisor import supervise; import distributed_helpers, sys; "
+    program = "from recbole_raserec.distributed.launch import supervise; import distributed_helpers, sys; "
     program += "supervise(distributed_helpers.sleep, (sys.argv[1],), 2)"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recbole_raserec.data.synthetic import main, planted, write
+from recbole_raserec.data.preparation.planted import main, planted, write
 
 COMMITTED = Path(__file__).parents[1] / "dataset" / "planted" / "planted.inter"
 

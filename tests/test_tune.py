@@ -22,10 +22,10 @@ pytest.importorskip("optuna", reason="searches need optuna")
 
 from tune_helpers import QUICK, SPACE, search, unfinished
 
-from recbole_raserec import cli, plots
+from recbole_raserec.cli import main as cli
 from recbole_raserec.errors import CheckpointError, ConfigError, MissingExtraError
 from recbole_raserec.quick_start import run_recbole_raserec
-from recbole_raserec.recommendation.trainer import ResumableTrainer
+from recbole_raserec.training.trainer import ResumableTrainer
 from recbole_raserec.tuning.study import only_process
 
 
@@ -121,7 +121,15 @@ def test_an_interrupted_search_goes_on_with_the_trials_that_are_missing(shared, 
 def test_a_killed_search_goes_on(shared, tmp_path):
     write_log(tmp_path, "tiny", random_log(0))
     (tmp_path / "space.yaml").write_text(yaml.safe_dump(SPACE), encoding="utf-8")
-    words = [sys.executable, "-m", "recbole_raserec.cli", "tune", "--model=RaSeRec", "--dataset=tiny", "--output=out"]
+    words = [
+        sys.executable,
+        "-m",
+        "recbole_raserec.cli.main",
+        "tune",
+        "--model=RaSeRec",
+        "--dataset=tiny",
+        "--output=out",
+    ]
     words += ["--data_path=.", "--trials=3", "--space=space.yaml", *(f"--{k}={v}" for k, v in QUICK.items())]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "output.txt").open("w") as output:
@@ -211,7 +219,7 @@ def test_without_matplotlib_there_are_no_plots(shared, tmp_path, monkeypatch):
     def missing(*_, **__):
         raise MissingExtraError("plots", "matplotlib", "plots are drawn with it")
 
-    monkeypatch.setattr(plots, "points", missing)
+    monkeypatch.setattr("recbole_raserec.tuning.results.plot_points", missing)
     shutil.copytree(shared.directory, tmp_path / "copy", ignore=shutil.ignore_patterns("plots"))
     assert search(tmp_path / "copy").record == shared.record
     assert not (tmp_path / "copy" / "out" / "plots").exists()

@@ -12,9 +12,10 @@ pytest.importorskip("optuna", reason="searches need optuna")
 
 from tune_helpers import QUICK, SPACE, search
 
-from recbole_raserec import cli, tune
-from recbole_raserec.config import Config
+from recbole_raserec.cli import main as cli
+from recbole_raserec.config.config import Config
 from recbole_raserec.errors import ConfigError
+from recbole_raserec.tuning import tune
 from recbole_raserec.tuning.space import SPACES, Parameter, check_space, read_space
 
 # ------------------------------------------------------------------ spaces
@@ -115,7 +116,7 @@ def test_values():
 
 def test_the_command_hands_over_its_options(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(tune, "tune_hyper_parameters", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr("recbole_raserec.tuning.tune_hyper_parameters", lambda *args, **options: calls.append((args, options)))
     words = ["--model=RaSeRec", "-d", "shop", "--trials=7", "--output=o", "--space=s.yaml", "--pruner=none", "--seed=1"]
     assert cli.main(["tune", *words]) == 0
     own = {"trials": 7, "output": "o", "space": "s.yaml", "pruner": "none"}
@@ -133,7 +134,7 @@ def test_wrong_words_are_one_message(capsys, workdir):
 
 
 def test_without_optuna_there_is_one_message(capsys, monkeypatch):
-    for name in ("recbole_raserec.tune", "recbole_raserec.tuning.study"):
+    for name in ("recbole_raserec.tuning", "recbole_raserec.tuning.tune", "recbole_raserec.tuning.study"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert cli.main(["tune", "--model=RaSeRec", "--dataset=x", "--output=o"]) == 2

@@ -10,12 +10,12 @@ optuna = pytest.importorskip("optuna", reason="searches need optuna")
 
 from tune_helpers import QUICK, search, unfinished  # noqa: E402
 
-from recbole_raserec import tune  # noqa: E402
-from recbole_raserec.config import Config  # noqa: E402
+from recbole_raserec.config.config import Config  # noqa: E402
 from recbole_raserec.errors import RaSeRecError  # noqa: E402
 from recbole_raserec.quick_start import run_recbole_raserec  # noqa: E402
-from recbole_raserec.recommendation.trainer import ResumableTrainer  # noqa: E402
+from recbole_raserec.training.trainer import ResumableTrainer  # noqa: E402
 from recbole_raserec.tuning import study as study_module  # noqa: E402
+from recbole_raserec.tuning import tune  # noqa: E402
 from recbole_raserec.tuning.space import Parameter  # noqa: E402
 from recbole_raserec.tuning.study import finished, next_trial, pruner  # noqa: E402
 

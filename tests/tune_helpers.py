@@ -12,10 +12,12 @@ import pytest
 import yaml
 from conftest import random_log, write_log
 
-from recbole_raserec import stages, tune
-from recbole_raserec.recommendation.trainer import ResumableTrainer
+from recbole_raserec.recommendation import stage as recommendation_stage
 from recbole_raserec.retrieval.memory import MemoryBank
-from recbole_raserec.serving.checkpoint import MANIFEST
+from recbole_raserec.storage.checkpoint import MANIFEST
+from recbole_raserec.training import stage as training_stage
+from recbole_raserec.training.trainer import ResumableTrainer
+from recbole_raserec.tuning import tune
 
 #: A search of the retrieval options in a few seconds.
 QUICK = {
@@ -38,7 +40,8 @@ def search(directory, space=SPACE, model="RaSeRec", trials=3, **given):
     own = {name: options.pop(name) for name in ("sampler", "pruner") if name in options}
     printed, before = io.StringIO(), os.getcwd()
     train_epoch, search_memory = ResumableTrainer._train_epoch, MemoryBank.search
-    evaluate, collect_ranks, prepare_data = stages.evaluate, stages.collect_ranks, stages.prepare_data
+    evaluate, collect_ranks = training_stage.evaluate, training_stage.collect_ranks
+    prepare_data = recommendation_stage.prepare_data
     tests: list = []
 
     def training(self, data, epoch_idx, *args, **kwargs):
@@ -65,9 +68,9 @@ def search(directory, space=SPACE, model="RaSeRec", trials=3, **given):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(ResumableTrainer, "_train_epoch", training)
         patch.setattr(MemoryBank, "search", searching)
-        patch.setattr(stages, "prepare_data", preparing)
-        patch.setattr(stages, "evaluate", watched(evaluate))
-        patch.setattr(stages, "collect_ranks", watched(collect_ranks))
+        patch.setattr(recommendation_stage, "prepare_data", preparing)
+        patch.setattr(training_stage, "evaluate", watched(evaluate))
+        patch.setattr(training_stage, "collect_ranks", watched(collect_ranks))
         os.chdir(directory)
         try:
             options = {"data_path": ".", **options}

@@ -1,1 +1,9 @@
-"""Models against each other: what is asked for, the runs it takes, and the tables made of them."""
+"""Models by data sets by seeds under one protocol, each a run of its own process."""
+
+from recbole_raserec.comparison.driver import OWN, compare, run_command
+
+__all__ = [
+    "OWN",
+    "compare",
+    "run_command",
+]

@@ -2,31 +2,231 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from recbole_raserec.comparison.names import PROTOCOL, cell_name
-from recbole_raserec.comparison.specs import (
-    TAKEN,
-    Problems,
-    Several,
-    Spec,
-    label,
-    parse_names,
-    parse_seeds,
-    parse_specs,
+from recbole_raserec.config import (
+    MODELS,
+    PROPERTIES,
+    RETRIEVAL_MODEL,
+    Config,
+    check_run,
+    read_yaml,
+    regeneration_options,
+    trains_regenerator,
 )
-from recbole_raserec.config import Config
-from recbole_raserec.configuration.options import RETRIEVAL_MODEL
-from recbole_raserec.configuration.stage_options import trains_regenerator
-from recbole_raserec.data.fetch import recbole_urls
-from recbole_raserec.data.source import ensure_dataset
-from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
-from recbole_raserec.fileio import read_json
-from recbole_raserec.quick_start import check_run
-from recbole_raserec.registry import MODELS
+from recbole_raserec.data.preparation import ensure_dataset, inter_files, recbole_urls
+from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError
+from recbole_raserec.evaluation import versions
+from recbole_raserec.storage import MANIFEST, MODEL_VERSIONS, fingerprint, plain, read_json, sha256
+
+# What was asked of a comparison, read: model specs, data sets, seeds. Problems are collected, to be raised at once.
+
+
+#: A number alone above this is not taken for a count of seeds.
+MOST_SEEDS = 100
+
+#: Several values: a list, or a text with commas between them.
+Several = Union[str, Sequence[str]]
+
+#: Options of `run` that a comparison sets itself, and what to do instead.
+TAKEN = {
+    "model": "write --models=...",
+    "dataset": "write --datasets=...",
+    "seed": "write --seeds=...",
+    "result_file": "the figures go into the output directory, leave it out",
+    "ranks_file": "the ranks go into the output directory, leave it out",
+    "backbone_checkpoint": "every base is trained with every seed, leave it out",
+    "resume": "finished cells are kept and unfinished ones continued, leave it out or name another output directory",
+}
+
+#: Options that cannot differ between the models of a comparison.
+SHARED = ("config_files", "data_path", "checkpoint_dir")
+
+
+@dataclass
+class Problems:
+    """Problems found so far, each once, with the models they were found in."""
+
+    found: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, problems: Iterable[str], model: str = "") -> None:
+        for problem in problems:
+            models = self.found.setdefault(problem, [])
+            if model and model not in models:
+                models.append(model)
+
+    @contextlib.contextmanager
+    def noted(self, model: str = "") -> Iterator[None]:
+        """Turn what the body raises into problems; the rest of the body is skipped."""
+        try:
+            yield
+        except ConfigError as error:
+            self.add(error.problems, model)
+        except RaSeRecError as error:
+            self.add([str(error)], model)
+
+    def raise_all(self, models: int) -> None:
+        """Raise them as one ConfigError; what not all of the `models` specs share names those that have it."""
+        if self.found:
+            raise ConfigError(
+                [
+                    f"models: {', '.join(of)}: {problem}" if 0 < len(of) < models else problem
+                    for problem, of in self.found.items()
+                ]
+            )
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model and its own options, texts as on the command line."""
+
+    model: str
+    options: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        """The spec again, as a row is called."""
+        return label(self.model, self.options)
+
+
+def label(model: str, options: dict[str, str]) -> str:
+    return ":".join([model, *(f"{name}={value}" for name, value in options.items())])
+
+
+def parse_specs(models: Several, problems: Problems) -> list[Spec]:
+    """Read ``NAME[:key=value[:key=value...]]``, several joined by commas.
+
+    ``;`` does what ``:`` does, in quotes. Signs within brackets and quotes belong to the value.
+    """
+    specs = []
+    for text in parse_names("models", models, problems):
+        name, *rest = split_outside(text, ":;")
+        options: dict[str, str] = {}
+        for part in rest:
+            key, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or not key or not value:
+                problems.add([f"models: {text!r}: {part!r} is not of the form key=value; write {name}:key=value"])
+            elif key in TAKEN:
+                problems.add([f"models: {text!r}: {key} cannot be given there; {TAKEN[key]}"])
+            elif key in SHARED:
+                problems.add([f"models: {text!r}: {key} is the same for all models; write --{key}={value}"])
+            elif options.setdefault(key, value) != value:
+                problems.add([f"models: {text!r}: {key} is given as {options[key]!r} and as {value!r}; keep one"])
+        spec = Spec(name.strip(), options)
+        if not spec.model:
+            problems.add([f"models: {text!r} names no model; write NAME:key=value"])
+        else:
+            specs.append(spec)
+    return specs
+
+
+def parse_names(option: str, given: Several, problems: Problems) -> list[str]:
+    """The values of an option, each once."""
+    texts = split_outside(given, ",") if isinstance(given, str) else list(given)
+    names = [text.strip() for text in texts if text.strip()]
+    if not names:
+        problems.add([f"{option}: is not given; name one or more, for example --{option}={_EXAMPLES[option]}"])
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    problems.add(f"{option}: {name} is given twice; leave one out" for name in twice)
+    return list(dict.fromkeys(names))
+
+
+_EXAMPLES = {"models": "SASRec,RaSeRec:backbone=SASRec", "datasets": "ml-100k"}
+
+
+def parse_seeds(given: Union[str, int, Sequence[int]], problems: Problems) -> tuple[int, ...]:
+    """Seeds to run. A number alone is how many, from the default of `seed` on; with a comma it is a list of seeds, so
+    that ``2020,`` is the one seed 2020.
+    """
+    first = int(read_yaml(PROPERTIES / "overall.yaml")["seed"])
+    remedy = f"write how many (--seeds=5: {first} to {first + 4}), or a list (--seeds={first},{first + 1})"
+    if isinstance(given, (str, int)):
+        texts = [part.strip() for part in str(given).split(",")]
+        alone = len(texts) == 1
+        numbers = [int(text) for text in texts if text.isascii() and text.isdigit()]
+        wrong = len(numbers) != len([text for text in texts if text])
+    else:
+        numbers, alone = list(given), False
+        wrong = not all(type(number) is int and number >= 0 for number in numbers)
+    if wrong or not numbers or (alone and numbers[0] < 1):
+        problems.add([f"seeds: {given!r} is neither a number of seeds nor a list of them; {remedy}"])
+    elif alone and numbers[0] > MOST_SEEDS:
+        problems.add([f"seeds: {given} would be {given} seeds; for the seed {given} write --seeds={given}, (a comma)"])
+    elif len(set(numbers)) != len(numbers):
+        problems.add([f"seeds: {given!r} names a seed twice; leave one out"])
+    else:
+        return tuple(range(first, first + numbers[0])) if alone else tuple(numbers)
+    return ()
+
+
+def split_outside(text: str, separators: str) -> list[str]:
+    """Split `text` at each of the `separators` that stands outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "'\"":
+            quote = sign
+        else:
+            depth += (sign in "([{") - (sign in ")]}")
+        if sign in separators and depth <= 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+# What a run of a comparison is called: by the fingerprint of all that decides its figures.
+
+
+#: Packages whose version decides a figure.
+_VERSIONS = ("recbole_raserec", "recbole", "torch", "numpy", "faiss", "kernels")
+
+#: Options that say what the figures mean: one value in an output directory, and one for each data set in it.
+PROTOCOL = ("eval_args", "metrics", "topk")
+
+
+def cell_name(config: Any, hashes: dict[tuple[str, ...], str]) -> str:
+    """Name of a cell: model, data set, seed, and the fingerprint of the options, data and versions that decide it."""
+    options: dict[str, Any] = {name: plain(config[name]) for name in PROTOCOL}
+    options["training"] = config.training_options()
+    models, parts = {config.model}, [_content(config, hashes)]
+    if config.model == RETRIEVAL_MODEL:
+        options["backbone"] = config.for_backbone().training_options()
+        models.add(options["backbone"]["model"])
+    if config["regeneration"]:
+        options["regeneration"] = {name: plain(config[name]) for name in regeneration_options(config)}
+        pretrained = trains_regenerator(config) and config["regen_pretrained"]
+        options["embeddings"] = config.for_embeddings().training_options() if pretrained else None
+        given = Path(config["regenerated_data"]) if config["regenerated_data"] else None
+        parts += [sha256(path) for path in sorted(given.iterdir()) if path.is_file()] if given else []
+    collaborative = config["collaborative"]
+    if collaborative in MODELS:
+        models.add(collaborative)
+        options["collaborator"] = config.for_collaborator().training_options()
+    elif collaborative and (Path(collaborative) / MANIFEST).is_file():
+        parts.append(sha256(Path(collaborative) / MANIFEST))
+    found = versions()
+    options["versions"] = {name: found[name] for name in _VERSIONS}
+    options["model_versions"] = {name: MODEL_VERSIONS.get(name) for name in sorted(models)}
+    return f"{config.model}-{config['dataset']}-{config['seed']}-{fingerprint(options, *parts)[:12]}"
+
+
+def _content(config: Any, hashes: dict[tuple[str, ...], str]) -> str:
+    """Hash of the files that the run reads: interactions, and features where the model has some."""
+    folder, dataset = Path(config["data_path"]), config["dataset"]
+    paths = inter_files(folder, dataset, config["benchmark_filename"])
+    suffixes = {*(config["load_col"] or ()), *(config["additional_feat_suffix"] or ())} - {"inter"}
+    paths += [folder / f"{dataset}.{suffix}" for suffix in sorted(suffixes)]
+    key = tuple(str(path) for path in paths if path.is_file())
+    if key not in hashes:
+        hashes[key] = fingerprint({Path(path).name: sha256(path) for path in key})
+    return hashes[key]
+
 
 #: Below the output directory: the cells, and what their runs keep where `checkpoint_dir` is not given.
 CELLS, SAVED = "cells", "saved"

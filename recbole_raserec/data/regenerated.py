@@ -16,7 +16,7 @@ from recbole.data.interaction import Interaction
 from recbole_raserec.data.dataset import POSITION, SEQUENCE, WEIGHT, SequenceDataset, _Rows
 from recbole_raserec.data.sequences import SequenceStore
 from recbole_raserec.errors import CheckpointError, DatasetError
-from recbole_raserec.stored_arrays import read_arrays, write_arrays
+from recbole_raserec.storage import read_arrays, write_arrays
 
 #: Where a sequence comes from.
 ORIGINS = ("original", "pattern", "generated")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Callable, Optional
 
 import numpy as np
+import recbole.data.dataset
 import scipy.sparse as sp
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.utils import create_samplers, get_dataloader
 from recbole.utils import ModelType
 
+from recbole_raserec.config import get_model, trims
 from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.loader import BucketLoader
-from recbole_raserec.data.packed import PackedLoader
-from recbole_raserec.fingerprint import data_fingerprint
+from recbole_raserec.data.loaders import BucketLoader, PackedLoader
+from recbole_raserec.data.regenerated import regenerated_class
+from recbole_raserec.errors import CheckpointError, ConfigError, shown
+from recbole_raserec.storage import data_fingerprint, plain, read_ids
 
 
 @dataclasses.dataclass
@@ -59,7 +64,7 @@ def prepare(
 
     Args:
         config: the run's configuration.
-        dataset_class: see :func:`recbole_raserec.registry.get_dataset_class`.
+        dataset_class: see :func:`recbole_raserec.data.splits.get_dataset_class`.
         trim: the model gives the same result on batches cut to their longest row.
         same_target: the model's loss reads same-target windows (DuoRec).
         regenerated: sequences that join the training split; `dataset_class` must know the attribute.
@@ -132,3 +137,74 @@ class _users_per_batch:
 
     def __exit__(self, *_: Any) -> None:
         self._config["eval_batch_size"] = self._size
+
+
+def get_dataset_class(config: Any) -> Any:
+    """Data set class for the configured model: the lazy one where RecBole would use its SequentialDataset."""
+    special = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
+    if special is not None:
+        return special
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+        from recbole_raserec.data.dataset import SequenceDataset
+
+        return SequenceDataset
+    if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
+        return recbole.data.dataset.KnowledgeBasedDataset
+    return recbole.data.dataset.Dataset
+
+
+def prepare_data(config: Any, regenerated: Any = None) -> Splits:
+    """Data set, loaders and seen items as the configured model needs them; `regenerated` joins the training split."""
+    model_class = get_model(config["model"])
+    same_target = getattr(model_class, "needs_same_target", None)
+    packed = config["training"] == "packed" and hasattr(model_class, "encode_positions")
+    if packed and config["loss_type"] != "CE":
+        raise ConfigError(
+            [
+                f"training: packed predicts by cross entropy, and loss_type is {config['loss_type']}; set training: "
+                "prefix, or loss_type: CE"
+            ]
+        )
+    partners = same_target is not None and same_target(config)
+    kind = get_dataset_class(config)
+    if regenerated is not None:
+        kind = regenerated_class(kind)
+    costs = getattr(model_class, "token_costs", None)
+    return prepare(config, kind, trims(model_class), partners, packed, regenerated, costs)
+
+
+# Another run's checkpoint in this run: did it learn from what this run learns from, and from nothing held out?
+
+
+def check_same_split(option: str, directory: Path, manifest: Mapping[str, Any], config: Any, splits: Splits) -> None:
+    """Refuse a checkpoint whose training split may hold what this run validates or tests on.
+
+    Args:
+        option: that named it. directory, manifest: its. config, splits: of this run.
+
+    Raises:
+        CheckpointError: users, items or the log behind them are others, or they were split in another way.
+    """
+    dataset = config["dataset"]
+    if read_ids(directory) != splits.vocabulary():
+        raise CheckpointError(
+            f"{option}: {directory} was trained on other users or items than data set {dataset} has (data set, filters "
+            "or order differ); train one on this data."
+        )
+    if manifest["data"] != splits.fingerprint:
+        raise CheckpointError(
+            f"{option}: {directory} was trained on other interactions of the same users and items than data set "
+            f"{dataset} has; train one on this data."
+        )
+    theirs, ours = _split(manifest["options"]), _split(config)
+    if theirs != ours:
+        raise CheckpointError(
+            f"{option}: {directory} was trained on another split of data set {dataset} (eval_args: {shown(theirs)}, "
+            f"here {shown(ours)}), so it may have learned what is tested here; train one on this split."
+        )
+
+
+def _split(options: Any) -> dict[str, Any]:
+    """What decides which interactions are trained on."""
+    given = plain(options["eval_args"])
+    return {name: given.get(name) for name in ("split", "order", "group_by")}

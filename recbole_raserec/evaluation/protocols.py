@@ -12,7 +12,6 @@ scores tie, RecBole leaves the order open; here the lower item id ranks first.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +21,13 @@ from recbole.data.dataloader import NegSampleEvalDataLoader
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Evaluator
 from recbole.evaluator.collector import DataStruct
-from recbole.evaluator.register import metric_information
 from scipy.sparse import csr_matrix
 
-from recbole_raserec.distributed.group import current
+from recbole_raserec.config import SEEN_KEPT, SEEN_REMOVED, evaluation_problems
+from recbole_raserec.distributed import current
 from recbole_raserec.errors import ConfigError, DatasetError
-from recbole_raserec.evaluation.ranking import csr_pairs
-from recbole_raserec.evaluation.scoring import Scorer, batches_of, even_blocks, option
+from recbole_raserec.evaluation.ranking import Scorer, batches_of, csr_pairs, even_blocks
 
-SEEN_KEPT = "seen_kept"
-SEEN_REMOVED = "seen_removed"
 PROTOCOLS = (SEEN_KEPT, SEEN_REMOVED)
 
 Metrics = dict[str, float]
@@ -197,24 +193,6 @@ def _evaluator(ranks: torch.Tensor, config: Any, queries: torch.Tensor | None, d
     collected = DataStruct()
     collected.set("rec.topk", hits)
     return Evaluator({"metrics": _names(config), "topk": topk, "metric_decimal_place": digits}), collected
-
-
-def evaluation_problems(config: Any) -> list[str]:
-    """What in the evaluation options cannot be honoured here, one sentence each; empty if all is well."""
-    problems = []
-    usable = sorted(name for name, needs in metric_information.items() if needs == ["rec.topk"])
-    for name in _names(config):
-        if name.lower() not in usable:
-            known = "needs more than the ranks of the targets" if name.lower() in metric_information else "is unknown"
-            problems.append(f"metrics: {name} {known}; choose among {', '.join(usable)}.")
-    mode = (option(config, "eval_args") or {}).get("mode", "full")
-    for phase, value in (mode if isinstance(mode, Mapping) else {"valid": mode, "test": mode}).items():
-        if value != "full":
-            problems.append(
-                f"eval_args: mode of {phase} is {value!r}, but results are reported over all items only; "
-                "set eval_args: {mode: full}."
-            )
-    return problems
 
 
 def _rank_batch(

@@ -1,1 +1,24 @@
+"""Stage ii: backbones, and their training."""
 
+from recbole_raserec.recommendation.backbone import Backbone, wrap_backbone
+from recbole_raserec.recommendation.bert4rec import BERT4Rec
+from recbole_raserec.recommendation.bsarec import BSARec
+from recbole_raserec.recommendation.duorec import DuoRec
+from recbole_raserec.recommendation.fearec import FEARec
+from recbole_raserec.recommendation.gru4rec import GRU4Rec
+from recbole_raserec.recommendation.narm import NARM
+from recbole_raserec.recommendation.sasrec import SASRec
+from recbole_raserec.recommendation.stage import train_model
+
+__all__ = [
+    "NARM",
+    "BERT4Rec",
+    "BSARec",
+    "Backbone",
+    "DuoRec",
+    "FEARec",
+    "GRU4Rec",
+    "SASRec",
+    "train_model",
+    "wrap_backbone",
+]

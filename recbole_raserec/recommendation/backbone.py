@@ -12,17 +12,213 @@ disagree.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 
+from recbole_raserec.config import REFUSED, SUPPORTED, TRIMMABLE, trims
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.recommendation.adapters import ADAPTERS, REFUSED, SUPPORTED
-from recbole_raserec.recommendation.interface import TRIMMABLE, Backbone, trims
+
+# What a sequential model is to whoever uses its vectors: a :class:`Backbone`, a score as a dot product.
+
+
+class Backbone(nn.Module):
+    """A model as user vectors times item vectors. This class fits ``forward(item_seq, item_seq_len) -> [B, H]``.
+
+    B: sequences in the batch, L: padded length, V: items including the padding item 0, H: size of the vectors.
+
+    Gradients flow through all three methods, and train/eval mode is the model's own (dropout included), so that the
+    same object serves a frozen and a trained backbone.
+
+    Args:
+        model: a RecBole sequential recommender.
+        n_items: V.
+
+    Attributes:
+        model: the wrapped model, a sub-module.
+        n_items: V.
+        hidden_size: H, the size in which user and item vectors meet (not always the option ``hidden_size``).
+        needs_user: whether :meth:`encode` needs the users' ids.
+        trims: whether a batch may be cut to its longest sequence, see :data:`TRIMMABLE`.
+    """
+
+    model: Any  # a recommender of any library; its attributes are checked when it is wrapped
+    #: the arguments of the model's forward, in order
+    arguments: tuple[str, ...] = ("item_seq", "item_seq_len")
+    #: the attribute that holds the embedding of the items to be ranked
+    item_table = "item_embedding"
+
+    def __init__(self, model: nn.Module, n_items: int):
+        super().__init__()
+        self.model = model
+        self.n_items = n_items
+        self.needs_user = "user" in self.arguments
+        self.trims = trims(model)
+        with torch.no_grad():
+            self.hidden_size = int(self.item_vectors().shape[1])
+
+    def encode(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None = None) -> Tensor:
+        """Gives the user vectors as they enter the dot product.
+
+        Args:
+            item_seq: long [B, L], oldest item first, padded with 0 on the right. L is MAX_ITEM_LIST_LENGTH, or anything
+                from the longest sequence of the batch on if :attr:`trims`.
+            item_seq_len: long [B], each at least 1.
+            user: long [B]; needed if :attr:`needs_user`, otherwise ignored.
+
+        Returns:
+            float [B, H].
+
+        Raises:
+            ValueError: the model needs the users' ids and ``user`` is None.
+        """
+        if self.needs_user and user is None:
+            raise ValueError(f"{type(self.model).__name__} has an embedding per user: encode() needs `user` ids [B].")
+        return self._user_vectors(item_seq, item_seq_len, user)
+
+    def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
+        given = {"item_seq": item_seq, "item_seq_len": item_seq_len, "user": user}
+        return self.model(*(given[name] for name in self.arguments))  # [B, H]
+
+    def item_vectors(self) -> Tensor:
+        """Gives the vectors of all items as they enter the dot product, row 0 (padding) included: float [V, H]."""
+        own = getattr(self.model, "item_vectors", None)  # a method of the package's own models
+        return (own() if callable(own) else getattr(self.model, self.item_table).weight)[: self.n_items]
+
+    def item_bias(self) -> Tensor | None:
+        """Gives what is added to the dot product, float [V], or None."""
+        return None
+
+    def scores(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None = None) -> Tensor:
+        """Gives the scores of all items, float [B, V]: the model's ``full_sort_predict``."""
+        scores = self.encode(item_seq, item_seq_len, user) @ self.item_vectors().T
+        bias = self.item_bias()
+        return scores if bias is None else scores + bias
+
+
+# RecBole's sequential models as backbones: one small adapter per deviation, and which models cannot be one, and why.
+#
+# They differ in the arguments of ``forward``, in the table that holds the item vectors and in what is done to it first.
+
+
+class SequenceOnly(Backbone):
+    """NextItNet: ``forward(item_seq)``."""
+
+    arguments = ("item_seq",)
+
+
+class UserThenSequence(Backbone):
+    """Caser: ``forward(user, item_seq)``."""
+
+    arguments = ("user", "item_seq")
+
+
+class SequenceThenUser(Backbone):
+    """SHAN: ``forward(item_seq, user)``."""
+
+    arguments = ("item_seq", "user")
+
+
+class BERT4RecBackbone(Backbone):
+    """BERT4Rec: the vector at a mask token appended to the sequence; item table with a row for the mask; item bias."""
+
+    def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
+        masked = F.pad(item_seq, (0, 1)).scatter(1, item_seq_len.unsqueeze(1), self.n_items)  # [B, L + 1]
+        # The first item makes room for the mask in every sequence, short ones too: RecBole ranks this way.
+        output = self.model(masked[:, 1:])  # [B, L, H]
+        return output[torch.arange(len(output), device=output.device), item_seq_len - 1]  # [B, H]
+
+    def item_bias(self) -> Tensor | None:
+        return self.model.output_bias
+
+
+class COREBackbone(Backbone):
+    """CORE: cosine over a temperature.
+
+    The temperature is shared out evenly, ``h / sqrt(temperature)`` and ``v / sqrt(temperature)``: CORE's user vectors
+    are weighted sums of item vectors, and folding all of it into one side would give the two different lengths, which
+    a mixture of user and item vectors would then weigh differently. In train mode the item vectors pass the model's
+    item dropout, as in its loss.
+    """
+
+    def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
+        return self.model(item_seq) / self.model.temperature**0.5
+
+    def item_vectors(self) -> Tensor:
+        table = self.model.item_dropout(self.model.item_embedding.weight[: self.n_items])
+        return F.normalize(table, dim=-1) / self.model.temperature**0.5
+
+
+class FOSSILBackbone(Backbone):
+    """FOSSIL: ``forward(item_seq, item_seq_len, user)``."""
+
+    arguments = ("item_seq", "item_seq_len", "user")
+
+
+class FPMCBackbone(Backbone):
+    """FPMC: user . item + last item . item, two dot products written as one of twice the size."""
+
+    arguments = ("user", "item_seq", "item_seq_len")
+
+    def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
+        last = item_seq.gather(1, (item_seq_len - 1).unsqueeze(1)).squeeze(1)  # [B]
+        return torch.cat([self.model.UI_emb(user), self.model.LI_emb(last)], dim=-1)  # [B, 2E]
+
+    def item_vectors(self) -> Tensor:
+        return torch.cat([self.model.IU_emb.weight, self.model.IL_emb.weight], dim=-1)[: self.n_items]
+
+
+class HGNBackbone(SequenceThenUser):
+    """HGN: ranks with a second item table."""
+
+    item_table = "item_embedding_for_prediction"
+
+
+class HRMBackbone(Backbone):
+    """HRM: ``forward(item_seq, user, item_seq_len)``."""
+
+    arguments = ("item_seq", "user", "item_seq_len")
+
+    def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
+        # With average pooling HRM writes into the lengths it is given; the caller's must stay as they are.
+        return super()._user_vectors(item_seq, item_seq_len.clone(), user)
+
+
+class NPEBackbone(SequenceThenUser):
+    """NPE: ranks with the rectified item table."""
+
+    def item_vectors(self) -> Tensor:
+        return torch.relu(super().item_vectors())
+
+
+#: RecBole 1.2.1's sequential models that work as a backbone.
+ADAPTERS: dict[str, Callable[[nn.Module, int], Backbone]] = {
+    "BERT4Rec": BERT4RecBackbone,
+    "CORE": COREBackbone,
+    "Caser": UserThenSequence,
+    "FEARec": Backbone,
+    "FOSSIL": FOSSILBackbone,
+    "FPMC": FPMCBackbone,
+    "GCSAN": Backbone,
+    "GRU4Rec": Backbone,
+    "HGN": HGNBackbone,
+    "HRM": HRMBackbone,
+    "LightSANs": Backbone,
+    "NARM": Backbone,
+    "NPE": NPEBackbone,
+    "NextItNet": SequenceOnly,
+    "SASRec": Backbone,
+    "SHAN": SequenceThenUser,
+    "SINE": Backbone,
+    "SRGNN": Backbone,
+    "STAMP": Backbone,
+}
+
 
 __all__ = ["ADAPTERS", "REFUSED", "SUPPORTED", "TRIMMABLE", "Backbone", "table", "trims", "wrap_backbone"]
 

@@ -7,8 +7,7 @@ from typing import Any, Optional
 import torch
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
 
-from recbole_raserec.kernels.dropout import use_fast_dropout
-from recbole_raserec.kernels.losses import linear_cross_entropy
+from recbole_raserec.kernels import linear_cross_entropy, use_fast_dropout
 from recbole_raserec.recommendation.sasrec import attention_branch, feed_forward_branch
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.kernels.dropout import use_fast_dropout
+from recbole_raserec.kernels import use_fast_dropout
 from recbole_raserec.recommendation.duorec import DuoRec
 from recbole_raserec.recommendation.sasrec import attention_branch, feed_forward_branch
 

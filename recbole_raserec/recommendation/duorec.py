@@ -6,10 +6,9 @@ from typing import Any, Optional, Union
 
 import torch
 
-from recbole_raserec.data.loader import SAME_TARGET, SAME_TARGET_ROWS
-from recbole_raserec.data.packed import PACKED_TARGETS
-from recbole_raserec.kernels.losses import info_nce
-from recbole_raserec.recommendation.objective import row_weights
+from recbole_raserec.data import PACKED_TARGETS, SAME_TARGET, SAME_TARGET_ROWS
+from recbole_raserec.kernels import info_nce
+from recbole_raserec.recommendation.base import row_weights
 from recbole_raserec.recommendation.sasrec import SASRec
 
 #: Contrast forms that need the window of another row with the same target.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.fearec import FEARec as RecBoleFEARec
 
-from recbole_raserec.recommendation.objective import SoftmaxOverItems
+from recbole_raserec.recommendation.base import SoftmaxOverItems
 from recbole_raserec.recommendation.sasrec import feed_forward_branch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from recbole.model.sequential_recommender.gru4rec import GRU4Rec as RecBoleGRU4Rec
 
-from recbole_raserec.recommendation.objective import SoftmaxOverItems
+from recbole_raserec.recommendation.base import SoftmaxOverItems
 
 
 class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):

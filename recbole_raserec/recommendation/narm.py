@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from recbole.model.sequential_recommender.narm import NARM as RecBoleNARM
 
-from recbole_raserec.recommendation.objective import SoftmaxOverItems
+from recbole_raserec.recommendation.base import SoftmaxOverItems
 
 
 class NARM(SoftmaxOverItems, RecBoleNARM):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
-from recbole_raserec.kernels.encoder import Architecture, Ragged, encode
-from recbole_raserec.recommendation.objective import SoftmaxOverItems
+from recbole_raserec.kernels import Architecture, Ragged, encode
+from recbole_raserec.recommendation.base import SoftmaxOverItems
 
 
 class SASRec(SoftmaxOverItems, RecBoleSASRec):
@@ -22,7 +22,7 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
 
     Options beside those of RecBole's SASRec:
 
-    - `training`: ``prefix`` or ``packed``, see :mod:`recbole_raserec.data.packed`.
+    - `training`: ``prefix`` or ``packed``, see :mod:`recbole_raserec.data.loaders`.
     - `softmax_precision`: of the loss, see :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`.
     - `native_kernels`: whether to use the compiled kernels where they can be.
     """

@@ -14,14 +14,191 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import cached_property, partial
+from typing import Any, Callable, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from recbole_raserec.kernels.dropout import use_fast_dropout
-from recbole_raserec.regeneration.layers import DecoderLayer, EncoderLayer, KeyValue
-from recbole_raserec.regeneration.shared import PairsOfSources
+from recbole_raserec.errors import ConfigError
+from recbole_raserec.kernels import use_fast_dropout
+
+# Transformer layers of the regenerator. A decoder layer can go step by step, on keys and values it has kept.
+#
+# As in the original transformer: each part is followed by a residual sum and a layer norm. Shapes: N rows, Q queries,
+# S source positions, H hidden size, D = H / heads.
+
+
+#: Keys and values of the source or of the steps so far, [N, heads, S, D] each.
+KeyValue = tuple[torch.Tensor, torch.Tensor]
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values can be computed apart from the queries."""
+
+    def __init__(self, size: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.query, self.key, self.value = (nn.Linear(size, size) for _ in range(3))
+        self.out = nn.Linear(size, size)
+
+    def keys_values(self, x: torch.Tensor) -> KeyValue:
+        """[N, S, H] -> keys and values [N, heads, S, D]."""
+        return self._split(self.key(x)), self._split(self.value(x))
+
+    def forward(
+        self, x: torch.Tensor, source: KeyValue, mask: Optional[torch.Tensor] = None, causal: bool = False
+    ) -> torch.Tensor:
+        """[N, Q, H] attends to `source`; `mask` bool, broadcast to [N, heads, Q, S], True where it may -> [N, Q, H]."""
+        query = self._split(self.query(x))
+        if self.training:  # torch's own draws its dropout one by one
+            weights = self.weights(query @ source[0].transpose(2, 3) / math.sqrt(query.shape[3]), mask, causal)
+            mixed = weights @ source[1]
+        else:
+            mixed = F.scaled_dot_product_attention(query, *source, attn_mask=mask, is_causal=causal)
+        return self.out(mixed.transpose(1, 2).reshape(x.shape))
+
+    def weights(self, logits: torch.Tensor, mask: Optional[torch.Tensor] = None, causal: bool = False) -> torch.Tensor:
+        """Softmax of `logits` [N, heads, Q, S] where `mask` is True, and dropout."""
+        if causal:
+            steps = torch.arange(logits.shape[2], device=logits.device)
+            mask = steps[:, None] >= steps
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        return self.dropout(torch.softmax(logits, dim=3))
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+class FeedForward(nn.Sequential):
+    """H -> inner -> H."""
+
+    def __init__(self, size: int, inner_size: int, dropout: float):
+        super().__init__(nn.Linear(size, inner_size), nn.ReLU(), nn.Dropout(dropout), nn.Linear(inner_size, size))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward."""
+
+    def __init__(self, size: int, heads: int, inner_size: int, dropout: float):
+        super().__init__()
+        self.attention = Attention(size, heads, dropout)
+        self.feed_forward = FeedForward(size, inner_size, dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(2))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """[N, S, H]; `mask` bool [N, 1, 1, S], True where an item stands."""
+        x = self.norms[0](x + self.dropout(self.attention(x, self.attention.keys_values(x), mask)))
+        return self.norms[1](x + self.dropout(self.feed_forward(x)))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the source, feed-forward."""
+
+    def __init__(self, size: int, heads: int, inner_size: int, dropout: float):
+        super().__init__()
+        self.own, self.source = Attention(size, heads, dropout), Attention(size, heads, dropout)
+        self.feed_forward = FeedForward(size, inner_size, dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, source: KeyValue, mask: torch.Tensor) -> torch.Tensor:
+        """All steps at once: [N, Q, H]; `mask` bool [N, 1, 1, S] of the source."""
+        return self.together(x, lambda h: self.source(h, source, mask))
+
+    def together(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """All steps at once [N, Q, H], with `attend` [N, Q, H] -> [N, Q, H] as attention to the source."""
+        x = self.norms[0](x + self.dropout(self.own(x, self.own.keys_values(x), causal=True)))
+        return self._rest(x, attend)
+
+    def step(
+        self, x: torch.Tensor, past: Optional[KeyValue], source: KeyValue, mask: torch.Tensor
+    ) -> tuple[torch.Tensor, KeyValue]:
+        """One step [N, 1, H] after those whose keys and values are `past`: its output, and `past` with it."""
+        new = self.own.keys_values(x)
+        grown = new if past is None else (torch.cat([past[0], new[0]], 2), torch.cat([past[1], new[1]], 2))
+        x = self.norms[0](x + self.dropout(self.own(x, grown)))
+        return self._rest(x, lambda h: self.source(h, source, mask)), grown
+
+    def _rest(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        x = self.norms[1](x + self.dropout(attend(x)))
+        return self.norms[2](x + self.dropout(self.feed_forward(x)))
+
+
+# Attention of many pairs to few sequences: what pairs of one sequence share is computed once for all of them.
+#
+# Each pair p of a sequence b attends to a mixture of b's K latent spaces, X_b R_p with R_p = sum_k s_pk P_k. Keys and
+# values are linear in it, so neither the spaces nor the mixture ([P, S, H] numbers, in each layer twice) need be built: a
+# query q of p meets X_b as R_p W_key' q, and what the weights w take from X_b becomes a value as W_value R_p' (X_b' w).
+#
+# Shapes: B sequences of S positions, P pairs, T steps of each, K spaces, N pairs of a sequence at most, H hidden size,
+# D = H / heads.
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsOfSources:
+    """Which sequence each pair belongs to, how it mixes that sequence's spaces, and where it stands beside the others.
+
+    Attributes:
+        hidden: [B, S, H], the sequences. filled: bool [B, S], where an item stands.
+        mixtures: [P, H, H], R_p. slots: int64 [P], place of each pair among B x `width` ones, those of a sequence side
+            by side. width: N.
+    """
+
+    hidden: torch.Tensor
+    filled: torch.Tensor
+    mixtures: torch.Tensor
+    slots: torch.Tensor
+    width: int
+
+    @classmethod
+    def of(
+        cls, hidden: torch.Tensor, filled: torch.Tensor, owner: torch.Tensor, shares: torch.Tensor,
+        projections: torch.Tensor,
+    ) -> PairsOfSources:  # fmt: skip
+        """`owner`: int64 [P], the sequence of each pair, in any order; `shares` [P, K] of `projections` [K, H, H]."""
+        counts = torch.bincount(owner, minlength=len(hidden))
+        order = torch.argsort(owner, stable=True)
+        column = torch.empty_like(owner)
+        starts = counts.cumsum(0) - counts
+        column[order] = torch.arange(len(owner), device=owner.device) - starts[owner[order]]
+        width = int(counts.max()) if len(counts) else 0
+        mixtures = (shares @ projections.flatten(1)).view(len(owner), *projections.shape[1:])
+        return cls(hidden, filled, mixtures, owner * width + column, width)
+
+    def lay_out(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of the pairs [P, Q, H] beside those of the same sequence: [B, N Q, H], zeros where there is none."""
+        grid = x.new_zeros(len(self.hidden) * self.width, *x.shape[1:])
+        return grid.index_copy(0, self.slots, x).view(len(self.hidden), self.width * x.shape[1], -1)
+
+    def take_up(self, grid: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`lay_out`."""
+        return grid.reshape(len(self.hidden) * self.width, -1, grid.shape[2]).index_select(0, self.slots)
+
+    def attend(self, attention: Attention, x: torch.Tensor) -> torch.Tensor:
+        """What ``attention(x, keys and values of each pair's mixture)`` gives: [P, T, H] -> [P, T, H]."""
+        (pairs, steps, size), heads = x.shape, attention.heads
+        key, value = (
+            linear.weight.view(heads, -1, size) for linear in (attention.key, attention.value)
+        )  # [heads, D, H]
+        query = attention.query(x).view(pairs * steps, heads, -1) / math.sqrt(size // heads)
+        # the keys' bias adds the same to all logits of a query
+        query = (query.transpose(0, 1) @ key).view(heads, pairs, steps, size).transpose(0, 1)  # [P, heads, T, H]
+        query = query.reshape(pairs, heads * steps, size) @ self.mixtures.transpose(1, 2)
+        logits = self.lay_out(query) @ self.hidden.transpose(1, 2)  # [B, N heads T, S]
+        weights = attention.weights(logits[:, None], self.filled[:, None, None]).squeeze(1)
+        taken = self.take_up(weights @ self.hidden) @ self.mixtures  # [P, heads T, H]
+        taken = taken.view(pairs, heads, steps, size).transpose(0, 1).reshape(heads, pairs * steps, size)
+        found = (taken @ value.transpose(1, 2)).view(heads, pairs, steps, -1)
+        sums = self.take_up(weights.sum(2, keepdim=True)).view(pairs, heads, steps, 1)  # with dropout, not 1
+        found = found.permute(1, 2, 0, 3) + sums.transpose(1, 2) * attention.value.bias.view(heads, -1)
+        return attention.out(found.reshape(pairs, steps, size))
+
+    def logits(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """x [P, T, H] times the vectors [B, S, H] of each pair's sequence: [P, T, S]."""
+        return self.take_up(self.lay_out(x) @ vectors.transpose(1, 2))
 
 
 @dataclasses.dataclass
@@ -202,3 +379,35 @@ def _initialise(module: nn.Module) -> None:
         if module.padding_idx is not None:
             with torch.no_grad():
                 module.weight[module.padding_idx].zero_()
+
+
+# The regenerator and the schedule of its training, as the options `regen_*` say.
+
+
+def check_heads(config: Any) -> None:
+    """`regen_heads` must divide the vectors' length.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    size = config.for_embeddings()["hidden_size"] if config["regen_pretrained"] else config["regen_hidden_size"]
+    if size % config["regen_heads"]:
+        raise ConfigError(
+            [f"regen_heads: {config['regen_heads']} does not divide vectors of length {size}; choose for example 1."]
+        )
+
+
+def build(config: Any, n_items: int, vectors: Any) -> Regenerator:
+    """A fresh regenerator for V = `n_items` items.
+
+    Args:
+        vectors: item vectors [V, H] it starts from; None: random ones of length `regen_hidden_size`.
+    """
+    size, heads = config["regen_hidden_size"] if vectors is None else vectors.shape[1], config["regen_heads"]
+    model = Regenerator(
+        n_items, size, heads, config["regen_layers"], config["regen_inner_size"], config["regen_dropout"],
+        config["regen_conditions"], config["MAX_ITEM_LIST_LENGTH"], config["regen_pattern_length"],
+    )  # fmt: skip
+    if vectors is not None:
+        model.use_item_vectors(vectors.to("cpu", torch.float32))
+    return model

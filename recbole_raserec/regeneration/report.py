@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from recbole_raserec import plots
-from recbole_raserec.data.regenerated import ORIGINS, Regenerated
-from recbole_raserec.regeneration.sources import Sequences
+from recbole_raserec.data import ORIGINS, Regenerated
+from recbole_raserec.evaluation import plot_bars, plot_beside
+from recbole_raserec.regeneration.pairs import Sequences
 
 #: Examples of each origin in the report.
 EXAMPLES = 5
@@ -79,9 +79,9 @@ def draw(report: dict[str, Any], path: str | os.PathLike) -> None:
         when: {f"{tenth + 1}": [value] for tenth, value in enumerate(values)}
         for when, values in report["popularity"].items()
     }
-    plots.bars(path, {"lengths (up to 15)": sizes}, "items of a sequence", "sequences")
-    plots.bars(
-        plots.plot_beside(path, "_popularity"), {"popularity": shares}, "tenth of the items, most popular first",
+    plot_bars(path, {"lengths (up to 15)": sizes}, "items of a sequence", "sequences")
+    plot_bars(
+        plot_beside(path, "_popularity"), {"popularity": shares}, "tenth of the items, most popular first",
         "share of the targets",
     )  # fmt: skip
 

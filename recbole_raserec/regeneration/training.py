@@ -14,14 +14,13 @@ import torch
 from tqdm import tqdm
 
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.fileio import read_tensors, write_tensors
-from recbole_raserec.optimizer_state import load_optimizer, optimizer_tensors, part_of
+from recbole_raserec.regeneration.pairs import Pairs
 from recbole_raserec.regeneration.regenerator import Regenerator
-from recbole_raserec.regeneration.sources import Pairs
+from recbole_raserec.storage import load_optimizer, optimizer_tensors, part_of, read_tensors, write_tensors
 
 STATE, BEST = "regenerator-state.safetensors", "regenerator.safetensors"
 
-#: Batches sorted by length together, see :class:`~recbole_raserec.data.loader.BucketLoader`.
+#: Batches sorted by length together, see :class:`~recbole_raserec.data.loaders.BucketLoader`.
 _BLOCK = 32
 
 
@@ -195,3 +194,18 @@ def _resume(
     except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise CheckpointError(f"{path} does not fit this run ({reason}); delete {directory} to start anew.") from None
+
+
+def schedule(config: Any) -> Schedule:
+    """How it is trained."""
+    return Schedule(
+        epochs=config["regen_epochs"],
+        patience=config["regen_stopping_step"],
+        learning_rate=config["regen_learning_rate"],
+        batch_pairs=config["regen_batch_pairs"],
+        held_out=config["regen_held_out"],
+        entropy_weight=config["regen_entropy"],
+        tau_decay=config["regen_tau_decay"],
+        tau_least=config["regen_tau_least"],
+        seed=config["seed"],
+    )

@@ -8,8 +8,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.patterns import Patterns, mine_patterns
+from recbole_raserec.data import Patterns, SequenceDataset, mine_patterns
 from recbole_raserec.retrieval.queries import Queries, encode_windows
 
 #: Values of the option `memory`.

@@ -10,8 +10,7 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from recbole_raserec.retrieval.approximate import HNSWIndex, IVFIndex, IVFPQIndex
-from recbole_raserec.retrieval.index import faiss
+from recbole_raserec.retrieval.index import HNSWIndex, IVFIndex, IVFPQIndex, faiss
 
 #: Arrays of a state and their types: centroids [L, H]; list of each of the first M entries [M], -1 for a removed one;
 #: of a product quantiser its code books [pieces, codes, H / pieces] and each entry's code [M, bytes]; of a graph the

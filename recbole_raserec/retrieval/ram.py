@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.kernels.dropout import FastDropout
+from recbole_raserec.kernels import FastDropout
 
 #: Attention logits at the start, per unit of cosine between query and key.
 START_LOGIT = 10.0

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
 
-from recbole_raserec.data.dataset import POSITION
-from recbole_raserec.kernels.losses import linear_cross_entropy
+from recbole_raserec.data import POSITION
+from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.retrieval.builders import Rows
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries

@@ -15,7 +15,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from recbole_raserec.retrieval.knn import KNNRaSeRec, neighbour_weights
+from recbole_raserec.retrieval import KNNRaSeRec, neighbour_weights
 
 #: Items of a memory's prefix that are shown.
 SHOWN = 5

@@ -2,25 +2,180 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
+import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 import torch
 
-from recbole_raserec.errors import InputError
-from recbole_raserec.recommendation.backbone import Backbone
-from recbole_raserec.retrieval.raserec import RaSeRec
-from recbole_raserec.serving.catalogue import Catalogue
-from recbole_raserec.serving.checkpoint import save_parts
-from recbole_raserec.serving.histories import Histories
+from recbole_raserec.data import Catalogue, Histories
+from recbole_raserec.errors import CheckpointError, InputError
+from recbole_raserec.recommendation import Backbone
+from recbole_raserec.retrieval import RaSeRec
 from recbole_raserec.serving.inputs import as_id
-from recbole_raserec.serving.journal import Journal
-from recbole_raserec.serving.locks import DirectoryLock, ReadWriteLock
+from recbole_raserec.storage import lock_file, replacing, save_parts, sync_directory
+
+# Many readers or one writer, and a writer that waits is let in before new readers; and one process a directory.
+
+
+LOCK = "journal.lock"
+
+
+class ReadWriteLock:
+    """Not re-entrant."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._readers = self._waiting = 0
+        self._writing = False
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[None]:
+        """Hold it with other readers."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._writing and not self._waiting)
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._readers -= 1
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[None]:
+        """Hold it alone."""
+        with self._condition:
+            self._waiting += 1
+            self._condition.wait_for(lambda: not self._writing and not self._readers)
+            self._waiting -= 1
+            self._writing = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._writing = False
+                self._condition.notify_all()
+
+
+class DirectoryLock:
+    """Held by the one process that changes a checkpoint; the system frees it when that process ends, however it ends.
+
+    Args:
+        directory: of the checkpoint.
+
+    Raises:
+        CheckpointError: there is no such directory, or another process holds it.
+    """
+
+    def __init__(self, directory: Path):
+        path = Path(directory) / LOCK
+        try:
+            held = lock_file(path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{Path(directory).absolute()} is no directory.") from None
+        if held is None:
+            holder = path.read_bytes()[:20].decode("ascii", "replace").strip()
+            raise CheckpointError(
+                f"{directory} is in use by another process{f' ({holder})' if holder else ''}, and one at a time may "
+                "journal changes of a checkpoint: stop that one first, or serve a copy of the directory."
+            )
+        self._file = held
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()).encode())
+
+    def release(self) -> None:
+        """Let it go; again changes nothing. The file stays."""
+        self._file.close()
+
+
+# Changes in the order they were made, on the disk before they are acknowledged.
+
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """A file of one JSON object a line, ``{"n": number, ...}``, numbers rising.
+
+    A last line without its end was cut off while it was written, was never acknowledged, and is dropped.
+
+    Args:
+        path: created when missing.
+
+    Raises:
+        CheckpointError: a whole line of it cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._last = 0
+        text = self.path.read_bytes() if self.path.is_file() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        for record in _records(whole, self.path):
+            self._last = record["n"]
+        self._open()
+        if len(whole) < len(text):
+            self._file.truncate(len(whole))
+        sync_directory(self.path.parent)
+
+    def append(self, record: dict[str, Any], after: int = 0) -> int:
+        """Write a record; when this returns, its number, it is on the disk. Numbers rise from `after` on."""
+        number = max(self._last, after) + 1
+        line = json.dumps({"n": number, **record}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        start = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(start)
+            raise
+        self._last = number
+        return number
+
+    def records(self, after: int) -> Iterator[dict[str, Any]]:
+        """Records with a higher number than `after`, in order."""
+        for record in _records(self.path.read_bytes(), self.path):
+            if record["n"] > after:
+                yield record
+
+    def clear(self) -> None:
+        """Drop all records: what they changed is stored elsewhere."""
+        with replacing(self.path) as part:
+            Path(part).write_bytes(b"")
+        self._file.close()
+        self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _open(self) -> None:
+        # Unbuffered: what a full disk refused must not wait in a buffer and come after all, behind the next record.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held as long as the journal
+
+
+def _records(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
+    last = 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or type(record.get("n")) is not int or record["n"] <= last:
+            raise CheckpointError(f"{path} is damaged in line {number}; restore it, or delete it to lose what follows.")
+        last = record["n"]
+        yield record
+
 
 #: Prefixes encoded together.
 BATCH = 512

@@ -11,11 +11,9 @@ from typing import Any, Optional
 
 import yaml
 
-from recbole_raserec import plots
-from recbole_raserec.configuration.text import plain
 from recbole_raserec.errors import MissingExtraError
-from recbole_raserec.evaluation.report import ABSENT, PROTOCOL_TITLES, text_block
-from recbole_raserec.fileio import replacing, write_json
+from recbole_raserec.evaluation import ABSENT, PROTOCOL_TITLES, plot_points, text_block
+from recbole_raserec.storage import plain, replacing, write_json
 
 BEST, TRIALS, STUDY, PLOTS = "best.yaml", "trials.csv", "study.json", "plots"
 
@@ -122,9 +120,9 @@ def draw(directory: Path, record: Mapping[str, Any]) -> Optional[Path]:
             better = not best or (height > best[-1][1] if maximize else height < best[-1][1])
             best.append((trial["number"], height if better else best[-1][1]))
     with contextlib.suppress(MissingExtraError):
-        plots.points(folder / "history.png", by_trial, "trial", record["metric"], steps={"best so far": best})
+        plot_points(folder / "history.png", by_trial, "trial", record["metric"], steps={"best so far": best})
         for name, entry in record["space"].items():
-            plots.points(folder / f"{name}.png", by_option[name], name, record["metric"], log=bool(entry.get("log")))
+            plot_points(folder / f"{name}.png", by_option[name], name, record["metric"], log=bool(entry.get("log")))
         return folder
     return None
 

@@ -13,13 +13,9 @@ from typing import Any, Optional
 
 from recbole.utils import dataset_arguments, evaluation_arguments
 
-from recbole_raserec.configuration.key_sets import NOT_TRAINING
-from recbole_raserec.configuration.options import REGENERATION
-from recbole_raserec.configuration.sources import PROPERTIES, read_yaml
-from recbole_raserec.configuration.stage_options import regeneration_options
-from recbole_raserec.configuration.text import nearest, plain, shown
-from recbole_raserec.errors import ConfigError
-from recbole_raserec.quick_start import check_run
+from recbole_raserec.config import NOT_TRAINING, PROPERTIES, REGENERATION, check_run, read_yaml, regeneration_options
+from recbole_raserec.errors import ConfigError, nearest, shown
+from recbole_raserec.storage import plain
 
 #: Where the shipped spaces lie.
 SPACES = PROPERTIES / "tune"

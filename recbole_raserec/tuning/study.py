@@ -16,9 +16,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-from recbole_raserec.configuration.text import shown
-from recbole_raserec.errors import ConfigError, MissingExtraError
-from recbole_raserec.file_locks import lock_file
+from recbole_raserec.errors import ConfigError, MissingExtraError, shown
+from recbole_raserec.storage import lock_file
 from recbole_raserec.tuning.space import Space
 
 try:

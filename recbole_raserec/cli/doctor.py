@@ -1,0 +1,222 @@
+"""The command ``doctor``: what this installation stands on, what it makes use of, and whether it works."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import tempfile
+import textwrap
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+from recbole_raserec import __version__
+from recbole_raserec.compat import mends
+
+#: What is reported, needed first.
+PACKAGES = (
+    "recbole",
+    "torch",
+    "numpy",
+    "pandas",
+    "scipy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "safetensors",
+    "setuptools",
+    "ray",
+)
+#: Extra of this package -> a module that only it brings.
+EXTRAS = {
+    "baselines": "kmeans_pytorch", "docs": "mkdocs", "frames": "polars", "llm": "transformers", "plots": "matplotlib",
+    "serve": "fastapi", "tune": "optuna",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One part of the self-test: whether it `passed`, what it found, how long it took."""
+
+    name: str
+    passed: bool
+    found: str
+    seconds: float
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor, GPU, faiss, kernels, mends and extras, JSON-able."""
+    import faiss
+    import torch
+
+    from recbole_raserec.kernels import loaded
+
+    kernels = loaded()
+    capability = getattr(getattr(torch.backends, "cpu", None), "get_cpu_capability", lambda: "unknown")()
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return {
+        "recbole-raserec": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "extras": {name: importlib.util.find_spec(module) is not None for name, module in EXTRAS.items()},
+        "cpu": {
+            "name": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "instructions": capability,
+            "kernels": None if kernels is None else kernels.name.removeprefix("_native_"),
+            "bfloat16": kernels is not None and kernels.bfloat16,
+        },
+        "gpu": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
+        "faiss": {"options": faiss.get_compile_options().strip(), "gpus": getattr(faiss, "get_num_gpus", lambda: 0)()},
+        "mends": {mend.name: {"active": mend.active, "reason": mend.reason} for mend in mends()},
+    }
+
+
+def self_test() -> Iterator[Check]:
+    """Kernels, search, mining, and the whole pipeline on a small log, in some ten seconds."""
+    for name, test in _TESTS.items():
+        started = time.perf_counter()
+        try:
+            passed, found = test()
+        except Exception as error:  # whatever it is, it is the finding
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            passed, found = False, f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        yield Check(name, passed, found, time.perf_counter() - started)
+
+
+def text(found: dict[str, Any]) -> str:
+    """:func:`environment` for a terminal."""
+    cpu, faiss = found["cpu"], found["faiss"]
+    kernels = f"compiled for {cpu['kernels']}" if cpu["kernels"] else "none (torch takes their place; slower)"
+    kernels += ", bfloat16 softmax" if cpu["bfloat16"] else ""
+    gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gb']} GiB)" for gpu in found["gpu"]) or "none"
+    missing = [name for name, there in found["extras"].items() if not there]
+    there = [name for name, there in found["extras"].items() if there]
+    lines = [
+        f"recbole-raserec {found['recbole-raserec']}, Python {found['python']}, {found['platform']}",
+        "packages  " + ", ".join(f"{name} {version}" for name, version in found["packages"].items()),
+        f"extras    {', '.join(there) or 'none'}" + (f"; not installed: {', '.join(missing)}" if missing else ""),
+        f"CPU       {cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['instructions']}",
+        f"kernels   {kernels}",
+        f"GPU       {gpus}",
+        f"faiss     {faiss['options'] or 'no options'}, {faiss['gpus']} GPUs",
+        "mends of RecBole",
+    ]
+    for name, mend in found["mends"].items():
+        reason = " ".join(mend["reason"].split()).split(". ")[0].rstrip(".")
+        line = f"{'active' if mend['active'] else 'not needed':<10} {name}: {reason}"
+        lines += textwrap.wrap(line, 110, initial_indent="  ", subsequent_indent=" " * 13)
+    return "\n".join(lines)
+
+
+def _kernels() -> tuple[bool, str]:
+    import torch
+
+    from recbole_raserec.kernels import has_cross_entropy, linear_cross_entropy
+
+    torch.manual_seed(0)
+    h, items, targets = torch.randn(40, 64), torch.randn(500, 64), torch.randint(1, 500, (40,))
+    exact = torch.nn.functional.cross_entropy(h.double() @ items.double().t(), targets)
+    gaps = {}
+    for precision in ("float32", *(("bfloat16",) if has_cross_entropy() else ())):
+        loss = linear_cross_entropy(h, items, targets, precision=precision)
+        gaps[precision] = abs(float(loss) - float(exact)) / float(exact)
+    passed = gaps["float32"] < 1e-5 and gaps.get("bfloat16", 0) < 1e-2
+    return passed, "softmax loss off by " + ", ".join(f"{gap:.1e} in {name}" for name, gap in gaps.items())
+
+
+def _search() -> tuple[bool, str]:
+    import numpy as np
+
+    from recbole_raserec.retrieval import MemoryBank
+
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal((5000, 32)).astype(np.float32)
+    found = {}
+    for kind in ("flat", "ivf", "hnsw"):
+        bank = MemoryBank(32, "dot", kind, ivf_probes=64)
+        bank.add(keys, np.ones(5000, np.int32), np.arange(5000, dtype=np.int32), np.ones(5000, np.int32))
+        ids = bank.search(keys[:100], 10, None, None).ids
+        exact = np.argsort(-(keys[:100] @ keys.T), axis=1)[:, :10]
+        found[kind] = float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), exact.tolist())]))
+    passed = found["flat"] > 0.999 and min(found.values()) > 0.8
+    return passed, "recall@10 " + ", ".join(f"{kind} {value:.3f}" for kind, value in found.items())
+
+
+def _pipeline() -> tuple[bool, str]:
+    import numpy as np
+
+    from recbole_raserec.quick_start import run_recbole_raserec
+    from recbole_raserec.serving import Recommender
+
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = ["user_id:token\titem_id:token\ttimestamp:float"]
+        for user in range(150):
+            start = rng.integers(40)
+            rows += [f"u{user}\ti{(start + step) % 40}\t{step}" for step in range(rng.integers(6, 14))]
+        path = Path(folder) / "doctor" / "doctor.inter"
+        path.parent.mkdir()
+        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+        options = {
+            "data_path": folder, "checkpoint_dir": f"{folder}/saved", "show_progress": False, "state": "ERROR",
+            "backbone": "SASRec", "hidden_size": 32, "inner_size": 64, "epochs": 5, "ram_epochs": 1, "use_gpu": False,
+            "training": "packed", "learning_rate": 0.01, "log_wandb": False,
+        }  # fmt: skip
+        with _quiet(folder):
+            record = run_recbole_raserec("RaSeRec", "doctor", config_dict=options, argv=[])
+        value = record["metrics"]["ours"]["test"]["seen_kept"]["ndcg@10"]
+        (directory,) = Path(folder).glob("saved/RaSeRec-*")
+        recommender = Recommender.load(directory, "cpu")
+        reason = recommender.explain([f"i{number}" for number in range(5)], 1).items[0]
+        recommender.update([("new", "i1"), ("new", "i2"), ("new", "i3")])
+        after = recommender.recommend(users=["new"], k=3)[0]
+        passed = value > 0.3 and reason.backbone + reason.retrieval == reason.score and len(after) == 3
+        return passed, f"trained, NDCG@10 {value:.3f}; reloaded, explained, updated: i1 i2 i3 -> {' '.join(after)}"
+
+
+class _quiet:
+    """Standard output into nothing, RecBole's log files and what it opens into `folder`."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        import contextlib
+        import io
+
+        self._before = os.getcwd()
+        os.chdir(self.folder)
+        self._redirect = contextlib.redirect_stdout(io.StringIO())
+        self._redirect.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._redirect.__exit__(*error)
+        os.chdir(self._before)
+
+
+_TESTS: dict[str, Callable[[], tuple[bool, str]]] = {"kernels": _kernels, "search": _search, "pipeline": _pipeline}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it, else the kind of machine."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,264 @@
+"""Mends for RecBole 1.2.1 on today's torch, numpy, pandas, scipy and setuptools.
+
+This is the only module that knows how RecBole breaks. Each mend is one small function; its docstring is the reason.
+:func:`apply` puts all of them in force, each as soon as the module it concerns is imported, so that importing this
+package does not import all of RecBole. :func:`mends` lists them for a report.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from packaging.version import Version
+
+from recbole_raserec.compat.import_hooks import Mend, View, apply, mend, mends
+
+__all__ = ["Mend", "apply", "mends"]
+
+_DATASET = "recbole.data.dataset.dataset"
+_QUICK_START = "recbole.quick_start.quick_start"
+_TRAINER = "recbole.trainer.trainer"
+_GENERAL = "recbole.model.general_recommender."
+_SEQUENTIAL = "recbole.model.sequential_recommender."
+
+
+def _at_least(distribution: str, version: str) -> bool:
+    return Version(importlib.metadata.version(distribution)) >= Version(version)
+
+
+# ---------------------------------------------------------------------------------------------------------- numpy, ray
+
+
+@mend("numpy-names", "numpy", needed=lambda: _at_least("numpy", "2"))
+def _numpy_names(module: Any) -> None:
+    """numpy 2 removed the names bool8 (ray 2.6 uses it at import) and float_, complex_, unicode_ (RecBole's Config uses
+    them). They are given back."""
+    for old, new in {"bool8": "bool_", "float_": "float64", "complex_": "complex128", "unicode_": "str_"}.items():
+        vars(module).setdefault(old, getattr(module, new))
+
+
+@mend("numpy-aliases", "recbole.evaluator.metrics", needed=lambda: _at_least("numpy", "1.20"))
+def _numpy_aliases(module: Any) -> None:
+    """RecBole's metrics use np.float and np.bool, which RecBole's Config puts into numpy; needed without one too."""
+    module.np = View(module.np, float=module.np.float64, bool=module.np.bool_)
+
+
+def _without_pkg_resources() -> bool:
+    return "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None
+
+
+@mend("pkg-resources", "ray", "ray.tune", needed=_without_pkg_resources, around=True)
+def _pkg_resources() -> Iterator[None]:
+    """ray 2.6 imports pkg_resources, which setuptools 82 removed and the versions before it warn about. ray asks it for
+    the version of numpy and for the module `packaging`; a stand-in answers while ray is imported, and nobody else sees
+    it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
+        warnings.filterwarnings("ignore", message="`np.bool8` is a deprecated alias")
+        if _without_pkg_resources():
+            import packaging.version
+
+            stand_in: Any = types.ModuleType("pkg_resources", "A stand-in while ray is imported.")
+            stand_in.get_distribution = importlib.metadata.distribution
+            stand_in.DistributionNotFound = importlib.metadata.PackageNotFoundError
+            stand_in.packaging = packaging
+            sys.modules["pkg_resources"] = stand_in
+            stack.callback(sys.modules.pop, "pkg_resources", None)
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------------- torch
+
+
+def _torch_view() -> types.ModuleType:
+    import torch
+
+    from recbole_raserec.compat.recbole_checkpoint import load
+
+    return View(torch, load=load)
+
+
+@mend(
+    "torch-load",
+    _TRAINER,
+    *(_GENERAL + name for name in ("convncf", "nais", "neumf", "ract")),
+    _SEQUENTIAL + "s3rec",
+)
+def _torch_load(module: Any) -> None:
+    """Since torch 2.6, torch.load refuses the Config that RecBole's Trainer stores in its checkpoints, so evaluation
+    fails when the training is done. RecBole's modules, and they alone, see a torch.load that reads what RecBole writes
+    and refuses every other pickled object."""
+    module.torch = _torch_view()
+
+
+@mend("load-data-and-model", _QUICK_START)
+def _load_data_and_model(module: Any) -> None:
+    """As torch-load, for load_data_and_model of RecBole's quick start, which imports torch inside the function."""
+
+    def import_(name: str, *args: Any, **kwargs: Any) -> Any:
+        return _torch_view() if name == "torch" else builtins.__import__(name, *args, **kwargs)
+
+    old = module.load_data_and_model
+    # The same function, over the same globals; a function takes its builtins from there when it is made.
+    module.__builtins__ = {**vars(builtins), "__import__": import_}
+    new = types.FunctionType(old.__code__, vars(module), old.__name__, old.__defaults__, old.__closure__)
+    functools.update_wrapper(new, old)
+    package: Any = sys.modules[module.__name__.rpartition(".")[0]]
+    for owner in (module, package):
+        if vars(owner).get("load_data_and_model") is old:
+            owner.load_data_and_model = new
+
+
+@mend("ensure-dir", "recbole.utils.utils")
+def _ensure_dir(module: Any) -> None:
+    """RecBole bug: it looks whether a directory is there and then makes it, which fails if another process made it in
+    between."""
+
+    def ensure_dir(dir_path: str) -> None:
+        try:
+            os.makedirs(dir_path, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            from recbole_raserec.errors import ConfigError
+
+            path = os.path.abspath(dir_path)
+            problem = f"{path}: RecBole needs a directory of this name; move the file, or start elsewhere"
+            raise ConfigError([problem]) from None
+
+    module.ensure_dir = ensure_dir
+
+
+@mend("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))
+def _grad_scaler(module: Any) -> None:
+    """torch 2.4 deprecated torch.cuda.amp.GradScaler, which RecBole's Trainer makes (and torch warns about) in every
+    epoch. The Trainer gets its successor, torch.amp.GradScaler."""
+    import torch
+
+    module.amp = View(module.amp, GradScaler=functools.partial(torch.amp.GradScaler, "cuda"))
+
+
+# ------------------------------------------------------------------------------------------------------- pandas, scipy
+
+
+@mend("pandas-fillna", _DATASET)
+def _pandas_fillna(module: Any) -> None:
+    """RecBole fills missing values by feat[field].fillna(..., inplace=True): deprecated since pandas 2.2, and without
+    effect in pandas 3. They are filled in the data frame before RecBole tries to, and the warning is silenced."""
+    import pandas as pd
+
+    dataset, kinds = module.Dataset, module.FeatureType
+    fill_nan, from_scratch = dataset._fill_nan, dataset._from_scratch
+
+    @functools.wraps(fill_nan)
+    def _fill_nan(self: Any) -> None:
+        for feat in (getattr(self, name) for name in self.feat_name_list):
+            zero = {field: 0 for field in feat if self.field2type[field] == kinds.TOKEN}
+            mean = {field: feat[field].mean() for field in feat if self.field2type[field] == kinds.FLOAT}
+            feat.fillna({**zero, **mean}, inplace=True)
+        fill_nan(self)
+
+    def read_csv(*args: Any, **options: Any) -> Any:
+        frame = pd.read_csv(*args, **options)
+        # The header of an atomic file names the type of each column: "class:token_seq".
+        return frame.fillna({name: "" for name in frame.columns if str(name).endswith("_seq")})
+
+    @functools.wraps(from_scratch)
+    def _from_scratch(self: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="A value is (trying to be|being) set on a copy")
+            warnings.filterwarnings("ignore", message="using <.*> in Series.agg cannot aggregate")
+            from_scratch(self)
+
+    dataset._fill_nan, dataset._from_scratch = _fill_nan, _from_scratch
+    module.pd = View(pd, read_csv=read_csv)
+
+
+@mend("missing-ids", _DATASET)
+def _missing_ids(module: Any) -> None:
+    """RecBole drops interactions without a user, then those without an item, by labels that it takes for positions:
+    where both occur it drops the wrong rows, or fails. They are dropped before RecBole looks."""
+    dataset = module.Dataset
+    filter_nan = dataset._filter_nan_user_or_item
+
+    @functools.wraps(filter_nan)
+    def _filter_nan_user_or_item(self: Any) -> None:
+        fields = [field for field in (self.uid_field, self.iid_field) if field in self.inter_feat]
+        missing = self.inter_feat[fields].isna().any(axis=1)
+        if missing.any():
+            first = int(missing.to_numpy().argmax()) + 1
+            count, names = int(missing.sum()), " or no ".join(fields)
+            self.logger.warning(f"{count} interactions have no {names} and are left out (the first is number {first}).")
+            self.inter_feat = self.inter_feat[~missing].reset_index(drop=True)
+        filter_nan(self)
+
+    dataset._filter_nan_user_or_item = _filter_nan_user_or_item
+
+
+@mend("pandas-agg-len", _DATASET, needed=lambda: _at_least("pandas", "3"))
+def _pandas_agg_len(module: Any) -> None:
+    """RecBole takes the lengths of the sequences in a column by feat[field].agg(len); pandas 3 answers with the length
+    of the column. In RecBole's module (which calls it on no other Series) len of a Series is the lengths."""
+    import pandas as pd
+
+    module.len = lambda value: value.map(len) if isinstance(value, pd.Series) else len(value)
+
+
+@mend("scipy-dok-update", "recbole.model.abstract_recommender", needed=lambda: _at_least("scipy", "1.13"))
+def _dok_update(_: Any) -> None:
+    """RecBole's graph models (GCMC, LightGCN, NCL, NGCF, SpectralCF, ...) fill their adjacency matrix by
+    dok_matrix._update, a private method that scipy 1.13 removed. It is given back: one unchecked dict update."""
+    from scipy.sparse import dok_matrix
+
+    if not hasattr(dok_matrix, "_update"):
+        dok_matrix._update = lambda self, data: self._dict.update(data)
+
+
+# --------------------------------------------------------------------------------------------- errors of RecBole's own
+
+
+@mend("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")
+def _cpr_predict(module: Any) -> None:
+    """GRU4RecCPR and SASRecCPR end predict in `assert False` for being slow; run_recbole calls it (to count the
+    operations), and so does every evaluation on sampled items. The scores are taken from full_sort_predict."""
+
+    def predict(self: Any, interaction: Any) -> Any:
+        scores = self.full_sort_predict(interaction)  # [batch, items]
+        return scores.gather(1, interaction[self.ITEM_ID].unsqueeze(1)).squeeze(1)  # [batch]
+
+    for name in ("GRU4RecCPR", "SASRecCPR"):
+        if hasattr(module, name):
+            getattr(module, name).predict = predict
+
+
+@mend("ksr-dtype", _SEQUENTIAL + "ksr")
+def _ksr_dtype(module: Any) -> None:
+    """KSR multiplies its float32 memory with the relation vectors as numpy read them, in float64, which torch refuses.
+    The vectors are cast when the model is made."""
+    init = module.KSR.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, config: Any, dataset: Any) -> None:
+        init(self, config, dataset)
+        self.relation_Matrix = self.relation_Matrix.float()
+
+    module.KSR.__init__ = __init__
+
+
+@mend("sine-anomaly", _SEQUENTIAL + "sine")
+def _sine_anomaly(module: Any) -> None:
+    """RecBole bug: SINE's module turns torch's anomaly detection on for the whole process, and importing any sequential
+    model imports it. Every backward pass then looks for NaN after each operation and records stack traces. It is a
+    debugging aid that costs up to a third of a training step; whoever wants it can turn it on again."""
+    import torch
+
+    torch.autograd.set_detect_anomaly(False)

@@ -1,0 +1,389 @@
+"""Checks of option values, alone and together. Each problem is one sentence: option, value, remedy."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from recbole.evaluator import metric_types
+from recbole.evaluator.register import metric_information
+from recbole.utils import EvaluatorType, ModelType
+
+from recbole_raserec.config.options import (
+    COMPUTED_KEYS,
+    ENCODERS,
+    NESTED,
+    REMEDIES,
+    SEEN_KEPT,
+    SEEN_REMOVED,
+    Rule,
+    number,
+)
+from recbole_raserec.config.registry import REFUSED, SUPPORTED, get_model
+from recbole_raserec.config.sources import all_keys, model_keys
+from recbole_raserec.distributed import layout_of
+from recbole_raserec.errors import ConfigError, nearest, shown
+from recbole_raserec.storage import read_manifest
+
+
+def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
+    """Problems of the options given that the run does not read.
+
+    Args:
+        given: the options given.
+        known: the options that the run reads; None when that cannot be told, then those of every model.
+        origins: where each was given, as the message shows it.
+    """
+    if known is not None and known.issuperset(given):
+        return []
+    every = all_keys()
+    known = every - COMPUTED_KEYS if known is None else known
+    problems = []
+    for name in given:
+        if name in known:
+            continue
+        start = f"{name}: {shown(given[name])}{origins.get(name, '')} is"
+        if name in REMEDIES or name in COMPUTED_KEYS:
+            problems.append(f"{start} not an option; {REMEDIES.get(name, 'remove it, RecBole computes it')}")
+        elif name in every:
+            readers = [model for model, keys in sorted(model_keys().items()) if name in keys]
+            some = ", ".join(readers[:4]) + (", ..." if len(readers) > 4 else "")
+            problems.append(f"{start} an option of other models ({some}); this run does not read it, remove it")
+        else:
+            guess = nearest(name, known) or nearest(name, every)
+            problems.append(f"{start} not an option; " + (f"did you mean {guess}?" if guess else "remove it"))
+    return problems
+
+
+def check_values(
+    options: dict[str, Any], rules: Mapping[str, Rule], origins: Mapping[str, str], defaults: Mapping[str, Any]
+) -> list[str]:
+    """Problems of the values that `rules` refuse; those accepted take their rule's type, in place."""
+    problems = []
+    for name, rule in rules.items():
+        if name not in options:
+            continue
+        value = options[name]
+        if rule.accepts(value):
+            options[name] = value if rule.kind is None else rule.kind(value)
+            continue
+        guess = nearest(value, rule.choices) if isinstance(value, str) else None
+        if guess is not None:
+            remedy = f"did you mean {guess}?"
+        elif rule.accepts(defaults.get(name)):
+            remedy = f"write for example {name}: {defaults[name]}"
+        else:
+            remedy = "change or remove it"
+        problems.append(f"{name}: {shown(value)}{origins.get(name, '')} is not {rule.requirement}; {remedy}")
+    return problems
+
+
+def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], retrieval: bool) -> list[str]:
+    """Problems between values that are each right on their own.
+
+    Args:
+        options: the final options.
+        reads: whether the model or its backbone reads an option of that name.
+        retrieval: whether the retrieval stage runs.
+    """
+    heads: dict[str, list[str]] = {}  # length of a vector -> the numbers of heads that must divide it
+    if reads("n_heads"):
+        heads["hidden_size" if reads("hidden_size") else "embedding_size"] = ["n_heads"]
+    if retrieval:
+        # A model that has both (GRU4Rec) returns vectors of its items' length.
+        heads.setdefault("embedding_size" if reads("embedding_size") else "hidden_size", []).append("ram_heads")
+    problems = []
+    for size, names in heads.items():
+        total: Any = options.get(size)
+        counts: list[Any] = [options.get(name) for name in names]
+        if not all(type(value) is int and value > 0 for value in [total, *counts]):
+            continue  # reported on its own
+        wrong = [f"{name}: {count}" for name, count in zip(names, counts) if total % count]
+        if wrong:
+            step = math.lcm(*counts)
+            problems.append(
+                f"{size}: {total} is not divisible by {' and '.join(wrong)}; "
+                f"set {size} to a multiple, for example {size}: {total + step - total % step}, or change the heads"
+            )
+    if retrieval:
+        lists, probes = options.get("ivf_lists"), options.get("ivf_probes")
+        if type(lists) is int and type(probes) is int and probes > lists:
+            problems.append(f"ivf_probes: {probes} is more than ivf_lists: {lists}; set ivf_probes to {lists} or less")
+        shortest, longest, span = (options.get(f"memory_{name}") for name in ("min_length", "max_length", "span"))
+        if type(shortest) is int and type(longest) is int and longest < shortest:
+            problems.append(
+                f"memory_max_length: {longest} is less than memory_min_length: {shortest}; set it to {shortest} or more"
+            )
+        mined = options.get("memory") in ("patterns", "both")
+        if mined and type(shortest) is int and type(span) is int and span <= shortest:
+            problems.append(
+                f"memory_span: {span} leaves no pattern with a prefix of memory_min_length: {shortest}; "
+                f"set memory_span to {shortest + 1} or more"
+            )
+    if reads("filter_scope") and options.get("filter_scope") == "window" and options.get("training") == "packed":
+        problems.append(
+            "filter_scope: window lets a position see later ones, which training: packed predicts; "
+            "set training: prefix, or filter_scope: causal"
+        )
+    problems += _check_windows(options, reads)
+    alike = options.get("hard_similarity") if reads("hard_similarity") and options.get("hard_weight") else None
+    if alike == "collaborative" and not options.get("collaborative"):
+        problems.append(
+            "hard_similarity: collaborative needs vectors of a trained model; add for example collaborative: SASRec"
+        )
+    targets = ["valid_metric", "ram_valid_metric"] if retrieval else ["valid_metric"]
+    return problems + _check_metrics(options, targets) + _check_eval_args(options) + _check_negatives(options)
+
+
+def _check_windows(options: Mapping[str, Any], reads: Callable[[str], bool]) -> list[str]:
+    """What FEARec's delays and BERT4Rec's masks ask of the length of a window."""
+    length, problems = options.get("MAX_ITEM_LIST_LENGTH"), []
+    if type(length) is not int or length < 1:
+        return []  # reported on its own
+    factor, ratio = options.get("topk_factor"), options.get("mask_ratio")
+    if reads("topk_factor") and isinstance(factor, (int, float)):
+        count, most = int(factor * math.log(length)), length - length % 2
+        if not 1 <= count <= most:
+            problems.append(
+                f"topk_factor: {factor} takes int({factor} x log {length}) = {count} delays of a window of "
+                f"MAX_ITEM_LIST_LENGTH: {length}; set it so that they are at least 1 and at most {most}"
+            )
+        if options.get("n_layers") == 1:
+            problems.append("n_layers: 1: FEARec deals its frequencies out to several layers; set n_layers: 2 or more")
+        if options.get("use_filter"):
+            problems.append("use_filter: true needs weights that RecBole's FEARec does not have; leave it out")
+    if options.get("transform") == "mask_itemseq" and isinstance(ratio, (int, float)) and int(ratio * length) < 1:
+        problems.append(
+            f"mask_ratio: {ratio} masks no item of a window of MAX_ITEM_LIST_LENGTH: {length}; "
+            f"set it to {math.ceil(1000 / length) / 1000} or more"
+        )
+    return problems
+
+
+def _check_metrics(options: Mapping[str, Any], targets: list[str]) -> list[str]:
+    metrics: Any = options.get("metrics")
+    topk: Any = options.get("topk")
+    metrics = [metrics] if isinstance(metrics, str) else metrics
+    topk = [topk] if type(topk) is int else topk
+    problems = []
+    if not isinstance(metrics, (list, tuple)) or not metrics:
+        problems.append(f"metrics: {shown(metrics)} is not a list of names; write metrics: ['Recall', 'NDCG']")
+        metrics = []
+    for metric in metrics:
+        if str(metric).lower() not in metric_types:
+            guess = nearest(metric, metric_types)
+            remedy = f"did you mean {guess}?" if guess else f"RecBole has {', '.join(sorted(metric_types))}"
+            problems.append(f"metrics: {shown(metric)} is not a metric; {remedy}")
+    if not isinstance(topk, (list, tuple)) or not topk or not all(type(k) is int and k > 0 for k in topk):
+        problems.append(f"topk: {shown(options.get('topk'))} is not a list of integers > 0; write topk: [5, 10, 20]")
+    if problems:
+        return problems
+    kinds = {metric_types[metric.lower()] for metric in metrics}
+    if len(kinds) > 1:
+        return [f"metrics: {shown(metrics)} mixes ranking and value metrics; keep those of one kind"]
+    ranking = kinds == {EvaluatorType.RANKING}
+    allowed = [f"{metric}@{k}" for metric in metrics for k in topk] if ranking else list(metrics)
+    for name in targets:
+        if str(options.get(name)).lower() not in {candidate.lower() for candidate in allowed}:
+            problems.append(
+                f"{name}: {shown(options.get(name))} is not computed with metrics: {shown(list(metrics))} and topk: "
+                f"{shown(list(topk))}; choose one of {', '.join(allowed)}, or extend metrics or topk"
+            )
+    return problems
+
+
+def _check_eval_args(options: Mapping[str, Any]) -> list[str]:
+    given = options.get("eval_args")
+    if not isinstance(given, dict):
+        return [f"eval_args: {shown(given)} is not a mapping; write eval_args: {{split: {{LS: valid_and_test}}}}"]
+    problems = _check_nested("eval_args", given)
+    split = given.get("split")
+    parts = list(split.items()) if isinstance(split, dict) else []
+    kind: Any = parts[0][0] if len(parts) == 1 else None
+    share: Any = parts[0][1] if len(parts) == 1 else None
+    held_out = kind == "LS" and share in ("valid_and_test", "valid_only", "test_only")
+    ratio = kind == "RS" and isinstance(share, (list, tuple)) and len(share) > 0
+    if not held_out and not (ratio and all(number(0).accepts(part) for part in share) and sum(share) > 0):
+        problems.append(
+            f"eval_args: split {shown(split)} is neither {{LS: valid_and_test | valid_only | test_only}} nor "
+            "{RS: [0.8, 0.1, 0.1]}; write split: {LS: valid_and_test}"
+        )
+    for key, allowed in (("order", ("TO", "RO")), ("group_by", ("user", "none", None))):
+        if given.get(key) not in allowed:
+            problems.append(f"eval_args: {key} {shown(given.get(key))} is unknown; write {key}: {allowed[0]}")
+    mode = given.get("mode")
+    modes = mode if isinstance(mode, dict) and mode and set(mode) <= {"valid", "test"} else {"valid": mode}
+    for value in modes.values():
+        if not isinstance(value, str) or not re.fullmatch(r"full|labeled|(uni|pop)[1-9]\d*", value):
+            problems.append(f"eval_args: mode {shown(value)} is none of full, labeled, uniN, popN; write mode: full")
+    return problems
+
+
+def _check_negatives(options: Mapping[str, Any]) -> list[str]:
+    given = options.get("train_neg_sample_args")
+    if given is None or given == "None":
+        return []
+    if not isinstance(given, dict):
+        return [f"train_neg_sample_args: {shown(given)} is not a mapping; write null, or {{distribution: uniform}}"]
+    problems = _check_nested("train_neg_sample_args", given)
+    if given.get("distribution", "uniform") not in ("uniform", "popularity", "none", "None", None):
+        problems.append(
+            f"train_neg_sample_args: distribution {shown(given['distribution'])} is unknown; "
+            "write distribution: uniform, popularity or none"
+        )
+    return problems
+
+
+def _check_nested(name: str, given: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for key in given:
+        if key not in NESTED[name]:
+            guess = nearest(key, NESTED[name])
+            remedy = f"did you mean {guess}?" if guess else f"it has {', '.join(NESTED[name])}"
+            problems.append(f"{name}: the key {shown(key)} is unknown; {remedy}")
+    return problems
+
+
+def check_run(config: Any) -> None:
+    """What only the runner can refuse, still before any data is read.
+
+    Raises:
+        ConfigError: with all of it.
+    """
+    problems = evaluation_problems(config)
+    if config["model"] == "RaSeRec" and config["backbone"] in REFUSED:
+        problems.append(
+            f"backbone: {config['backbone']} {REFUSED[config['backbone']]}; choose one of {', '.join(SUPPORTED)}."
+        )
+    target = config["backbone"] if config["model"] == "RaSeRec" else config["model"]
+    if config["regeneration"] == "personalised" and not hasattr(get_model(target), "weighted_loss"):
+        problems.append(
+            f"regeneration: personalised weighs rows in the loss of {', '.join(sorted(ENCODERS))}, not in that of "
+            f"{target}; write regeneration: true, or choose one of these."
+        )
+    elif config["regeneration"] == "personalised":
+        loss = (config.for_backbone() if config["model"] == "RaSeRec" else config).final_config_dict.get("loss_type")
+        if loss != "CE":
+            problems.append(f"regeneration: personalised weighs rows of loss_type: CE; it is {loss}.")
+    if config["regeneration"] and config["regenerated_data"] and not Path(config["regenerated_data"]).is_dir():
+        problems.append(
+            f"regenerated_data: {config['regenerated_data']} is no directory; name the one of a run with regeneration, "
+            "regeneration-... below its checkpoint_dir."
+        )
+    if config["regeneration"] and config["benchmark_filename"]:
+        problems.append("regeneration: benchmark files have no histories to regenerate; leave one of the two out.")
+    if config["regeneration"] and config["pre_model_path"]:
+        options = read_manifest(config["pre_model_path"])["options"]
+        if options.get("regeneration"):
+            problems.append(
+                f"pre_model_path: {config['pre_model_path']} was pre-trained on regenerated data, which the base must "
+                "not have seen; name the directory of the run without."
+            )
+    if config["regeneration"] and config["backbone_checkpoint"]:
+        problems.append(
+            f"backbone_checkpoint: {config['backbone_checkpoint']} was trained already, and regeneration trains anew; "
+            "leave one of the two out."
+        )
+    if not problems and any(config[name] for name in ("nproc", "world_size", "group_offset")):
+        problems = layout_problems(config, config.for_backbone() if config["model"] == "RaSeRec" else config)
+    if problems:
+        raise ConfigError(problems)
+    installed = getattr(get_model(target), "check_installed", None)
+    if installed is not None:
+        installed(config)
+
+
+def layout_problems(config: Any, target: Any) -> list[str]:
+    """What of a configuration cannot run in the processes it asks for, one sentence each; empty if all is well.
+
+    Args:
+        config: of the run. target: of the model that stage ii trains.
+    """
+    layout = layout_of(config.final_config_dict)
+    problems = []
+    if layout.offset + layout.nproc > layout.size:
+        problems.append(
+            f"world_size: {layout.size} processes are fewer than group_offset: {layout.offset} and nproc: "
+            f"{layout.nproc} make; set world_size to the number of processes on all machines"
+        )
+    if layout.size <= 1 or problems:
+        return problems
+
+    asked, remedy = f"nproc: {layout.size} processes", "leave nproc and world_size out (threads: N)"
+    if not torch.distributed.is_available():
+        problems.append(
+            f"{asked} need torch.distributed, which this build of torch lacks; install another, or {remedy}"
+        )
+    if config["device"].type == "cuda" and torch.cuda.device_count() < layout.nproc:
+        problems.append(
+            f"gpu_id: {config['gpu_id']} names {torch.cuda.device_count()} GPUs that are there, for nproc: "
+            f"{layout.nproc}; name one for each process, write use_gpu: false, or {remedy}"
+        )
+    return problems + _training_problems(target, asked, remedy)
+
+
+def _training_problems(target: Any, asked: str, remedy: str) -> list[str]:
+    """What of a model's training cannot be split into shares of each batch."""
+    from recbole.trainer import Trainer
+
+    from recbole_raserec.config.registry import get_trainer_class
+
+    model, trainer, problems = target["model"], get_trainer_class(target), []
+    if model == "DARec":
+        problems.append(
+            f"{asked} share the rows of a batch, but DARec's losses compare the rows with each other; {remedy}"
+        )
+    elif model == "FEARec":
+        problems.append(
+            f"{asked} share the rows of a batch, but FEARec chooses its delays by the mean over all of them; {remedy}"
+        )
+    elif trainer is not Trainer:
+        problems.append(
+            f"{asked} share the steps of RecBole's Trainer, but {model} is trained by {trainer.__name__}, in another "
+            f"way; {remedy}"
+        )
+    if target["contrast"] not in (None, "none"):
+        problems.append(
+            f"{asked} share the rows of a batch, but contrast: {target['contrast']} compares each of them with all "
+            f"others; write contrast: none, or {remedy}"
+        )
+    if (target["train_neg_sample_args"] or {}).get("dynamic"):
+        problems.append(
+            f"{asked} draw the same negatives, but train_neg_sample_args: dynamic takes them from the model while it "
+            f"trains; write dynamic: false, or {remedy}"
+        )
+    if target["learner"] == "sparse_adam":
+        problems.append(f"{asked} add dense gradients up; write learner: adam instead of sparse_adam, or {remedy}")
+    if target["enable_scaler"]:
+        problems.append(f"{asked} do not scale the loss; leave enable_scaler: true out, or {remedy}")
+    return problems
+
+
+def selection_protocol(config: Any) -> str:
+    """The protocol whose validation figures stop a training early and choose among trials."""
+    if config["valid_protocol"] != "auto":
+        return config["valid_protocol"]
+    return SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
+
+
+def evaluation_problems(config: Any) -> list[str]:
+    """What in the evaluation options cannot be honoured here, one sentence each; empty if all is well."""
+    problems = []
+    usable = sorted(name for name, needs in metric_information.items() if needs == ["rec.topk"])
+    metrics = config["metrics"]
+    for name in [metrics] if isinstance(metrics, str) else metrics:
+        if name.lower() not in usable:
+            known = "needs more than the ranks of the targets" if name.lower() in metric_information else "is unknown"
+            problems.append(f"metrics: {name} {known}; choose among {', '.join(usable)}.")
+    mode = ((config["eval_args"] if "eval_args" in config else None) or {}).get("mode", "full")
+    for phase, value in (mode if isinstance(mode, Mapping) else {"valid": mode, "test": mode}).items():
+        if value != "full":
+            problems.append(
+                f"eval_args: mode of {phase} is {value!r}, but results are reported over all items only; "
+                "set eval_args: {mode: full}."
+            )
+    return problems

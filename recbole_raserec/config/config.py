@@ -1,0 +1,418 @@
+"""The configuration: RecBole's, with this package's properties, checked as a whole before any data is read."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from recbole.config import Config as RecBoleConfig
+from recbole.utils import ModelType
+
+from recbole_raserec.config.checks import check_names, check_together, check_values
+from recbole_raserec.config.options import (
+    COMPUTED_KEYS,
+    ENCODER,
+    ENCODERS,
+    LANGUAGE,
+    NESTED,
+    NOT_TRAINING,
+    RECURRENT,
+    REGENERATION,
+    RETRIEVAL,
+    RETRIEVAL_MODEL,
+    SEQUENTIAL,
+    TRANSFORM_KEYS,
+    WITHOUT_NEGATIVES,
+    rules_for,
+)
+from recbole_raserec.config.sources import (
+    LISTED_KEYS,
+    PROPERTIES,
+    Loader,
+    Parsed,
+    config_files_in,
+    find_model,
+    keys_read_by,
+    model_names,
+    parse_arguments,
+    parse_value,
+    read_yaml,
+)
+from recbole_raserec.distributed import layout_of
+from recbole_raserec.errors import ConfigError, nearest, shown
+from recbole_raserec.storage import plain
+
+#: The devices visible when the program started. RecBole overwrites the variable with gpu_id at every configuration.
+_VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+#: What RecBole's own files add to the columns to load for a model that reads features.
+_FEATURES = ("load_col", "threshold", "additional_feat_suffix")
+
+#: Models that score single interactions keep RecBole's protocol, made for labels.
+_LABELLED = (ModelType.CONTEXT, ModelType.DECISIONTREE)
+_PROTOCOL = ("eval_args", "metrics", "topk", "valid_metric")
+
+
+class Config(RecBoleConfig):
+    """RecBole's Config for the models of this package and of RecBole.
+
+    Precedence, highest first: command line, `config_dict`, config files (the last named first), the YAML files of this
+    package for the data set, the model and overall, RecBole's own files. `eval_args` and `train_neg_sample_args` may
+    be given in part; what is left out keeps its value. Differences from RecBole: unknown options are errors, YAML is
+    read safely, and texts are parsed as literals, never evaluated.
+
+    Args:
+        model: name or class; default: the option `model`.
+        dataset: name; default: the option `dataset`.
+        config_file_list: paths of YAML files; those of an option `--config_files="a.yaml b.yaml"` are added.
+        config_dict: options by name.
+        argv: command line arguments without the program's name; default: those of the process.
+
+    Raises:
+        ConfigError: with every problem found. Nothing but YAML files has been read at that point.
+    """
+
+    parameters: dict[str, list[str]]
+    internal_config_dict: dict[str, Any]
+    external_config_dict: dict[str, Any]
+    final_config_dict: dict[str, Any]
+
+    def __init__(
+        self,
+        model: Any = None,
+        dataset: str | None = None,
+        config_file_list: Sequence[str | os.PathLike] | None = None,
+        config_dict: Mapping[str, Any] | None = None,
+        argv: Sequence[str] | None = None,
+    ):
+        if argv is None:
+            argv = [] if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:]
+        self._argv = list(argv)
+        self._problems: list[str] = []
+        self._origins: dict[str, str] = {}
+        self._backbone_class: Any = None
+        try:
+            super().__init__(model, dataset, config_file_list, config_dict)
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError, AssertionError) as error:
+            raise ConfigError([f"RecBole refuses the options: {error or type(error).__name__}"]) from error
+
+    # ------------------------------------------------------------------ what was given
+
+    def _init_parameters_category(self) -> None:
+        super()._init_parameters_category()
+        # RecBole extends these lists in place; they belong to its module.
+        self.parameters = {category: list(names) for category, names in self.parameters.items()}
+
+    def _build_yaml_loader(self) -> type:
+        return Loader
+
+    def _load_config_files(self, file_list: Sequence[str | os.PathLike] | None) -> dict[str, Any]:
+        if isinstance(file_list, (str, os.PathLike)):
+            file_list = [file_list]
+        named = [os.fspath(path) for path in file_list or []]
+        named += [path for path in config_files_in(parse_arguments(self._argv)[0]) if path not in named]
+        options: dict[str, Any] = {}
+        for path in named:
+            try:
+                content = read_yaml(path)
+            except ConfigError as error:
+                self._problems += error.problems
+                continue
+            if content.pop("config_files", None) is not None:
+                self._problems.append(f"config_files: cannot be set in {path}; give it on the command line")
+            options.update(content)
+            self._origins.update(dict.fromkeys(content, f" (in {path})"))
+        return options
+
+    def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
+        given = dict(config_dict or {})
+        for name in [name for name in given if not isinstance(name, str)]:
+            self._problems.append(f"config_dict: the key {shown(name)} is not a text; use names of options")
+            del given[name]
+        if given.pop("config_files", None) is not None:
+            self._problems.append("config_files: cannot be set in config_dict; pass the paths as config_file_list")
+        self._origins.update(dict.fromkeys(given, " (in config_dict)"))
+        return copy.deepcopy(given) if isinstance(config_dict, Parsed) else self._convert_config_dict(given)
+
+    def _load_cmd_line(self) -> dict[str, Any]:
+        options, problems = parse_arguments(self._argv)
+        self._problems += problems
+        self._origins.update(dict.fromkeys(options, " (on the command line)"))
+        return options
+
+    def _convert_config_dict(self, config_dict: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: parse_value(value) if isinstance(value, str) else copy.deepcopy(value)
+            for name, value in config_dict.items()
+        }
+
+    # ------------------------------------------------------------------ the model, its backbone, the defaults
+
+    def _get_model_and_dataset(self, model: Any, dataset: str | None) -> tuple[str, Any, str]:
+        given = self.external_config_dict
+        model = given.get("model") if model is None else model
+        dataset = given.get("dataset") if dataset is None else dataset
+        model_class = model if isinstance(model, type) else self._find_model("model", model)
+        # A data set called 2019 arrives from the command line as a number.
+        dataset = str(dataset) if type(dataset) is int else dataset
+        if not isinstance(dataset, str) or not dataset:
+            self._problems.append("dataset: is not given; name one, for example --dataset=ml-100k")
+        elif dataset in (".", "..") or Path(dataset).name != dataset:
+            self._problems.append(
+                f"dataset: {shown(dataset)} is a path; write its last part, and the rest as data_path"
+            )
+        if model_class is None or not isinstance(dataset, str):
+            self._problems += check_names(given, None, self._origins)
+            meant = model if model_class is not None else nearest(model, model_names())
+            self._problems += check_values(dict(given), rules_for([str(meant)], False), self._origins, {})
+            raise ConfigError(self._problems)
+        name = model_class.__name__ if isinstance(model, type) else model
+        return name, model_class, dataset
+
+    def _find_model(self, option: str, name: Any) -> Any:
+        """The class of a model; None, with the problem noted, when there is none."""
+        try:
+            return find_model(option, name, self._origins.get(option, ""))
+        except ConfigError as error:
+            self._problems += error.problems
+            return None
+
+    def _find_backbone(self) -> tuple[str | None, Any]:
+        name = self.external_config_dict.get("backbone", read_yaml(self._ours("model", self.model))["backbone"])
+        backbone = self._find_model("backbone", name)
+        if backbone is not None and (name == RETRIEVAL_MODEL or backbone.type != ModelType.SEQUENTIAL):
+            where = self._origins.get("backbone", "")
+            self._problems.append(
+                f"backbone: {name}{where} is not a sequential model that can stand alone; "
+                "choose SASRec, DuoRec or another sequential model"
+            )
+            backbone = None
+        return (name, backbone) if backbone is not None else (None, None)
+
+    @staticmethod
+    def _ours(*parts: str) -> Path:
+        return PROPERTIES.joinpath(*parts[:-1], parts[-1] + ".yaml")
+
+    def _update_internal_config_dict(self, file: str | os.PathLike) -> dict[str, Any]:
+        content = read_yaml(file)
+        self.internal_config_dict.update(content)
+        if Path(file).parent.name == "quick_start_config":
+            self._features.update({key: content[key] for key in _FEATURES if key in content})
+        return content
+
+    def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
+        names = [model]
+        if model == RETRIEVAL_MODEL:
+            backbone, self._backbone_class = self._find_backbone()
+            names = [backbone, model] if backbone else [model]
+        self._names = names
+        self._features: dict[str, Any] = {}
+        super()._load_internal_config_dict(names[0], self._backbone_class or model_class, dataset)
+        self.internal_config_dict["MODEL_TYPE"] = model_class.type
+        protocol = {key: self.internal_config_dict[key] for key in _PROTOCOL}
+        ours = [self._ours("overall"), *(self._ours("model", name) for name in names), self._ours("dataset", dataset)]
+        for path in ours:
+            if path.is_file():
+                self._update_internal_config_dict(path)
+        if model_class.type in _LABELLED:
+            self.internal_config_dict.update(protocol)
+        # The columns RecBole lists for a model that reads features; our data set files name only those of a sequence.
+        self.internal_config_dict.update(self._features)
+
+    # ------------------------------------------------------------------ the final options, checked
+
+    def _get_final_config_dict(self) -> dict[str, Any]:
+        given, defaults = self.external_config_dict, self.internal_config_dict
+        final = {**copy.deepcopy(defaults), **copy.deepcopy(given)}
+        if final.get("training") == "packed" and final.get("loss_type", "CE") != "CE" and "training" not in given:
+            final["training"] = "prefix"  # a data set's file asks for packed where the loss allows it
+        if "train_neg_sample_args" not in given and self._needs_no_negatives(final):
+            final["train_neg_sample_args"] = None
+        for name in NESTED:
+            if isinstance(given.get(name), dict) and isinstance(defaults.get(name), dict):
+                final[name] = {**copy.deepcopy(defaults[name]), **final[name]}
+        if isinstance(final.get("gpu_id"), list):
+            final["gpu_id"] = tuple(final["gpu_id"])
+        if isinstance(final.get("topk"), tuple):
+            final["topk"] = list(final["topk"])
+
+        keys = self._known_keys()
+        self._problems += check_names(given, keys, self._origins)
+        sequential = self.model_class.type == ModelType.SEQUENTIAL
+        self._problems += check_values(final, rules_for(self._names, sequential), self._origins, defaults)
+        retrieval = self.model == RETRIEVAL_MODEL
+        if not sequential and final.get("regeneration"):
+            self._problems.append(
+                f"regeneration: {shown(final['regeneration'])}, but {self.model} reads no sequences; leave it out"
+            )
+        self._problems += check_together(final, lambda name: keys is None or name in keys, retrieval)
+        if sequential and isinstance(final.get("train_neg_sample_args"), dict) and self._learns_by_softmax(final):
+            value = shown(final["train_neg_sample_args"])
+            self._problems.append(
+                f"train_neg_sample_args: {value} with loss_type: CE, which ranks all items and samples none; "
+                "remove train_neg_sample_args, or write loss_type: BPR"
+            )
+        if self._problems:
+            raise ConfigError(self._problems)
+        if "gpu_id" not in given and _VISIBLE_DEVICES is not None:
+            final["gpu_id"] = _VISIBLE_DEVICES
+        if retrieval:
+            # The retrieval stage learns by cross entropy, whatever the backbone learned by.
+            final["loss_type"], final["train_neg_sample_args"] = "CE", None
+        return final
+
+    def _learns_by_softmax(self, final: Mapping[str, Any]) -> bool:
+        trained = self._backbone_class or self.model_class
+        return not hasattr(trained, "input_type") and final.get("loss_type") == "CE"
+
+    def _needs_no_negatives(self, final: Mapping[str, Any]) -> bool:
+        sequential = self.model_class.type == ModelType.SEQUENTIAL
+        return sequential and (self._learns_by_softmax(final) or not WITHOUT_NEGATIVES.isdisjoint(self._names))
+
+    def _known_keys(self) -> frozenset[str] | None:
+        """Options this run reads; None when that cannot be told (unknown backbone, model without source)."""
+        if self.model == RETRIEVAL_MODEL and self._backbone_class is None:
+            return None
+        keys = LISTED_KEYS.union(self.internal_config_dict)
+        if self.external_config_dict.get("transform") is not None:
+            keys |= TRANSFORM_KEYS
+        for model_class in filter(None, (self.model_class, self._backbone_class)):
+            read = keys_read_by(model_class)
+            if read is None:
+                return None
+            keys |= read
+        return keys - COMPUTED_KEYS
+
+    # ------------------------------------------------------------------ what RecBole derives from them
+
+    def _set_default_parameters(self) -> None:
+        asked = self.external_config_dict.get("data_path")
+        super()._set_default_parameters()
+        if asked is not None:
+            # RecBole has its own copy of ml-100k and reads that one, wherever the user points.
+            folder = os.path.join(asked, self.dataset)
+            if os.path.isfile(os.path.join(folder, f"{self.dataset}.inter")):
+                self.final_config_dict["data_path"] = folder
+
+    def _init_device(self) -> None:
+        super()._init_device()
+        if not self.final_config_dict["use_gpu"]:
+            self.final_config_dict["device"] = torch.device("cpu")
+
+    # -- what the pipeline asks of it: the configurations of its other stages, and the options that decide a result
+
+    def for_backbone(self) -> Any:
+        """The configuration of the backbone of a RaSeRec run, the same as of a run of that model alone.
+
+        It is made from the options as they were given, without those of the retrieval stage: changing one of these
+        leaves the backbone's configuration, and so its checkpoint, what it was. An option of the backbone with the name
+        of one of that stage (FOSSIL's `alpha`) keeps its default. Values set on this object after it was made are not
+        carried over.
+
+        Raises:
+            ValueError: the model of this configuration has no backbone.
+        """
+        if self.model != RETRIEVAL_MODEL:
+            raise ValueError(f"{self.model} has no backbone; only {RETRIEVAL_MODEL} has one.")
+        dropped = {"model", "dataset", "config_files", *RETRIEVAL}
+        options = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
+        return type(self)(self.final_config_dict["backbone"], self.dataset, config_dict=Parsed(options), argv=[])
+
+    def reads(self, name: str) -> bool:
+        """Whether this run reads an option of that name; True where that cannot be told."""
+        return not check_names({name: None}, self._known_keys(), {})
+
+    def never_takes(self, name: str, value: Any) -> bool:
+        """Whether an option is not read, or refuses a value whatever the others are."""
+        rule = rules_for(self._names, self.model_class.type == ModelType.SEQUENTIAL).get(name)
+        return not self.reads(name) or (rule is not None and not rule.accepts(value))
+
+    def with_options(self, options: dict[str, Any]) -> Any:
+        """The same configuration, in which `options` take the place of what was given.
+
+        Raises:
+            ConfigError: with every problem of the new configuration.
+        """
+        dropped = ("model", "dataset", "config_files")
+        given = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
+        return type(self)(self.model, self.dataset, config_dict=Parsed({**given, **options}), argv=[])
+
+    def without_regeneration(self) -> Any:
+        """The same configuration with `regeneration: false`."""
+        options = {name: value for name, value in self.external_config_dict.items() if name not in REGENERATION}
+        options = {name: value for name, value in options.items() if name not in ("model", "dataset", "config_files")}
+        return type(self)(self.model, self.dataset, config_dict=Parsed(options), argv=[])
+
+    def for_collaborator(self) -> Any:
+        """The configuration of the model that the option `collaborative` of DARec names, the same as of a run of it.
+
+        Of the options given, those hold that the model and DARec have in common and that do not describe the training
+        or the size of DARec itself: the data, the split, the seed, the place of the checkpoints.
+        """
+        name = self.final_config_dict["collaborative"]
+        model = type(self)(name, self.dataset, config_dict=Parsed({}), argv=[])
+        own = {"model", "dataset", "config_files", "loss_type", "training", "packed_copies", *LANGUAGE, *REGENERATION}
+        own |= {"epochs", "stopping_step", "learning_rate", "train_batch_size", "weight_averaging", "initializer_range"}
+        own |= {"MAX_ITEM_LIST_LENGTH", "eval_batch_size", *RETRIEVAL}
+        known = model._known_keys()
+        options = {
+            option: value
+            for option, value in self.external_config_dict.items()
+            if option not in own and (known is None or option in known)
+        }
+        return type(self)(name, self.dataset, config_dict=Parsed(options), argv=[])
+
+    def for_embeddings(self) -> Any:
+        """The configuration of the SASRec whose item vectors the regenerator starts from.
+
+        The options that were given hold for it too, where SASRec knows them; without any for another model, it is a
+        run of ``--model=SASRec`` of the same data, and its checkpoint is shared with that.
+        """
+        if self.model == "SASRec":
+            return self.without_regeneration()
+        known = type(self)("SASRec", self.dataset, config_dict=Parsed({}), argv=[])
+        dropped = {"model", "dataset", "config_files", "loss_type", "train_neg_sample_args", *RETRIEVAL, *REGENERATION}
+        dropped |= {"additional_feat_suffix", "preload_weight"}
+        if not ENCODERS & set(self._names):
+            dropped |= set(ENCODER)
+        if not (ENCODERS - RECURRENT) & set(self._names):  # sizes of another kind of model
+            dropped |= {*SEQUENTIAL, "hidden_dropout_prob", "attn_dropout_prob", "embedding_size"}
+        columns = self.final_config_dict.get("load_col")
+        interactions = {"load_col": {"inter": columns["inter"]}} if columns and "inter" in columns else {}
+        options = {
+            name: value
+            for name, value in self.external_config_dict.items()
+            if name not in dropped and (known._known_keys() is None or name in (known._known_keys() or ()))
+        }
+        if "load_col" in options:  # item features, knowledge graphs: not for SASRec
+            options.update(interactions)
+        return type(self)("SASRec", self.dataset, config_dict=Parsed(options), argv=[])
+
+    def training_options(self) -> dict[str, Any]:
+        """The options that decide what the trained weights are, JSON-able, sorted by name: for fingerprints.
+
+        Paths are left out, `backbone_checkpoint` too: a fingerprint of the retrieval stage has to hold the backbone's.
+        """
+        options = {name: value for name, value in self.explain().items() if name not in NOT_TRAINING}
+        # Regenerated data have a fingerprint of their own, which the run's holds where there are any.
+        unread = set(REGENERATION) if options.get("regeneration") else {*REGENERATION, "memory_regenerated"}
+        options = {name: value for name, value in options.items() if name not in unread}
+        processes = layout_of(self.final_config_dict).size
+        if processes > 1:  # dropout masks are drawn by each for its rows
+            options["world_size"] = processes
+        if options["valid_protocol"] == "auto":  # what it was before there was the option
+            del options["valid_protocol"]
+        protocol = dict(options["eval_args"])
+        protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
+        return {**options, "eval_args": protocol}
+
+    def explain(self) -> dict[str, Any]:
+        """All final options, JSON-able, sorted by name."""
+        return {name: plain(self.final_config_dict[name]) for name in sorted(self.final_config_dict)}

@@ -1,0 +1,190 @@
+"""Where options come from: YAML files, the command line, and the source of the models that read them."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import recbole
+import yaml
+from recbole.utils import dataset_arguments, evaluation_arguments, general_arguments, training_arguments
+
+from recbole_raserec.config.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS
+from recbole_raserec.config.registry import get_model
+from recbole_raserec.errors import ConfigError, nearest, shown
+
+_HERE = Path(__file__).resolve().parents[1]
+#: The shipped YAML files: in the package once installed, beside it in a checkout.
+PROPERTIES = next((path for path in (_HERE / "properties", _HERE.parent / "properties") if path.is_dir()), _HERE)
+RECBOLE_PROPERTIES = Path(recbole.__file__).resolve().parent / "properties"
+
+#: Read by RecBole for every model.
+LISTED_KEYS = (
+    frozenset(general_arguments + training_arguments + evaluation_arguments + dataset_arguments)
+    | RUN_KEYS
+    | UNLISTED_KEYS
+)
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML that also reads 1e-12 as a number, as RecBole does (plain YAML 1.1 wants 1.0e-12)."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+class Parsed(dict):
+    """Options whose values already have their types: no text in it is parsed again."""
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The options in a YAML file; an empty file has none.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not YAML, or not a mapping from names to values.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, Loader=Loader)
+    except FileNotFoundError:
+        raise ConfigError([f"config_files: '{path}' does not exist; correct the path or create the file"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"config_files: '{path}' cannot be read ({error}); name a YAML text file"]) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise ConfigError([f"config_files: '{path}' is not valid YAML ({line}); mend that place"]) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError([f"config_files: '{path}' is not a mapping; write one `option: value` a line"])
+    return content
+
+
+def parse_value(text: str) -> Any:
+    """The value a text stands for: a Python literal, true, false or null in any case, else the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return {"true": True, "false": False, "null": None}.get(text.lower(), text)
+    # A set, bytes or a complex number is no option's value: RecBole keeps such a text, and so do we.
+    return value if value is None or isinstance(value, (str, int, float, list, tuple, dict)) else text
+
+
+def parse_arguments(argv: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Read `--name=value` arguments: (options, problems).
+
+    Everything after the first `=` is the value. Anything that is not of that form is a problem, never ignored.
+    """
+    texts: dict[str, str] = {}
+    problems = []
+    arguments = list(argv)
+    while arguments:
+        argument = arguments.pop(0)
+        name, equals, text = argument.lstrip("-").partition("=")
+        if not argument.startswith("--") and equals and name:
+            problems.append(f"{argument}: is not of the form --name=value; write --{name}={text}")
+        elif not argument.startswith("--") or not name:
+            problems.append(f"{argument}: is not of the form --name=value; remove it, or quote a value with spaces")
+        elif equals:
+            if texts.setdefault(name, text) != text:
+                problems.append(f"--{name}: is given as {texts[name]!r} and as {text!r}; keep one")
+        elif arguments and not arguments[0].startswith("--"):
+            value = arguments.pop(0)
+            problems.append(f"{argument} {value}: has no =; write {argument}={value}")
+        else:
+            problems.append(f"{argument}: has no =; write {argument}=VALUE")
+    return {name: parse_value(text) for name, text in texts.items()}, problems
+
+
+def config_files_in(options: Mapping[str, Any]) -> list[str]:
+    """The paths of a `config_files` option: a list, or one text with spaces between the paths."""
+    given = options.get("config_files") or []
+    return str(given).split() if not isinstance(given, (list, tuple)) else [str(path) for path in given]
+
+
+@functools.cache
+def model_keys() -> Mapping[str, frozenset[str]]:
+    """For each model with a YAML file, here or in RecBole, the options in it."""
+    keys: dict[str, frozenset[str]] = {}
+    for folder in (RECBOLE_PROPERTIES, PROPERTIES):
+        for path in sorted((folder / "model").glob("*.yaml")):
+            keys[path.stem] = keys.get(path.stem, frozenset()) | frozenset(read_yaml(path))
+    return keys
+
+
+def model_names() -> list[str]:
+    """Names a model can be asked for by, for suggestions."""
+    exceptions = {"lightgbm": "LightGBM", "xgboost": "XGBoost"}
+    return sorted({exceptions.get(name, name) for name in model_keys()} | {"Random"})
+
+
+def find_model(option: str, name: Any, where: str) -> Any:
+    """The class of a model of this package or of RecBole.
+
+    Args:
+        option: the option that names it.
+        name: its name.
+        where: where the name was given, as a message shows it.
+
+    Raises:
+        ConfigError: there is no such model, or it needs a library that is not installed.
+    """
+    if name is None:
+        raise ConfigError([f"{option}: is not given; name one, for example --{option}=SASRec"])
+    if isinstance(name, str) and name.isidentifier():
+        try:
+            return get_model(name)
+        except ImportError as error:
+            # RecBole looks through all its packages for an unknown name, and one of them imports lightgbm.
+            if name in model_names():
+                problem = f"{option}: {name}{where} cannot be imported ({error}); install what it needs"
+                raise ConfigError([problem]) from error
+        except (ValueError, AttributeError):
+            pass
+    guess = nearest(name, model_names())
+    remedy = f"did you mean {guess}?" if guess else "choose RaSeRec, DuoRec, SASRec or a model of RecBole"
+    raise ConfigError([f"{option}: {shown(name)}{where} is not a model; {remedy}"])
+
+
+def all_keys() -> frozenset[str]:
+    """Every option of this package and of RecBole, whatever the model."""
+    files = [*RECBOLE_PROPERTIES.glob("quick_start_config/*.yaml"), *PROPERTIES.glob("dataset/*.yaml")]
+    files += [RECBOLE_PROPERTIES / "dataset" / "sample.yaml", RECBOLE_PROPERTIES / "dataset" / "ml-100k.yaml"]
+    files += [RECBOLE_PROPERTIES / "overall.yaml", PROPERTIES / "overall.yaml"]
+    return (LISTED_KEYS | UNLISTED_MODEL_KEYS).union(*model_keys().values(), *(read_yaml(path) for path in files))
+
+
+_READ = re.compile(r"""config(?:\[\s*|\.get\(\s*)["']([\w-]+)["']|["']([\w-]+)["'] (?:not )?in (?:self\.)?config\b""")
+
+
+def keys_in_source(source: str) -> set[str]:
+    """Names that Python source reads from a configuration."""
+    return {first or second for first, second in _READ.findall(source)}
+
+
+@functools.cache
+def keys_read_by(model_class: type) -> frozenset[str] | None:
+    """Options that a model's code reads; None when its source is not at hand.
+
+    Of the model's own module all of it counts (layers defined beside the model read options too), of the modules of
+    its base classes only those classes.
+    """
+    keys: set[str] = set()
+    try:
+        keys |= keys_in_source(inspect.getsource(inspect.getmodule(model_class)))  # type: ignore[arg-type]
+        for base in model_class.__mro__[1:]:
+            if base.__module__.split(".")[0] not in ("torch", "builtins", "abc"):
+                keys |= keys_in_source(inspect.getsource(base))
+    except (OSError, TypeError):
+        return None
+    return frozenset(keys)

@@ -1,1 +1,0 @@
-"""What the options are: rules, where values come from, checks, and configurations made from others."""

@@ -1,0 +1,159 @@
+"""What a checkpoint knows beyond its weights: how popular each item is, what it is called, and what every user did.
+
+Histories end before the test targets, as the test itself sees them, so that a checkpoint recommends what its figures
+were measured on; what was held out can be brought in by an update.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.data.splits import Splits
+from recbole_raserec.errors import CheckpointError
+from recbole_raserec.storage import HISTORIES, ITEMS, read_arrays, read_json, write_arrays, write_json
+
+# What every user did so far, by internal ids: read from a checkpoint, grown and forgotten while it serves.
+
+
+_KIND, _VERSION = "user histories", 1
+_ARRAYS = {"offsets": "<i8", "items": "<i4"}
+
+
+class Histories:
+    """Items of each user in the order of time.
+
+    Args:
+        offsets: int64 [U + 1]. items: int [N]; user u has ``items[offsets[u]:offsets[u + 1]]``.
+    """
+
+    def __init__(self, offsets: np.ndarray, items: np.ndarray):
+        self._offsets, self._items = offsets, items
+        self._changed: dict[int, np.ndarray] = {}  # replaced as a whole: a reader keeps what it holds
+        self._users = len(offsets) - 1
+
+    def __len__(self) -> int:
+        """User ids in use, that of the padding included."""
+        return self._users
+
+    def of(self, user: int) -> np.ndarray:
+        """A user's items, oldest first, int [n]; empty for one that nothing is known of."""
+        found = self._changed.get(user)
+        if found is not None:
+            return found
+        if not 0 <= user < len(self._offsets) - 1:
+            return np.empty(0, np.int32)
+        return self._items[self._offsets[user] : self._offsets[user + 1]]
+
+    def append(self, user: int, items: np.ndarray) -> None:
+        """Add items to the end of a user's history; a new user's number is the next one."""
+        self._changed[user] = np.concatenate([self.of(user), np.asarray(items, dtype=np.int32)])
+        self._users = max(self._users, user + 1)
+
+    def forget(self, user: int) -> None:
+        """Empty a user's history."""
+        self._changed[user] = np.empty(0, np.int32)
+        self._users = max(self._users, user + 1)
+
+    def save(self, directory: Path) -> None:
+        """Write all of it, atomically, into `directory`."""
+        rows = [self.of(user) for user in range(len(self))]
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        items = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
+        write_arrays(directory, _KIND, _VERSION, {"offsets": offsets, "items": items}, {})
+
+    @classmethod
+    def load(cls, directory: Path, n_users: int, n_items: int) -> Histories:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged, or of other users or items.
+        """
+        arrays, _ = read_arrays(directory, _KIND, _VERSION, _ARRAYS)
+        offsets, items = arrays["offsets"], arrays["items"]
+        sound = len(offsets) >= 1 and offsets[0] == 0 and offsets[-1] == len(items) and (np.diff(offsets) >= 0).all()
+        if not sound or len(offsets) - 1 > n_users or (len(items) and not 0 < items.min() <= items.max() < n_items):
+            raise CheckpointError(f"{directory} does not hold histories of this checkpoint's users and items.")
+        return cls(offsets, items)
+
+
+@dataclasses.dataclass
+class Catalogue:
+    """Items and histories.
+
+    Attributes:
+        counts: int64 [V], interactions of each item in the histories.
+        titles: [V], a name for people, or None where the data set has none.
+        histories: of the users; None where the data set does not keep them (benchmark files).
+    """
+
+    counts: np.ndarray
+    titles: Optional[list[str]]
+    histories: Optional[Histories]
+
+    def save(self, directory: Path) -> None:
+        """Write it into a checkpoint directory."""
+        write_json(directory / ITEMS, {"counts": self.counts.tolist(), "titles": self.titles})
+        if self.histories is not None:
+            self.histories.save(directory / HISTORIES)
+
+    @classmethod
+    def load(cls, directory: Path, n_users: int, n_items: int) -> Catalogue:
+        """Read it; a checkpoint of before there was one gives counts of 0, no titles and no histories.
+
+        Raises:
+            CheckpointError: damaged, or of other items.
+        """
+        path = directory / ITEMS
+        if not path.is_file():
+            return cls(np.zeros(n_items, np.int64), None, None)
+        found = read_json(path)
+        found = found if isinstance(found, dict) else {}
+        counts, titles = found.get("counts"), found.get("titles")
+        sound = isinstance(counts, list) and all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
+        named = titles is None or (isinstance(titles, list) and all(isinstance(title, str) for title in titles))
+        if not sound or not named or len(counts or ()) != n_items or (titles is not None and len(titles) != n_items):
+            raise CheckpointError(f"{path} does not describe this checkpoint's items; it is damaged or foreign.")
+        kept = (directory / HISTORIES).is_dir()
+        histories = Histories.load(directory / HISTORIES, n_users, n_items) if kept else None
+        return cls(np.array(counts, dtype=np.int64), titles, histories)
+
+
+def catalogue_of(splits: Splits, config: Any) -> Catalogue:
+    """The catalogue of a prepared data set."""
+    dataset = splits.train._dataset
+    dataset = getattr(dataset, "original", None) or dataset  # regenerated rows are nobody's history
+    parts = [dataset, splits.valid._dataset, splits.test._dataset]
+    tokens = splits.vocabulary()["items"]
+    titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", tokens)
+    if not all(isinstance(part, SequenceDataset) and part.is_lazy for part in parts):
+        targets = dataset.inter_feat[dataset.iid_field].numpy()
+        return Catalogue(np.bincount(targets, minlength=len(tokens)), titles, None)
+    windows = [part.windows()[:2] for part in parts]
+    users = np.concatenate([users for users, _ in windows])
+    positions = np.concatenate([positions - (part is parts[-1]) for part, (_, positions) in zip(parts, windows)])
+    items, offsets = parts[-1].store.until(users, positions)
+    return Catalogue(np.bincount(items, minlength=len(tokens)), titles, Histories(offsets, items.astype(np.int32)))
+
+
+def read_titles(path: Path, tokens: list[str]) -> Optional[list[str]]:
+    """Names of the items `tokens` from an atomic item file; None without the file or a column of names.
+
+    The column is the first whose name contains ``title``, else ``name``. An item that the file lacks has its id.
+    """
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", newline="", errors="replace") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        header = [column.split(":")[0].lower() for column in next(rows, [])]
+        found = [column for word in ("title", "name") for column in header if word in column]
+        if not found or "item_id" not in header:
+            return None
+        id_at, at = header.index("item_id"), header.index(found[0])
+        names = {row[id_at]: row[at].strip() for row in rows if len(row) > max(id_at, at)}
+    return [names.get(token) or token for token in tokens]

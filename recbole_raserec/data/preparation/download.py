@@ -1,0 +1,225 @@
+"""Finding a data set's atomic files, before RecBole looks for them: found and fit, downloaded, or one clear error."""
+
+from __future__ import annotations
+
+import difflib
+import http.client
+import importlib.util
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from recbole_raserec.data.preparation.atomic import check_inter
+from recbole_raserec.errors import DatasetError
+
+# Downloading one of RecBole's data set archives. What comes over the network is not trusted.
+#
+# Only regular atomic files are taken out of an archive, each into the data set's own folder; an archive with a path that
+# leads elsewhere is refused as a whole. Nothing is left behind by a download that fails or is interrupted.
+
+
+SUFFIXES = (".inter", ".user", ".item", ".kg", ".link", ".net")
+TIMEOUT = 20  # seconds without an answer
+_CHUNK = 1 << 20
+
+
+def recbole_urls() -> dict[str, str]:
+    """RecBole's own table: data set name -> URL of the zip archive with its atomic files."""
+    spec = importlib.util.find_spec("recbole")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        table = Path(folder) / "properties" / "dataset" / "url.yaml"
+        if table.is_file():
+            return yaml.safe_load(table.read_text(encoding="utf-8"))
+    return {}
+
+
+def fetch(url: str, folder: Path, dataset: str) -> None:
+    """Download the archive at `url` and put its atomic files into `folder`, named after `dataset`.
+
+    Files that stand in `folder` already are kept. The ``.inter`` file comes last: once it is there, all are.
+
+    Raises:
+        DatasetError: no connection, an incomplete or damaged or unsafe archive, or no room on the disk.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{dataset}.") as scratch:
+            archive = Path(scratch) / "archive.zip"
+            _download(url, archive)
+            unpacked = _unpack(archive, Path(scratch) / "files", PurePosixPath(url).stem, dataset)
+            folder.mkdir(exist_ok=True)
+            for path in sorted(unpacked, key=lambda path: path.suffix == ".inter"):
+                if not (folder / path.name).exists():
+                    os.replace(path, folder / path.name)
+    except urllib.error.HTTPError as error:
+        raise DatasetError(str(error)) from None
+    except urllib.error.URLError as error:
+        raise DatasetError(str(error.reason)) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise DatasetError(str(error) or type(error).__name__) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise DatasetError(f"what it returned is not a readable zip archive ({error})") from None
+
+
+def _download(url: str, target: Path) -> None:
+    if not url.startswith(("https://", "http://")):
+        raise DatasetError("not a web address")
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(target, "wb") as file:
+        size = int(answer.headers.get("Content-Length") or 0)
+        if size > shutil.disk_usage(target.parent).free:
+            raise DatasetError(f"no room on the disk for {size:,} bytes")
+        with tqdm(total=size or None, desc=f"Downloading {url}", unit="B", unit_scale=True, disable=None) as bar:
+            while chunk := answer.read(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if size and file.tell() != size:
+            raise DatasetError(f"the connection broke after {file.tell():,} of {size:,} bytes")
+
+
+def _unpack(archive: Path, folder: Path, stem: str, dataset: str) -> list[Path]:
+    """Extract the atomic files, `stem` in their names replaced by `dataset`; the paths written."""
+    folder.mkdir()
+    written = {}
+    with zipfile.ZipFile(archive) as content:
+        members = [member for member in content.infolist() if not member.is_dir()]
+        for member in members:
+            parts = member.filename.split("/")
+            if ".." in parts or parts[0] == "" or "\\" in member.filename or ":" in parts[0]:
+                raise DatasetError(f"the archive is unsafe: it holds the path {member.filename!r}")
+        atomic = [member for member in members if PurePosixPath(member.filename).suffix in SUFFIXES]
+        inter = [member for member in atomic if member.filename.endswith(".inter")]
+        if sum(member.file_size for member in atomic) > shutil.disk_usage(folder).free:
+            raise DatasetError("no room on the disk for the unpacked files")
+        for member in atomic:
+            path = PurePosixPath(member.filename)
+            name = path.stem.replace(stem, dataset)
+            if inter == [member]:
+                name = dataset
+            with content.open(member) as source, open(folder / f"{name}{path.suffix}", "wb") as file:
+                shutil.copyfileobj(source, file, _CHUNK)
+            written[name + path.suffix] = folder / f"{name}{path.suffix}"
+    if f"{dataset}.inter" not in written:
+        listed = ", ".join(member.filename for member in members[:8]) or "nothing"
+        raise DatasetError(f"the archive holds no interactions of {dataset}: {listed}")
+    return list(written.values())
+
+
+ATOMIC_FILES = "https://github.com/RUCAIBox/RecSysDatasets"
+AMAZON_2014 = "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html"
+AMAZON_2018 = "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/"
+AMAZON_2023 = "https://amazon-reviews-2023.github.io/"
+MOVIELENS = "https://grouplens.org/datasets/movielens/"
+
+
+def inter_files(folder: str | os.PathLike, dataset: str, benchmark: Sequence[str] | None = None) -> list[Path]:
+    """The interaction files RecBole will read from `folder`.
+
+    Args:
+        folder: the data set's own folder (``data_path`` of a RecBole configuration, which ends with the name).
+        dataset: its name.
+        benchmark: RecBole's option ``benchmark_filename``, the names of ready-made splits.
+    """
+    names = [f"{dataset}.inter"] if benchmark is None else [f"{dataset}.{part}.inter" for part in benchmark]
+    return [Path(folder) / name for name in names]
+
+
+def locate(data_path: str | os.PathLike, dataset: str, benchmark: Sequence[str] | None = None) -> Path:
+    """The (first) interaction file of `dataset` under `data_path`; nothing is downloaded.
+
+    Raises:
+        DatasetError: it is not there: where it was looked for, where to get it, how to convert it.
+    """
+    folder = Path(data_path) / dataset
+    files = inter_files(folder, dataset, benchmark)
+    if not all(path.is_file() for path in files):
+        raise DatasetError(_missing(folder, dataset, files))
+    return files[0]
+
+
+def ensure_dataset(config: Any) -> Path:
+    """Make sure that the run's data set is there and usable, downloading RecBole's copy if there is one.
+
+    Args:
+        config: a RecBole configuration.
+
+    Returns:
+        The (first) interaction file.
+
+    Raises:
+        DatasetError: it is missing and cannot be downloaded, or it is no atomic file with the columns the run needs.
+    """
+    dataset, folder, benchmark = config["dataset"], Path(config["data_path"]), config["benchmark_filename"]
+    files = inter_files(folder, dataset, benchmark)
+    if not all(path.is_file() for path in files):
+        url = recbole_urls().get(dataset)
+        failure = ""
+        if url and benchmark is None:
+            try:
+                fetch(url, folder, dataset)
+            except DatasetError as error:
+                failure = f"{url}: {error}"
+        if failure or not all(path.is_file() for path in files):
+            raise DatasetError(_missing(folder, dataset, files, failure))
+    required = {config["USER_ID_FIELD"]: "token", config["ITEM_ID_FIELD"]: "token"}
+    if config["TIME_FIELD"] and benchmark is None and (config["eval_args"] or {}).get("order", "TO") == "TO":
+        required[config["TIME_FIELD"]] = "float"
+    for path in files:
+        check_inter(path, required, config["field_separator"] or "\t", config["encoding"] or "utf-8")
+    return files[0]
+
+
+def _missing(folder: Path, dataset: str, files: Sequence[Path], failure: str = "") -> str:
+    """The message for a data set that is not there."""
+    data_path = Path(os.path.abspath(folder)).parent
+    urls = recbole_urls()
+    verdict = " and cannot be downloaded" if failure or dataset not in urls else ""
+    lines = [f"The data set {dataset!r} is not there{verdict}."]
+    lines += [f"  Looked for: {Path(os.path.abspath(path))}" for path in files if not path.is_file()]
+    if failure:
+        lines.append(f"  Download failed: {failure}")
+    there = sorted(path.parent.name for path in data_path.glob("*/*.inter"))
+    near = difflib.get_close_matches(dataset, [*dict.fromkeys([*there, *urls])], n=3, cutoff=0.75)
+    if dataset not in urls and near:
+        lines.append(f"  A similar name: {', '.join(near)}")
+    if there:
+        lines.append(f"  Data sets in {data_path}: {', '.join(dict.fromkeys(there))}")
+    lines.append(f"  If it lies elsewhere: --data_path=DIR, the directory that contains the folder {dataset}/.")
+    if dataset == "planted":
+        lines.append(f"  To make it: python -m recbole_raserec.data.preparation.planted --output={data_path}")
+        return "\n".join(lines)
+    if dataset in urls:
+        lines.append(f"  Ready-made atomic files: {urls[dataset]}")
+        lines.append(f"    unpack into {data_path / dataset} and rename the .inter file to {dataset}.inter")
+    page, raw, options = _raw(dataset, urls.get(dataset, ""))
+    lines.append(f"  Raw data: {page}")
+    lines.append("    then convert it:")
+    lines.append(f"    recbole-raserec prepare --input={raw} {options} --output={data_path} --name={dataset}")
+    return "\n".join(lines)
+
+
+def _raw(dataset: str, url: str) -> tuple[str, str, str]:
+    """Where the raw data of `dataset` is published, the file to take and the converter's options for it."""
+    category = url.rpartition("/")[2].replace("Amazon_", "", 1).replace(".zip", "") or "CATEGORY"
+    if dataset.startswith("amazon-") and dataset.endswith("-23"):
+        return AMAZON_2023, f"{category}.jsonl.gz", "--format=amazon --k_core=5"
+    if dataset.startswith("amazon-") and dataset.endswith("-18"):
+        return AMAZON_2018, f"{category}_5.json.gz", "--format=amazon --k_core=5"
+    if dataset.startswith("amazon-") and dataset != "amazon-m2":
+        return AMAZON_2014, f"reviews_{category}_5.json.gz", "--format=amazon --k_core=5"
+    if dataset.startswith("ml-"):
+        return (
+            MOVIELENS,
+            "ratings.dat" if dataset in ("ml-1m", "ml-10m") else "ratings.csv",
+            "--format=ratings --k_core=5",
+        )
+    return f"the publisher of {dataset} ({ATOMIC_FILES} lists many)", "FILE", "--format=sequences|ratings|amazon"

@@ -1,0 +1,189 @@
+"""Stage iii: build the memory, train the retrieval-augmented module over the backbone, test with the whole memory."""
+
+from __future__ import annotations
+
+import copy
+from logging import getLogger
+from pathlib import Path
+from typing import Any, Callable, Optional, Union
+
+import numpy as np
+import torch
+from recbole.data.dataloader import TrainDataLoader
+from recbole.utils import init_seed
+
+from recbole_raserec.data import BucketLoader, RowLoader, SequenceDataset
+from recbole_raserec.errors import ConfigError
+from recbole_raserec.recommendation import wrap_backbone
+from recbole_raserec.retrieval.builders import PairBuilder, PatternBuilder, RegeneratedBuilder
+from recbole_raserec.retrieval.knn_head import KNNRaSeRec, raserec_class, tune
+from recbole_raserec.retrieval.queries import NeighbourCache, Queries, encode_split
+from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.storage import fingerprint, version_of
+from recbole_raserec.training import Hooks, Outcome, Trial, run_stage
+
+#: Buffers of a training model that a finished checkpoint does not need.
+TRAINING_BUFFERS = ("known_ids", "known_mask")
+
+#: Memories from which the module's starting scale is taken.
+CALIBRATION = 20_000
+
+
+class RetrievalHooks(Hooks):
+    """Encodes, searches and looks up for one training of RaSeRec.
+
+    Frozen backbone: training and validation windows are encoded and searched once. Otherwise keys are encoded anew
+    before each epoch and each evaluation, and the training windows' neighbours searched anew every `refresh` epochs; in
+    between they are part of the training state, so that a resumed run sees the same ones.
+
+    Args:
+        model: with an empty memory; it receives the memories of `train`.
+        train, valid: splits.
+        config: the options ``memory*``, and `show_progress`.
+        cache: where exact searches are looked up before they are made; None: always search.
+        joined: the training split with regenerated rows, if the generated ones are to become memories.
+        test: split whose windows are searched before the test; None: none.
+    """
+
+    def __init__(
+        self, model: RaSeRec, train: SequenceDataset, valid: SequenceDataset, config: Any,
+        cache: Optional[NeighbourCache] = None, joined: Optional[SequenceDataset] = None,
+        test: Optional[SequenceDataset] = None,
+    ):  # fmt: skip
+        self._cache = cache
+        self.model, self.train, self.valid, self.test = model, train, valid, test
+        self.trains = config["head"] != "knn"
+        self.refresh, self.progress = config["memory_refresh"], bool(config["show_progress"])
+        self._queries = {"train": self.encode(train, "training"), "valid": self.encode(valid, "validation")}
+        queries, kind = self._queries["train"], config["memory"]
+        bounds = config["memory_min_length"], config["memory_max_length"]
+        self._builders: list[Union[PairBuilder, PatternBuilder, RegeneratedBuilder]] = []
+        if kind in ("pairs", "both"):
+            self._builders.append(PairBuilder(queries, *bounds, float(config["memory_thin"] or 0)))
+        if kind in ("patterns", "both"):
+            desc = "Mine patterns" if self.progress else None
+            span, support = config["memory_span"], config["memory_min_support"]
+            self._builders.append(PatternBuilder(train, span, support, *bounds, desc))
+        if joined is not None:
+            self._builders.append(RegeneratedBuilder(joined, *bounds))
+        for builder in self._builders:
+            model.remember_rows(builder.keys(model.backbone, queries), builder.rows)
+        if not len(model.memory):
+            raise ConfigError(
+                [f"memory: {kind} leaves no memory at all; lower memory_min_length ({bounds[0]}), raise "
+                 f"memory_max_length ({bounds[1]}) or lower memory_min_support ({config['memory_min_support']})."]
+            )  # fmt: skip
+        sample = np.linspace(0, len(model.memory) - 1, min(len(model.memory), CALIBRATION)).astype(np.int64)
+        device = queries.h.device
+        keys = torch.from_numpy(model.memory.keys[sample]).to(device)
+        targets = torch.from_numpy(model.memory.targets[sample].astype(np.int64)).to(device)
+        h = keys
+        if kind == "patterns":  # user vectors are not on the scale of the memories' keys
+            h = queries.h[torch.linspace(0, len(queries) - 1, len(sample)).long().to(device)]
+        model.ram.calibrate(h, keys, model.item_vectors().detach()[targets])
+        if not model.frozen:
+            model.register_buffer("known_ids", torch.zeros(len(self._queries["train"]), model.top_k, dtype=torch.int32))
+            model.register_buffer("known_mask", torch.zeros(len(self._queries["train"]), model.top_k, dtype=torch.bool))
+
+    def encode(self, split: SequenceDataset, what: str) -> Queries:
+        """Encode the windows of a split with the model's current backbone."""
+        device = next(self.model.ram.parameters()).device
+        return encode_split(self.model.backbone, split, device, f"Encode {what}" if self.progress else None)
+
+    def search(self, queries: Queries, what: str) -> Queries:
+        """Find the neighbours of `queries` in the model's memory."""
+        memory, top_k, desc = self.model.memory, self.model.top_k, f"Search {what}" if self.progress else None
+        if self._cache is not None and self.model.frozen:
+            self._cache.search(queries, memory, top_k, desc)
+        else:
+            queries.search(memory, top_k, desc)
+        return queries
+
+    def before_epoch(self, epoch: int) -> None:
+        """Make the training windows' vectors and neighbours known to the model."""
+        if self.model.frozen:
+            if not self.model.knows("train"):
+                self.model.know("train", self.search(self._queries["train"], "training"))
+            return
+        queries = self._reencode()
+        if epoch % self.refresh == 0 or not bool(self.model.known_mask.any()):
+            self.search(queries, "training")
+            self.model.known_ids.copy_(queries.ids)
+            self.model.known_mask.copy_(queries.mask)
+        queries.ids, queries.mask = self.model.known_ids.long(), self.model.known_mask
+        self.model.know("train", queries)
+
+    def before_evaluation(self) -> None:
+        """Bring the memory's keys up to date; with a frozen backbone look the validation windows up."""
+        if not self.model.frozen:
+            self._reencode()
+        elif not self.model.knows("valid"):
+            self.model.know("valid", self.search(self._queries["valid"], "validation"))
+
+    def after_training(self, validate: Callable[[], float], metric: str) -> bool:
+        """With the kNN head: choose its share and temperature on the validation split."""
+        if not isinstance(self.model, KNNRaSeRec):
+            return False
+        best = tune(self.model, validate, self.progress)
+        share, tau = float(self.model.knn_share), float(self.model.knn_tau)
+        getLogger().info(f"kNN head: share {share:g}, tau {tau:g}, validation {metric} {best:.4f}")
+        return True
+
+    def before_test(self) -> None:
+        """Add the validation pairs to the memory, as the papers do before the test; the weights stay as they are."""
+        if not self.model.frozen:
+            self._reencode()
+        self.model.remember(self.encode(self.valid, "validation"))
+        if self.test is not None:
+            self.model.know("test", self.search(self.encode(self.test, "test"), "test"))
+
+    def _reencode(self) -> Queries:
+        queries = self.encode(self.train, "training")
+        self.model.refresh_memory(torch.cat([b.keys(self.model.backbone, queries) for b in self._builders]))
+        return queries
+
+
+def fine_tune(config: Any, base: Outcome, trial: Optional[Trial] = None) -> Outcome:
+    """Stage iii: build the memory from the training split, train the retrieval-augmented module, let the validation
+    pairs join the memory, and evaluate on the test split.
+
+    Args:
+        config: configuration of the RaSeRec run.
+        base: the trained backbone.
+        trial: given where the run is one of a search.
+
+    Raises:
+        ConfigError: the backbone's score is not a dot product of user and item vectors.
+    """
+    splits = base.splits
+    if not isinstance(splits.train._dataset, SequenceDataset) or not splits.train._dataset.is_lazy:
+        raise ConfigError([f"backbone: {base.name} reads its own kind of data set; retrieval needs plain sequences."])
+    init_seed(config["seed"], config["reproducibility"])
+    backbone = wrap_backbone(base.model, config, splits.dataset)
+    model = raserec_class(config)(config, splits.dataset, backbone).to(config["device"])
+    train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
+    joined = train if train.original is not None else None  # with regenerated rows
+    train = train if joined is None else joined.original
+    searches = Path(config["checkpoint_dir"]) / "neighbours"
+    cache = NeighbourCache(searches, least=trial.top_k if trial else 0) if config["cache_neighbours"] else None
+    hooks = RetrievalHooks(model, train, valid, config, cache, joined if config["memory_regenerated"] else None, test)
+    stage = _ram_config(config)
+    windows = BucketLoader if backbone.trims else TrainDataLoader
+    loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
+    mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint, *version_of(config["model"]))
+    manifest = {
+        "options": config.explain(),
+        "backbone": base.name,
+        "backbone_options": {**config.for_backbone().explain(), **getattr(base.model, "extra_options", {})},
+        "validation_in_memory": True,
+    }
+    init_seed(config["seed"], config["reproducibility"])
+    return run_stage(stage, splits, model, loader, mark, manifest, hooks, trial)
+
+
+def _ram_config(config: Any) -> Any:
+    """The configuration under which the retrieval-augmented module trains: `ram_*` in place of the backbone's."""
+    stage = copy.deepcopy(config)
+    for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
+        stage[name] = config[f"ram_{name}"]
+    return stage

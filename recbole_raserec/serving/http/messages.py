@@ -1,0 +1,199 @@
+"""What the service is sent and what it answers, as pydantic models: they check requests and describe the interface.
+
+The limits stand in the models of requests, so that a request beyond one is refused while it is parsed.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Optional, Union
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from recbole_raserec.serving.http.settings import Settings
+
+ID_LENGTH = 256
+
+#: An id: text, or a whole number of 64 bits, which stands for its digits.
+Id = Union[
+    Annotated[str, Field(min_length=1, max_length=ID_LENGTH)], Annotated[int, Field(ge=-(2**63), lt=2**63)]
+]  # fmt: skip
+
+
+class Problem(Exception):
+    """An answer other than 200.
+
+    Args:
+        status: of HTTP. error: its kind, one word. message: one line. headers: further ones. more: further members.
+    """
+
+    def __init__(self, status: int, error: str, message: str, headers: Optional[dict[str, str]] = None, **more: Any):
+        super().__init__(message)
+        self.status, self.headers = status, headers or {}
+        self.body = {"error": error, "message": " ".join(message.split()), **more}
+
+
+class Error(BaseModel):
+    """What went wrong. The last three are there where a limit is exceeded."""
+
+    model_config = ConfigDict(extra="forbid")
+    error: str = Field(description="malformed, invalid, limit, token, not_found, method, media_type, or server")
+    message: str = Field(description="one line")
+    limit: Optional[str] = Field(None, description="the option that sets the limit")
+    value: Optional[int] = Field(None, description="what the request has, where it is known")
+    allowed: Optional[int] = Field(None, description="what the server allows")
+
+
+class Ranking(BaseModel):
+    """What is recommended for one history."""
+
+    items: list[str] = Field(description="best first; fewer than k where fewer are admissible")
+    scores: list[float] = Field(description="of the items; how popular they are where `popular`")
+    dropped: int = Field(description="unknown items that were left out of the history")
+    popular: bool = Field(description="nothing is known of the history; these are the most popular items")
+
+
+class Rankings(BaseModel):
+    """Recommendations, in the order of the histories."""
+
+    results: list[Ranking]
+
+
+class Updated(BaseModel):
+    """What an update did; it is in the journal, on the disk."""
+
+    events: int = Field(description="taken up")
+    memories: int = Field(description="added")
+    new_users: int = Field(description="seen for the first time")
+    dropped: int = Field(description="events of unknown items")
+
+
+class Forgotten(BaseModel):
+    """What was removed; from the files with the next save."""
+
+    memories: int
+
+
+class Saved(BaseModel):
+    """What a save wrote."""
+
+    changes: int = Field(description="updates and forgotten users that were not saved before")
+
+
+class Health(BaseModel):
+    """What is served."""
+
+    ready: bool
+    version: str
+    model: str
+    dataset: Optional[str]
+    fingerprint: str = Field(description="of the run's options and data")
+    users: int
+    items: int
+    memories: int
+    unsaved: int = Field(description="changes that are in the journal only")
+
+
+#: Exceeding a list's length or `le` at these places is exceeding a limit: place -> option.
+LIMITS = {
+    ("sequences",): "max_sequences", ("users",): "max_sequences", ("sequences", 0): "max_history",
+    ("sequence",): "max_history", ("candidates",): "max_candidates", ("exclude",): "max_candidates",
+    ("events",): "max_events", ("k",): "max_k",
+}  # fmt: skip
+
+
+def request_models(settings: Settings, items: list[str]) -> dict[str, Any]:
+    """Models of the requests by route.
+
+    Args:
+        items: some ids of the model, for the examples.
+    """
+
+    def ids(most: int, what: str) -> Any:
+        return Optional[Annotated[list[Id], Field(max_length=most, fail_fast=True, description=what)]]
+
+    def model(name: str, text: str, examples: list[Any], *, either: Any = None, **fields: Any) -> Any:
+        schema = {"examples": examples, **({"anyOf": [{"required": [one]} for one in either]} if either else {})}
+        config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=schema)
+        made = create_model(name, __config__=config, __doc__=text, **fields)
+        made.either = either
+        return made
+
+    k = Annotated[int, Field(ge=1, le=settings.max_k, description="items wanted")]
+    strict = Annotated[bool, Field(description="an unknown item is an error; otherwise it is dropped, and counted")]
+    history: Any = Annotated[list[Id], Field(max_length=settings.max_history, fail_fast=True)]
+    histories = Annotated[
+        list[history],
+        Field(max_length=settings.max_sequences, fail_fast=True, description="histories, oldest item first"),
+    ]
+    whose = "ids of users, one a history; without `sequences` their stored histories are used"
+    event: Any = model(
+        "Event", "An interaction, the newest of its user.", [{"user": "somebody", "item": items[0], "time": 1.7e9}],
+        user=(Id, ...), item=(Id, ...), time=(Optional[float], None),
+    )  # fmt: skip
+    events = Annotated[
+        list[event],
+        Field(max_length=settings.max_events, fail_fast=True, description="in the order they happened"),
+    ]
+    return {
+        "/recommend": model(
+            "RecommendRequest", "Histories to rank items for.",
+            [{"sequences": [items[:3], items[:1]], "k": 5}, {"users": ["somebody"], "exclude_seen": False}],
+            either=("sequences", "users"), sequences=(Optional[histories], None),
+            users=(ids(settings.max_sequences, whose), None), k=(k, min(10, settings.max_k)),
+            exclude_seen=(Annotated[bool, Field(description="leave items of the history out")], True),
+            candidates=(ids(settings.max_candidates, "rank only these items"), None),
+            exclude=(ids(settings.max_candidates, "leave these items out"), None), strict=(strict, False),
+        ),
+        "/explain": model(
+            "ExplainRequest", "One history whose recommendations to explain.", [{"sequence": items[:3], "k": 3}],
+            either=("sequence", "user"), sequence=(Optional[history], None), user=(Optional[Id], None),
+            k=(k, min(5, settings.max_k)), strict=(strict, False),
+        ),
+        "/update": model(
+            "UpdateRequest", "New interactions.", [{"events": [{"user": "somebody", "item": items[0], "time": 1.7e9}]}],
+            events=(events, ...), strict=(strict, False),
+        ),
+        "/forget": model("ForgetRequest", "A user to forget.", [{"user": "somebody"}], user=(Id, ...)),
+    }  # fmt: skip
+
+
+def parse(model: Any, body: bytes, settings: Settings) -> Any:
+    """A request of a model of :func:`request_models`.
+
+    Raises:
+        Problem: 400 for what is no JSON, 422 for what does not fit the model or exceeds a limit.
+    """
+    try:
+        found = model.model_validate_json(body)
+    except ValidationError as error:
+        raise _problem(error.errors(include_url=False)[0], settings) from None
+    if model.either and all(getattr(found, name) is None for name in model.either):
+        raise Problem(422, "invalid", f"the request has neither {' nor '.join(model.either)}: give one of them.")
+    return found
+
+
+def _problem(error: dict[str, Any], settings: Settings) -> Problem:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "json_invalid":
+        return Problem(400, "malformed", f"the body is no JSON: {context.get('error', error['msg'])}.")
+    # Behind a place in the request come pydantic's names for what an id may be.
+    names = {name for place in LIMITS for name in place} | {"user", "item", "time", "strict", "exclude_seen"}
+    place = [part for part in error["loc"] if isinstance(part, int) or part in names]
+    if kind == "extra_forbidden":
+        return Problem(422, "invalid", f"{str(error['loc'][-1])!r:.80} is no member of this request; leave it out.")
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or "the body"
+    option = LIMITS.get(tuple(0 if isinstance(part, int) else part for part in place))
+    allowed = context.get("max_length" if kind == "too_long" else "le")
+    if option and kind in ("too_long", "less_than_equal") and allowed == getattr(settings, option):
+        value = context.get("actual_length") if kind == "too_long" else error["input"]
+        value = value if isinstance(value, int) and abs(value) < 2**63 else None
+        known = f"is {value}" if kind != "too_long" else f"has {value or 'more'} entries"
+        return Problem(
+            422, "limit", f"{where} {known}, and {allowed} is the most: ask for less at a time, or start the server "
+            f"with a larger --{option}.", limit=option, value=value, allowed=allowed,
+        )  # fmt: skip
+    if len(place) < len(error["loc"]):
+        return Problem(
+            422, "invalid", f"{where} is no id; ids are text of 1 to {ID_LENGTH} characters or whole numbers."
+        )
+    return Problem(422, "invalid", f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}.")
