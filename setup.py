@@ -17,10 +17,16 @@ INSTALL_REQUIRES = [
     "tqdm>=4.60",
     "pyyaml>=6.0",
     "packaging>=21",
+    "click>=8.1",
+    "filelock>=3.12",
+    "jinja2>=3.1",
+    "psutil>=5.9",
+    "pydantic>=2.8",
+    "tabulate>=0.9",
     "setuptools<81",  # ray 2.6, which RecBole imports, imports pkg_resources, on its way out of setuptools
 ]
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "pydantic>=2.8"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "pydantic-settings>=2.4"]
 
 EXTRAS_REQUIRE = {
     # RecBole's LDiffRec with n_cate > 1 and NNCF with neigh_info_method: louvain

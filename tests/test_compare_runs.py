@@ -138,7 +138,8 @@ def test_killed_and_started_again(stand_in, workdir, capsys, monkeypatch):
     stand_in.order(**{"BPR-2020": str(workdir / "go")})
     words = ["compare", f"--models={MODELS}", "--datasets=tiny", "--seeds=2", "--output=out", "--data_path=data"]
     code = (
-        "import sys; from recbole_raserec.cli import main as cli; from recbole_raserec.comparison import runner as compare_cells; "
+        "import sys; from recbole_raserec.cli import main as cli; "
+        "from recbole_raserec.comparison import runner as compare_cells; "
         f"compare_cells.RUNNER = {stand_in.command!r}; sys.exit(cli.main(sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -13,7 +13,7 @@ import recbole.model.sequential_recommender
 from config_helpers import only_problem, problems, write
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 
-from recbole_raserec.config import registry, sources
+from recbole_raserec.config import sources
 from recbole_raserec.config.config import Config
 from recbole_raserec.errors import ConfigError
 

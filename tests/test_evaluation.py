@@ -179,7 +179,7 @@ def test_evaluation_restores_the_training_mode_and_draws_no_dropout(data_path):
 
 # --- metrics and their errors --------------------------------------------------------------------------------------
 
-OPTIONS = {"metrics": ["Recall", "NDCG", "MRR"], "topk": [1, 3], "metric_decimal_place": 4}
+OPTIONS = {"eval_args": None, "metrics": ["Recall", "NDCG", "MRR"], "topk": [1, 3], "metric_decimal_place": 4}
 
 
 def test_metrics_by_hand():

@@ -191,7 +191,8 @@ def test_where_the_token_comes_from(tmp_path, monkeypatch):
 
 def test_nothing_of_it_is_imported_before_it_is_needed(tmp_path):
     code = (
-        "import sys; from recbole_raserec.cli import main as cli; cli.main(['serve', '--help']); cli.main(['serve', 'x', '--k']); "
+        "import sys; from recbole_raserec.cli import main as cli; "
+        "cli.main(['serve', '--help']); cli.main(['serve', 'x', '--k']); "
         "found = {'torch', 'fastapi', 'uvicorn', 'pydantic', 'prometheus_client'} & set(sys.modules); "
         "assert not found, found; sys.modules['fastapi'] = None; sys.modules['uvicorn'] = None; "
         "sys.exit(cli.main(['serve', 'x']))"

@@ -116,7 +116,9 @@ def test_values():
 
 def test_the_command_hands_over_its_options(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr("recbole_raserec.tuning.tune_hyper_parameters", lambda *args, **options: calls.append((args, options)))
+    monkeypatch.setattr(
+        "recbole_raserec.tuning.tune_hyper_parameters", lambda *args, **options: calls.append((args, options))
+    )
     words = ["--model=RaSeRec", "-d", "shop", "--trials=7", "--output=o", "--space=s.yaml", "--pruner=none", "--seed=1"]
     assert cli.main(["tune", *words]) == 0
     own = {"trials": 7, "output": "o", "space": "s.yaml", "pruner": "none"}

@@ -379,7 +379,7 @@ def evaluation_problems(config: Any) -> list[str]:
         if name.lower() not in usable:
             known = "needs more than the ranks of the targets" if name.lower() in metric_information else "is unknown"
             problems.append(f"metrics: {name} {known}; choose among {', '.join(usable)}.")
-    mode = ((config["eval_args"] if "eval_args" in config else None) or {}).get("mode", "full")
+    mode = (config["eval_args"] or {}).get("mode", "full")
     for phase, value in (mode if isinstance(mode, Mapping) else {"valid": mode, "test": mode}).items():
         if value != "full":
             problems.append(

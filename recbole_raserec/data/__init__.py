@@ -12,7 +12,7 @@ from recbole_raserec.data.loaders import (
 )
 from recbole_raserec.data.patterns import Patterns, mine_patterns
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined, training_hash
-from recbole_raserec.data.sequences import SequenceStore
+from recbole_raserec.data.sequences import SequenceStore, pad_lists, pad_rows
 from recbole_raserec.data.splits import Splits, check_same_split, prepare_data
 
 __all__ = [
@@ -37,6 +37,8 @@ __all__ = [
     "check_same_split",
     "joined",
     "mine_patterns",
+    "pad_lists",
+    "pad_rows",
     "prepare_data",
     "training_hash",
 ]

@@ -5,10 +5,53 @@ Memory is O(interactions): a prefix window is an index (user, position), materia
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Optional
 
 import numpy as np
 import scipy.sparse as sp
+
+
+def pad_rows(
+    items: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: Optional[int] = None, fill: int = 0
+) -> np.ndarray:
+    """Runs of a flat array as the rows of a matrix, left-aligned.
+
+    Args:
+        items: flat values [T].
+        starts: where each run begins, [B].
+        lengths: how many values it has, [B].
+        width: columns L of the matrix; None: as many as the longest run.
+        fill: value of the padding.
+
+    Returns:
+        [B, L] of the type of `items`.
+    """
+    if width is None:
+        width = int(lengths.max()) if len(lengths) else 0
+    columns = np.arange(width)
+    inside = columns < np.asarray(lengths)[:, None]
+    places = np.where(inside, np.asarray(starts)[:, None] + columns, 0)
+    if not len(items):
+        return np.full(inside.shape, fill, dtype=items.dtype)
+    rows = items[places]
+    rows[~inside] = fill
+    return rows
+
+
+def pad_lists(rows: Sequence[Sequence[int]], width: Optional[int] = None) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of item ids as a batch.
+
+    Args:
+        rows: B lists.
+        width: columns L; None: as many as the longest list.
+
+    Returns:
+        item_seq int64 [B, L], left-aligned, padded with 0; item_seq_len int64 [B].
+    """
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    flat = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row, dtype=np.int64) for row in rows)])
+    return pad_rows(flat, np.cumsum(lengths) - lengths, lengths, width), lengths
 
 
 class SequenceStore:

@@ -1,13 +1,13 @@
 """The processes of one run: how they start, and what they tell each other."""
 
 from recbole_raserec.distributed.group import Group, current
-from recbole_raserec.distributed.launch import cores,  layout_of, silence, start
+from recbole_raserec.distributed.launch import cores, layout_of, silence, start
 
 __all__ = [
     "Group",
     "cores",
     "current",
-    "start",
     "layout_of",
     "silence",
+    "start",
 ]

@@ -2,6 +2,7 @@
 
 from recbole_raserec.evaluation.plots import plot_bars, plot_beside, plot_lines, plot_points
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, Ranks, collect_ranks, evaluate, metrics_by_protocol
+from recbole_raserec.evaluation.ranking import scores
 from recbole_raserec.evaluation.ranks import grouped, read_ranks, user_metrics
 from recbole_raserec.evaluation.report import (
     ABSENT,
@@ -37,6 +38,7 @@ __all__ = [
     "read_ranks",
     "record_table",
     "report_stages",
+    "scores",
     "text_block",
     "user_metrics",
     "versions",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -33,6 +33,21 @@ _MASK_BYTES = 4
 _EXACT_ITEMS = 2**24
 
 SeenPairs = tuple[np.ndarray, np.ndarray]
+
+
+def scores(h: torch.Tensor, item_vectors: torch.Tensor, item_bias: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """The score of each item for each user vector: ``h @ item_vectors.T (+ item_bias)``.
+
+    Args:
+        h: user vectors [B, H].
+        item_vectors: [V, H].
+        item_bias: [V], or None.
+
+    Returns:
+        [B, V].
+    """
+    found = h @ item_vectors.T
+    return found if item_bias is None else found + item_bias
 
 
 def target_ranks(

@@ -1,4 +1,4 @@
-"""Fast exact parts of training: the compiled encoder, losses, dropout, and what keeps the memory of the process bounded."""
+"""Fast exact parts of training: the compiled encoder, losses, dropout, and what bounds the memory of the process."""
 
 from recbole_raserec.kernels.allocator import FreedMemory, keep_freed_memory, peak_memory_mb
 from recbole_raserec.kernels.dropout import FastDropout, use_fast_dropout

@@ -24,7 +24,7 @@ def train_model(
     Args:
         config: the model's configuration.
         checkpoint: checkpoint directory whose weights are used instead of training.
-        regenerated: of stage i (:class:`~recbole_raserec.regeneration.stage.RegeneratedData`); it joins the training split.
+        regenerated: of stage i (`RegeneratedData`); it joins the training split.
         trial: given where the run is one of a search.
 
     Raises:

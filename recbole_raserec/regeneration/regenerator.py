@@ -130,8 +130,9 @@ class DecoderLayer(nn.Module):
 # Attention of many pairs to few sequences: what pairs of one sequence share is computed once for all of them.
 #
 # Each pair p of a sequence b attends to a mixture of b's K latent spaces, X_b R_p with R_p = sum_k s_pk P_k. Keys and
-# values are linear in it, so neither the spaces nor the mixture ([P, S, H] numbers, in each layer twice) need be built: a
-# query q of p meets X_b as R_p W_key' q, and what the weights w take from X_b becomes a value as W_value R_p' (X_b' w).
+# values are linear in it, so neither the spaces nor the mixture ([P, S, H] numbers, in each layer twice) need be built:
+# a query q of p meets X_b as R_p W_key' q, and what the weights w take from X_b becomes a value as
+# W_value R_p' (X_b' w).
 #
 # Shapes: B sequences of S positions, P pairs, T steps of each, K spaces, N pairs of a sequence at most, H hidden size,
 # D = H / heads.

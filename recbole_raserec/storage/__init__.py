@@ -19,6 +19,9 @@ from recbole_raserec.storage.checkpoint import (
 )
 from recbole_raserec.storage.files import (
     INHERITED,
+    MODEL_VERSIONS,
+    data_fingerprint,
+    fingerprint,
     load_optimizer,
     lock_file,
     one_at_a_time,
@@ -30,10 +33,10 @@ from recbole_raserec.storage.files import (
     replacing,
     sha256,
     sync_directory,
+    version_of,
     write_json,
     write_tensors,
 )
-from recbole_raserec.storage.files import MODEL_VERSIONS, data_fingerprint, fingerprint, version_of
 
 __all__ = [
     "ARRAYS",

@@ -1,10 +1,6 @@
 """Files written whole or not at all, and read without pickle."""
 
 from __future__ import annotations
-import hashlib
-import json
-from typing import Any
-import numpy as np
 
 import contextlib
 import errno
@@ -19,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import IO, Any, Callable, Optional
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file

@@ -39,8 +39,7 @@ class Options:
 
     Attributes:
         input: the raw file, plain or gzip.
-        format: "sequences", "ratings" or "amazon"; see :mod:`recbole_raserec.data.preparation.readers`, also for `sep`, `header`
-            and the columns.
+        format: "sequences", "ratings" or "amazon"; see `readers`, also for `sep`, `header` and the columns.
         output: directory of the data sets (``data_path`` of a run).
         name: name of the data set.
         k_core: keep the k-core only, after `drop_duplicates`; 0 or 1: everything.

@@ -24,8 +24,8 @@ from recbole_raserec.errors import DatasetError
 
 # Downloading one of RecBole's data set archives. What comes over the network is not trusted.
 #
-# Only regular atomic files are taken out of an archive, each into the data set's own folder; an archive with a path that
-# leads elsewhere is refused as a whole. Nothing is left behind by a download that fails or is interrupted.
+# Only regular atomic files are taken out of an archive, each into the data set's own folder; an archive with a path
+# that leads elsewhere is refused as a whole. Nothing is left behind by a download that fails or is interrupted.
 
 
 SUFFIXES = (".inter", ".user", ".item", ".kg", ".link", ".net")

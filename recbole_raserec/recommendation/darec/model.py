@@ -240,7 +240,7 @@ def adapter_pairs(sizes: Any, layers: int) -> list[tuple[int, int]]:
 
 
 def item_tokens(config: Any, dataset: Any, tokenizer: Any) -> Any:
-    """The items' texts as tokens (:class:`~recbole_raserec.recommendation.darec.item_text.ItemTokens`), and a line in the log.
+    """The items' texts as tokens (`ItemTokens`), and a line in the log.
 
     They are kept with the data set: it is read by the loader and by the model.
     """
