@@ -1,34 +1,39 @@
-"""Collaborative knowledge: vectors of a trained sequential model as keys and values of a language model's attention."""
+"""Collaborative knowledge: vectors of a trained sequential model as keys and values of a language model's attention.
+
+The option `collaborative` names that model. `find_collaborative_model` finds it or has it trained, DARec holds it
+frozen as a `CollaborativeModel`, and an `Injection` projects its vectors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 from torch import nn
 
-from recbole_raserec.config import MODELS, get_model
+from recbole_raserec.config import MODELS, Config, get_model
 from recbole_raserec.data import Splits, check_same_split
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.storage import BEST, MANIFEST, load_weights, read_manifest, read_weights
 
-#: Start of the number added to the logits of the extra keys: they begin as a whisper, and learn how loud to be.
+#: Start of the number added to the logits of the extra keys: they begin with little weight, and learn how much to have.
 QUIET = -4.0
 
 
-class Collaborator(nn.Module):
+class CollaborativeModel(nn.Module):
     """A frozen sequential model: item vectors v, and user vectors h after every item of a history.
 
     Args:
-        options: of the model, as its checkpoint holds them. dataset: gives the numbers of users and items.
+        options: of the model, as its checkpoint holds them; None where one is missing.
+        dataset: gives the numbers of users and items.
 
     Raises:
         ConfigError: the model cannot give the vectors of all positions in one pass.
     """
 
-    def __init__(self, options: Any, dataset: Any):
+    def __init__(self, options: Mapping[str, Any], dataset: Any):
         super().__init__()
         kind = get_model(options["model"])
         if not hasattr(kind, "encode_positions") or options["model"] == "DARec":
@@ -42,14 +47,14 @@ class Collaborator(nn.Module):
         self.longest = int(options["MAX_ITEM_LIST_LENGTH"])
         self.hidden_size = int(self.model.item_vectors().shape[1])
 
-    def train(self, mode: bool = True) -> Collaborator:
+    def train(self, mode: bool = True) -> CollaborativeModel:
         return super().train(False)
 
     @torch.no_grad()
     def histories(self, item_seq: torch.Tensor) -> torch.Tensor:
         """[R, L] -> [R, 2 L, C]: the item vectors, then the user vector after each item (which knows no later one).
 
-        Places beyond the longest history the model knows carry zeros for the user.
+        User vectors beyond the longest history that the model knows are zeros.
         """
         items = self.model.item_vectors()[item_seq]  # [R, L, C]
         users = torch.zeros_like(items)
@@ -69,7 +74,11 @@ class Injection(nn.Module):
     extra keys and values with a learned number added to their logits is this package's choice.
 
     Args:
-        size: C. heads, head_size: of the keys. layers: counted from 0. std: of the initial weights.
+        size: C.
+        heads: of the keys.
+        head_size: d.
+        layers: counted from 0.
+        std: of the initial weights.
     """
 
     def __init__(self, size: int, heads: int, head_size: int, layers: Sequence[int], std: float):
@@ -83,16 +92,20 @@ class Injection(nn.Module):
             nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
-    def forward(self, layer: int, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values [R, heads, S, d] of the vectors [R, S, C], and what is added to their logits."""
-        shape = (*given.shape[:2], self.heads, self.head_size)
-        given, name = self.norm(given), str(layer)
-        key, value = self.key[name](given), self.value[name](given)
+    def forward(self, layer: int, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values [R, heads, S, d] of the vectors [R, S, C], and what is added to their logits, a scalar."""
+        shape, name = (*vectors.shape[:2], self.heads, self.head_size), str(layer)
+        vectors = self.norm(vectors)
+        key, value = self.key[name](vectors), self.value[name](vectors)
         return key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2), self.logit[name]
 
 
 def layers_to_inject(asked: Optional[Sequence[int]], layers: int) -> list[int]:
-    """The option `collaborative_layers`; None: the upper half.
+    """The option `collaborative_layers`.
+
+    Args:
+        asked: the option's value; None: the upper half.
+        layers: how many the language model has.
 
     Raises:
         ConfigError: the language model has no such layer.
@@ -106,14 +119,12 @@ def layers_to_inject(asked: Optional[Sequence[int]], layers: int) -> list[int]:
     return chosen
 
 
-# The model whose vectors DARec is given (option `collaborative`): found or trained, and its weights taken over.
-
-
-def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, dict[str, Any]]:
-    """Directory and manifest of the model; its options are put into `config`.
+def find_collaborative_model(config: Config, train: Callable[[Config], Path]) -> tuple[Path, dict[str, Any]]:
+    """Directory and manifest of the collaborative model; its options are put into `config`.
 
     Args:
-        config: of DARec. train: gives the checkpoint of a model that is named instead of a directory.
+        config: of DARec.
+        train: gives the checkpoint of a model that is named instead of a directory.
 
     Raises:
         ConfigError: there is no such directory or model.
@@ -121,12 +132,10 @@ def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, 
     named = config["collaborative"]
     directory = Path(named)
     if not (directory / MANIFEST).is_file():
-        if named not in collaborators():
+        known = [name for name in MODELS if name != "DARec" and hasattr(get_model(name), "encode_positions")]
+        if named not in known:
             raise ConfigError(
-                [
-                    f"collaborative: {named} is neither a checkpoint directory nor one of "
-                    f"{', '.join(collaborators())}; name one."
-                ]
+                [f"collaborative: {named} is neither a checkpoint directory nor one of {', '.join(known)}; name one."]
             )
         directory = train(config.for_collaborator())
     manifest = read_manifest(directory)
@@ -134,13 +143,17 @@ def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, 
     return directory, manifest
 
 
-def collaborators() -> list[str]:
-    """Models of this package that give a user vector for each place of a history."""
-    return [name for name in MODELS if name != "DARec" and hasattr(get_model(name), "encode_positions")]
+def load_collaborative_weights(
+    config: Config, model: Any, splits: Splits, directory: Path, manifest: dict[str, Any]
+) -> None:
+    """Put the weights of the collaborative model where DARec keeps its own.
 
-
-def take_collaborator(config: Any, model: Any, splits: Splits, directory: Path, manifest: dict[str, Any]) -> None:
-    """Put the weights of the collaborative model where the model keeps its own.
+    Args:
+        config: of DARec.
+        model: a DARec.
+        splits: its data.
+        directory: checkpoint of the collaborative model.
+        manifest: of that checkpoint.
 
     Raises:
         CheckpointError: it was trained on other data, or on another split of them.
