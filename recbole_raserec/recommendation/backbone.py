@@ -96,7 +96,8 @@ class Backbone(nn.Module):
         return self._user_vectors(item_seq, item_seq_len, user)
 
     def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
-        given = {"item_seq": item_seq, "item_seq_len": item_seq_len, "user": user}
+        # HRM writes into the lengths it is given; the caller's must stay as they are
+        given = {"item_seq": item_seq, "item_seq_len": item_seq_len.clone(), "user": user}
         return self.model(*(given[name] for name in self.arguments))  # [B, H]
 
     def item_vectors(self) -> Tensor:
@@ -154,13 +155,6 @@ class FPMCBackbone(Backbone):
         return torch.cat([self.model.IU_emb.weight, self.model.IL_emb.weight], dim=-1)[: self.n_items]
 
 
-class HRMBackbone(Backbone):
-    """HRM: with average pooling it writes into the lengths it is given; the caller's must stay as they are."""
-
-    def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
-        return super()._user_vectors(item_seq, item_seq_len.clone(), user)
-
-
 class NPEBackbone(Backbone):
     """NPE: ranks with the rectified item table."""
 
@@ -170,12 +164,11 @@ class NPEBackbone(Backbone):
 
 #: RecBole 1.2.1's sequential models that work as a backbone.
 ADAPTERS: dict[str, type[Backbone]] = {
-    **dict.fromkeys(("Caser", "FEARec", "FOSSIL", "GCSAN", "GRU4Rec", "HGN", "LightSANs", "NARM"), Backbone),
-    **dict.fromkeys(("NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP"), Backbone),
+    **dict.fromkeys(("Caser", "FEARec", "FOSSIL", "GCSAN", "GRU4Rec", "HGN", "HRM", "LightSANs"), Backbone),
+    **dict.fromkeys(("NARM", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP"), Backbone),
     "BERT4Rec": BERT4RecBackbone,
     "CORE": COREBackbone,
     "FPMC": FPMCBackbone,
-    "HRM": HRMBackbone,
     "NPE": NPEBackbone,
 }
 
@@ -218,17 +211,15 @@ def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset:
     return backbone
 
 
-def _compare(
-    backbone: Backbone, config: Config | Mapping[str, Any], dataset: Any, batch: int = 4
-) -> tuple[Tensor, Tensor]:
-    """Scores a random batch in both ways: float [B, V] each."""
+def _compare(backbone: Backbone, config: Config | Mapping[str, Any], dataset: Any) -> tuple[Tensor, Tensor]:
+    """Scores a random batch of B = 4 in both ways: float [B, V] each."""
     generator = torch.Generator().manual_seed(0)
     length, item_id = int(config["MAX_ITEM_LIST_LENGTH"]), config["ITEM_ID_FIELD"]
     n_users = int(dataset.num(config["USER_ID_FIELD"]))
-    item_seq_len = torch.linspace(1, length, batch).long()  # [B]: one item ... full
-    item_seq = torch.randint(1, backbone.n_items, (batch, length), generator=generator)  # [B, L]
+    item_seq_len = torch.linspace(1, length, 4).long()  # [B]: one item ... full
+    item_seq = torch.randint(1, backbone.n_items, (4, length), generator=generator)  # [B, L]
     item_seq = item_seq * (torch.arange(length) < item_seq_len.unsqueeze(1))
-    user = torch.randint(1, n_users, (batch,), generator=generator)  # [B]
+    user = torch.randint(1, n_users, (4,), generator=generator)  # [B]
     device = next(backbone.parameters()).device
     item_seq, item_seq_len, user = (x.to(device) for x in (item_seq, item_seq_len, user))
     fields = {
@@ -238,7 +229,7 @@ def _compare(
         config["ITEM_LIST_LENGTH_FIELD"]: item_seq_len.clone(),
     }
     with _evaluating(backbone), torch.no_grad():
-        own = backbone.model.full_sort_predict(Interaction(fields)).view(batch, -1)
+        own = backbone.model.full_sort_predict(Interaction(fields)).view(4, -1)
         return backbone.scores(item_seq, item_seq_len, user), own
 
 
@@ -266,14 +257,10 @@ def table() -> str:
     """Gives the Markdown table of all sequential models of RecBole 1.2.1."""
     rows = ["| Model | Backbone | Needs the user id | Trims | Why not |", "|---|---|---|---|---|"]
     for name in sorted([*ADAPTERS, *REFUSED], key=str.lower):
-        user = _yes("user" in ARGUMENTS.get(name, ())) if name in ADAPTERS else ""
-        works, cut = _yes(name in ADAPTERS), _yes(name in TRIMMABLE)
-        rows.append(f"| {name} | {works} | {user} | {cut} | {REFUSED.get(name, '')} |")
+        facts = (name in ADAPTERS, "user" in ARGUMENTS.get(name, ()), name in TRIMMABLE)
+        works, user, cut = ("yes" if fact else "no" for fact in facts)
+        rows.append(f"| {name} | {works} | {user if name in ADAPTERS else ''} | {cut} | {REFUSED.get(name, '')} |")
     return "\n".join(rows)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 if __name__ == "__main__":

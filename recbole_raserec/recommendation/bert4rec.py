@@ -7,6 +7,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
+from torch import Tensor
 
 from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.recommendation.base import DotProduct
@@ -25,11 +26,11 @@ class BERT4Rec(DotProduct, RecBoleBERT4Rec):
 
     trims = True
 
-    def forward(self, item_seq: torch.Tensor) -> torch.Tensor:
+    def forward(self, item_seq: Tensor) -> Tensor:
         """States of all positions of sequences [B, L], left-aligned, padded with 0: [B, L, H]."""
         return self._encode(item_seq)
 
-    def _encode(self, item_seq: torch.Tensor, positions: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def _encode(self, item_seq: Tensor, positions: Optional[Tensor] = None) -> Tensor:
         """States at `positions`, int64 [B, M], of sequences [B, L]; None: at all of them. [B, M, H]."""
         lengths = (item_seq > 0).sum(dim=1).clamp(min=1)
         hidden = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.shape[1]]
@@ -42,11 +43,11 @@ class BERT4Rec(DotProduct, RecBoleBERT4Rec):
             hidden = feed_forward_branch(layer, attention_branch(layer, query, hidden, lengths))
         return self.output_ln(self.output_gelu(self.output_ffn(hidden)))
 
-    def item_vectors(self) -> torch.Tensor:
+    def item_vectors(self) -> Tensor:
         """Item table without the row of the mask, [V, H]."""
         return self.item_embedding.weight[: self.n_items]
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """Mean cross-entropy over the masked positions, the first of a window never counted (RecBole), or its BPR."""
         masked = interaction[self.MASK_INDEX]  # [B, M], 0: none
         counted = masked > 0
@@ -61,12 +62,12 @@ class BERT4Rec(DotProduct, RecBoleBERT4Rec):
         h, targets = torch.cat([h, h.new_ones(len(h), 2)], dim=1), interaction[self.POS_ITEMS][counted]
         return linear_cross_entropy(h, table, targets, precision=self.softmax_precision)
 
-    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def full_sort_vectors(self, interaction: Any) -> tuple[Tensor, Tensor, Tensor]:
         """User vectors [B, H], item vectors [V, H] and item bias [V], of which the scores are made."""
         lengths = interaction[self.ITEM_SEQ_LEN]
         item_seq = self.reconstruct_test_data(interaction[self.ITEM_SEQ], lengths)
         return self._encode(item_seq, (lengths - 1).unsqueeze(1)).squeeze(1), self.item_vectors(), self.output_bias
 
-    def reconstruct_test_data(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+    def reconstruct_test_data(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Sequences [B, L] without their first item and with the mask behind their last, as RecBole ranks from them."""
         return F.pad(item_seq, (0, 1)).scatter(1, item_seq_len.unsqueeze(1), self.mask_token)[:, 1:]

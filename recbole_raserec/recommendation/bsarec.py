@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recbole_raserec.config import Config
 from recbole_raserec.errors import ConfigError
@@ -32,7 +32,7 @@ class BSARec(DuoRec):
     c), `filter_scope`. The compiled encoder is not used.
     """
 
-    mean: torch.Tensor
+    mean: Tensor
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
@@ -46,7 +46,7 @@ class BSARec(DuoRec):
         mean = low_pass(self.max_seq_length, config["filter_cutoff"] // 2 + 1)
         self.register_buffer("mean", mean.tril() if self.causal else mean, persistent=False)
 
-    def encode_positions(self, item_seq: torch.Tensor) -> torch.Tensor:
+    def encode_positions(self, item_seq: Tensor) -> Tensor:
         """User vector after every prefix of each row in one causal pass: [B, L] -> [B, L, H].
 
         Raises:
@@ -56,9 +56,7 @@ class BSARec(DuoRec):
             raise ConfigError(["filter_scope: window lets a position see later ones; set filter_scope: causal"])
         return super().encode_positions(item_seq)
 
-    def _mix(
-        self, number: int, query: torch.Tensor, hidden: torch.Tensor, item_seq_len: torch.Tensor, alone: bool
-    ) -> torch.Tensor:
+    def _mix(self, number: int, query: Tensor, hidden: Tensor, item_seq_len: Tensor, alone: bool) -> Tensor:
         """Filter and attention, mixed."""
         length = hidden.shape[1]
         inside = torch.arange(length, device=hidden.device) < item_seq_len[:, None]  # [B, L]: no padding
@@ -78,13 +76,13 @@ class FrequencyFilter(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.LayerNorm = nn.LayerNorm(hidden_size, eps=float(epsilon))
 
-    def forward(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
         """States `x` and their low frequencies `low`, [..., H] -> [..., H]."""
         beta = self.beta.square()
         return self.LayerNorm(self.dropout(low + beta * (x - low)) + x)
 
 
-def low_pass(length: int, frequencies: int) -> torch.Tensor:
+def low_pass(length: int, frequencies: int) -> Tensor:
     """The matrix [N, N] that keeps the first `frequencies` of a sequence of N = `length` positions.
 
     As `irfft(mask(rfft(x)))` along the positions, with the mean as frequency 0.

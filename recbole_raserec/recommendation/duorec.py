@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Optional, Union
 
 import torch
+from torch import Tensor
 
 from recbole_raserec.config import Config
 from recbole_raserec.data import PACKED_TARGETS, SAME_TARGET, SAME_TARGET_ROWS
@@ -55,7 +56,7 @@ class DuoRec(SASRec):
         """Whether the loader has to add same-target windows to each batch."""
         return config["contrast"] in SUPERVISED
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """Cross-entropy over all items plus the weighted contrast of a training batch, a scalar."""
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
@@ -71,21 +72,21 @@ class DuoRec(SASRec):
         some = weights if weights is None else weights[rows]
         return loss + self.lmd_sem * self._nce(first, self._same_target(interaction), some)
 
-    def _second_view(self, interaction: Any, rows: Union[slice, torch.Tensor]) -> torch.Tensor:
+    def _second_view(self, interaction: Any, rows: Union[slice, Tensor]) -> Tensor:
         """h' of `rows`: what else a batch of windows holds is not encoded, what is packed is encoded as a whole."""
         if isinstance(rows, slice) or PACKED_TARGETS in interaction.columns:
             return self.encode_batch(interaction)[0][rows]
         return self.forward(interaction[self.ITEM_SEQ][rows], interaction[self.ITEM_SEQ_LEN][rows])
 
-    def _nce(self, first: torch.Tensor, second: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
+    def _nce(self, first: Tensor, second: Tensor, weights: Optional[Tensor]) -> Tensor:
         return info_nce(first, second, self.tau, self.sim, weights)
 
-    def _same_target(self, interaction: Any) -> torch.Tensor:
+    def _same_target(self, interaction: Any) -> Tensor:
         """s of the rows that the loader drew windows for, [B, H]."""
         windows = interaction[SAME_TARGET + self.ITEM_SEQ]
         return self.forward_ragged(windows, interaction[SAME_TARGET + self.ITEM_SEQ_LEN])
 
-    def forward_ragged(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+    def forward_ragged(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """`forward` for rows of unlike length: encoded in groups of like length, with little padding. [B, H]."""
         if self.compiled():
             return self.forward(item_seq, item_seq_len)

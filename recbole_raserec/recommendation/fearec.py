@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.fearec import FEARec as RecBoleFEARec
+from torch import Tensor
 
 from recbole_raserec.config import Config
 from recbole_raserec.recommendation.base import SoftmaxOverItems
@@ -57,7 +58,7 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
         items, starts = np.unique(targets[order], return_index=True)
         return dict(zip(items.tolist(), np.split(order, starts[1:])))
 
-    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors [B, H] of histories [B, L], left-aligned, padded with 0 to L: `MAX_ITEM_LIST_LENGTH`."""
         if not self.fast:
             return super().forward(item_seq, item_seq_len)
@@ -70,7 +71,7 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
             hidden = feed_forward_branch(layer, mixed)
         return hidden
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """The loss of a training batch, a scalar: cross-entropy over all items, with `contrast` RecBole's sum."""
         if self.ssl in ("us", "un", "su", "us_x"):
             return RecBoleFEARec.calculate_loss(self, interaction)
@@ -97,13 +98,13 @@ class Delays:
         self.count = int(factor * math.log(length))
         self.length = length
 
-    def to(self, like: torch.Tensor) -> None:
+    def to(self, like: Tensor) -> None:
         """Move to device and type of `like`."""
         if self.transform.dtype != like.dtype or self.transform.device != like.device:
             for name in ("inverse", "constant", "transform"):  # in this order, as other threads may look at the last
                 setattr(self, name, getattr(self, name).to(like))
 
-    def strengths(self, hidden: torch.Tensor, query: Any, key: Any) -> torch.Tensor:
+    def strengths(self, hidden: Tensor, query: Any, key: Any) -> Tensor:
         """Mean over dimensions of the circular cross-correlations of query and key, [B, L, H] -> [B, L]."""
         spectrum = self.transform @ hidden  # [B, 2F, H]
         q = F.linear(spectrum, query.weight) + self.constant * query.bias
@@ -114,7 +115,7 @@ class Delays:
         product = torch.cat([real[:, :half] + real[:, half:], crossed[:, half:] - crossed[:, :half]], dim=1)
         return product @ self.inverse
 
-    def mixing(self, strengths: torch.Tensor, shared: bool, last: Optional[torch.Tensor]) -> torch.Tensor:
+    def mixing(self, strengths: Tensor, shared: bool, last: Optional[Tensor]) -> Tensor:
         """Weights by which positions take from positions.
 
         Args:
@@ -143,7 +144,7 @@ class Delays:
         return spread.gather(1, delay % self.length).unsqueeze(1)
 
 
-def _attention(part: Any, delays: Delays, hidden: torch.Tensor, last: Optional[torch.Tensor]) -> torch.Tensor:
+def _attention(part: Any, delays: Delays, hidden: Tensor, last: Optional[Tensor]) -> Tensor:
     """RecBole's HybridAttention in the frequency domain, [B, L, H] -> [B, L, H], or [B, H] at positions `last`."""
     delays.to(hidden)
     strengths = delays.strengths(hidden, part.query_layer, part.key_layer)

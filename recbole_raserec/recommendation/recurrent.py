@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from recbole.model.sequential_recommender.gru4rec import GRU4Rec as RecBoleGRU4Rec
 from recbole.model.sequential_recommender.narm import NARM as RecBoleNARM
+from torch import Tensor
 
 from recbole_raserec.recommendation.base import SoftmaxOverItems
 
@@ -22,20 +23,18 @@ class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
 
     trims = True
 
-    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors [B, E] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""
         return self.dense(self.gather_indexes(self._states(item_seq), item_seq_len - 1))
 
-    def encode_positions(self, item_seq: torch.Tensor) -> torch.Tensor:
+    def encode_positions(self, item_seq: Tensor) -> Tensor:
         """User vector after every prefix of each row in one pass: [B, L] -> [B, L, E]."""
         return self.dense(self._states(item_seq))
 
-    def encode_predicted(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, predicted: torch.Tensor
-    ) -> torch.Tensor:
+    def encode_predicted(self, item_seq: Tensor, item_seq_len: Tensor, predicted: Tensor) -> Tensor:
         return self.dense(self._states(item_seq)[predicted])
 
-    def _states(self, item_seq: torch.Tensor) -> torch.Tensor:
+    def _states(self, item_seq: Tensor) -> Tensor:
         return self.gru_layers(self.emb_dropout(self.item_embedding(item_seq)))[0]  # [B, L, H]
 
 
@@ -48,22 +47,20 @@ class NARM(SoftmaxOverItems, RecBoleNARM):
 
     trims = True
 
-    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors [B, E] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""
         rows = torch.arange(len(item_seq), device=item_seq.device)
         return self._user_vectors(item_seq, rows, item_seq_len - 1)
 
-    def encode_positions(self, item_seq: torch.Tensor) -> torch.Tensor:
+    def encode_positions(self, item_seq: Tensor) -> Tensor:
         """User vector after every prefix of each row in one pass: [B, L] -> [B, L, E]."""
         everywhere = torch.ones_like(item_seq, dtype=torch.bool)
         return self._user_vectors(item_seq, *everywhere.nonzero(as_tuple=True)).view(*item_seq.shape, -1)
 
-    def encode_predicted(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, predicted: torch.Tensor
-    ) -> torch.Tensor:
+    def encode_predicted(self, item_seq: Tensor, item_seq_len: Tensor, predicted: Tensor) -> Tensor:
         return self._user_vectors(item_seq, *predicted.nonzero(as_tuple=True))
 
-    def _user_vectors(self, item_seq: torch.Tensor, rows: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def _user_vectors(self, item_seq: Tensor, rows: Tensor, last: Tensor) -> Tensor:
         """User vectors [N, E] of N prefixes: those of `rows` [N] of `item_seq` that end at position `last` [N]."""
         states, _ = self.gru(self.emb_dropout(self.item_embedding(item_seq)))  # [B, L, H]
         query = states[rows, last]  # [N, H]

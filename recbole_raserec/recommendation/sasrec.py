@@ -8,6 +8,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
+from torch import Tensor
 
 from recbole_raserec.config import Config
 from recbole_raserec.kernels import Architecture, Ragged, encode
@@ -37,27 +38,17 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
             config["native_kernels"] is not False and self.hidden_act == "gelu" and self._architecture.fits()
         )
 
-    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
-        """Encode histories.
-
-        Args:
-            item_seq: int64 [B, L], left-aligned, padded with 0.
-            item_seq_len: int64 [B], at least 1.
-
-        Returns:
-            user vectors h, [B, H].
-        """
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """User vectors h [B, H] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""
         if self.compiled():
             return self._encode(Ragged.of_rows(item_seq, item_seq_len))
         return self._run_layers(item_seq, item_seq_len, at_last=True)
 
-    def encode_positions(self, item_seq: torch.Tensor) -> torch.Tensor:
+    def encode_positions(self, item_seq: Tensor) -> Tensor:
         """User vector after every prefix of each row in one causal pass: [B, L] -> [B, L, H]."""
         return self._run_layers(item_seq, (item_seq > 0).sum(dim=1), at_last=False)
 
-    def encode_predicted(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, predicted: torch.Tensor
-    ) -> torch.Tensor:
+    def encode_predicted(self, item_seq: Tensor, item_seq_len: Tensor, predicted: Tensor) -> Tensor:
         if self.compiled():
             return self._encode(Ragged.of_rows(item_seq, item_seq_len, predicted))
         return super().encode_predicted(item_seq, item_seq_len, predicted)
@@ -67,9 +58,9 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
         table = self.item_embedding.weight
         return self._compiled and table.device.type == "cpu" and table.dtype == torch.float32
 
-    def _encode(self, ragged: Ragged) -> torch.Tensor:
+    def _encode(self, ragged: Ragged) -> Tensor:
         """Outputs of the compiled encoder at the chosen positions, [N, H]."""
-        weights: list[torch.Tensor] = []
+        weights: list[Tensor] = []
         for layer in self.trm_encoder.layer:
             a, f = layer.multi_head_attention, layer.feed_forward
             for part in (a.query, a.key, a.value, a.dense, a.LayerNorm, f.dense_1, f.dense_2, f.LayerNorm):
@@ -79,7 +70,7 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
         table, positions = self.item_embedding.weight, self.position_embedding.weight
         return encode(ragged, self._architecture, table, positions, weights, *dropout)
 
-    def _run_layers(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, at_last: bool) -> torch.Tensor:
+    def _run_layers(self, item_seq: Tensor, item_seq_len: Tensor, at_last: bool) -> Tensor:
         """States of rows [B, L] at every position, [B, L, H], or at the last item of each alone, [B, H]."""
         positions = self.position_embedding.weight[: item_seq.size(1)]  # [L, H]
         hidden = self.dropout(self.LayerNorm(self.item_embedding(item_seq) + positions))  # [B, L, H]
@@ -90,16 +81,12 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
             hidden = feed_forward_branch(layer, self._mix(number, query, hidden, item_seq_len, alone))
         return hidden.squeeze(1) if at_last else hidden
 
-    def _mix(
-        self, number: int, query: torch.Tensor, hidden: torch.Tensor, item_seq_len: torch.Tensor, alone: bool
-    ) -> torch.Tensor:
+    def _mix(self, number: int, query: Tensor, hidden: Tensor, item_seq_len: Tensor, alone: bool) -> Tensor:
         """First half of layer `number` for `query`: all positions, [B, L, H]; `alone`: the last items, [B, 1, H]."""
         return attention_branch(self.trm_encoder.layer[number], query, hidden, item_seq_len if alone else None)
 
 
-def attention_branch(
-    layer: Any, query: torch.Tensor, hidden: torch.Tensor, key_length: Optional[torch.Tensor] = None
-) -> torch.Tensor:
+def attention_branch(layer: Any, query: Tensor, hidden: Tensor, key_length: Optional[Tensor] = None) -> Tensor:
     """The first half of a post-norm layer: attention, dropout, residual connection and layer norm.
 
     Args:
@@ -115,7 +102,7 @@ def attention_branch(
     attention, (batch, length, size) = layer.multi_head_attention, hidden.shape
     heads, head_size = attention.num_attention_heads, attention.attention_head_size
 
-    def split(x: torch.Tensor) -> torch.Tensor:  # [B, T, H] -> [B, heads, T, H / heads]
+    def split(x: Tensor) -> Tensor:  # [B, T, H] -> [B, heads, T, H / heads]
         return x.view(batch, -1, heads, head_size).transpose(1, 2)
 
     weight = torch.cat([attention.key.weight, attention.value.weight])
@@ -133,7 +120,7 @@ def attention_branch(
     return attention.LayerNorm(attention.out_dropout(attention.dense(context)) + query)
 
 
-def feed_forward_branch(layer: Any, mixed: torch.Tensor) -> torch.Tensor:
+def feed_forward_branch(layer: Any, mixed: Tensor) -> Tensor:
     """The second half of a layer: [B, Q, H] -> [B, Q, H]."""
     feed_forward = layer.feed_forward
     inner = feed_forward.dense_1(mixed)

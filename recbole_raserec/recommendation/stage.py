@@ -11,7 +11,7 @@ from recbole_raserec.config import Config, get_model
 from recbole_raserec.data import Splits, check_same_split, prepare_data, training_hash
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.evaluation import evaluate
-from recbole_raserec.recommendation.darec import find_collaborative_model, load_collaborative_weights
+from recbole_raserec.recommendation.darec import find_collaborative_model
 from recbole_raserec.storage import BEST, fingerprint, load_weights, read_manifest, read_weights, version_of
 from recbole_raserec.training import DECIMALS, Outcome, Trial, evaluate_test, run_stage
 
@@ -28,7 +28,8 @@ def train_model(
         trial: given where the run is one of a search.
 
     Raises:
-        CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
+        CheckpointError: `checkpoint`, or that of the collaborative model, belongs to another model or data set, or is
+            damaged.
         DatasetError: `regenerated` was made from another training split.
     """
     collaborative = None
@@ -53,8 +54,10 @@ def train_model(
     parts = [] if regenerated is None else [regenerated.fingerprint]
     parts += version_of(config["model"])
     if collaborative is not None:
-        load_collaborative_weights(config, model, splits, *collaborative)
-        parts += [collaborative[1]["fingerprint"]]
+        directory, manifest = collaborative
+        check_same_split("collaborative", directory, manifest, config, splits)
+        load_weights(model.collaborator.model, read_weights(directory, manifest), directory / BEST)
+        parts += [manifest["fingerprint"]]
     parts += model.fingerprint_parts() if hasattr(model, "fingerprint_parts") else []
     mark = fingerprint(options, splits.fingerprint, *parts)
     return run_stage(config, splits, model, splits.train, mark, {"options": config.explain()}, trial=trial)

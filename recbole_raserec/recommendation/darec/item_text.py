@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Optional
@@ -19,23 +18,8 @@ from recbole_raserec.errors import ConfigError
 TEXTUAL = ("token", "token_seq")
 
 
-@dataclasses.dataclass
-class ItemTokens:
-    """Texts as token ids.
-
-    Attributes:
-        ids: int32 [V, T], padded with 0 on the right.
-        lengths: int32 [V], at least 1, padding item included.
-        cut: texts that were longer than T tokens.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    cut: int
-
-
-def item_tokens(config: Config, dataset: Any, tokenizer: Any) -> ItemTokens:
-    """The items' texts as tokens, with a line in the log.
+def item_tokens(config: Config | Mapping[str, Any], dataset: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The items' texts as token ids, cut to T = `item_text_length`, with a line in the log.
 
     They are kept with the data set: both the loader and the model read it.
 
@@ -43,6 +27,9 @@ def item_tokens(config: Config, dataset: Any, tokenizer: Any) -> ItemTokens:
         config: of DARec.
         dataset: RecBole's.
         tokenizer: of `transformers`.
+
+    Returns:
+        ids int32 [V, T], padded with 0 on the right; lengths int32 [V], at least 1: a text without tokens has the id 0.
     """
     kept = getattr(dataset, "item_text_tokens", None)
     if kept is not None:
@@ -51,14 +38,15 @@ def item_tokens(config: Config, dataset: Any, tokenizer: Any) -> ItemTokens:
     names = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
     separator = config["field_separator"] or "\t"
     texts = read_item_texts(path, names, config["item_text_fields"], separator, dataset.iid_field)
-    found = tokenise(texts, lambda rows: tokenizer(rows, add_special_tokens=False)["input_ids"], longest)
     missing = sum(text == name for text, name in zip(texts[1:], names[1:]))
+    ids, lengths = pad_lists(tokenizer(texts, add_special_tokens=False)["input_ids"], longest)
+    cut, lengths = int((lengths > longest).sum()), np.clip(lengths, 1, longest)
     getLogger().info(
         f"Item texts: {len(names) - 1} items, {missing} without a text (their id is read instead), "
-        f"{found.lengths[1:].mean():.1f} tokens each, {found.cut} cut at {longest}"
+        f"{lengths[1:].mean():.1f} tokens each, {cut} cut at {longest}"
     )
-    dataset.item_text_tokens = found
-    return found
+    dataset.item_text_tokens = ids.astype(np.int32), lengths.astype(np.int32)
+    return dataset.item_text_tokens
 
 
 def read_item_texts(
@@ -99,26 +87,7 @@ def read_item_texts(
             if id_field in names:
                 at = names.index(id_field)
                 columns = [(name.replace("_", " "), names.index(name)) for name in fields]
-                found = {row[at]: _flat(row, columns) for row in rows if len(row) > at}
+                for row in (row for row in rows if len(row) > at):
+                    pairs = [(key, row[place].strip()) for key, place in columns if place < len(row)]
+                    found[row[at]] = ", ".join(f"{key}: {value}" for key, value in pairs if value)
     return ["", *(found.get(token) or token for token in tokens[1:])]
-
-
-def _flat(row: Sequence[str], columns: Sequence[tuple[str, int]]) -> str:
-    pairs = [(key, row[at].strip()) for key, at in columns if at < len(row)]
-    return ", ".join(f"{key}: {value}" for key, value in pairs if value)
-
-
-def tokenise(
-    texts: Sequence[str], tokenizer: Callable[[list[str]], Sequence[Sequence[int]]], longest: int
-) -> ItemTokens:
-    """Texts as token ids; a text without tokens has the single id 0.
-
-    Args:
-        texts: [V].
-        tokenizer: texts -> ids, without special tokens.
-        longest: T, where texts are cut.
-    """
-    ids, lengths = pad_lists(tokenizer(list(texts)), longest)
-    return ItemTokens(
-        ids.astype(np.int32), np.clip(lengths, 1, longest).astype(np.int32), int((lengths > longest).sum())
-    )

@@ -18,7 +18,7 @@ from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from recbole_raserec.errors import CheckpointError, ConfigError, MissingExtraError
 
@@ -46,10 +46,10 @@ class TokenLayout:
         padded: index of each token in [R, T] laid flat, int64 [N].
     """
 
-    row: torch.Tensor
-    item: torch.Tensor
-    special: torch.Tensor
-    position: torch.Tensor
+    row: Tensor
+    item: Tensor
+    special: Tensor
+    position: Tensor
     rows: int
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class TokenLayout:
         self.padded = self.row * self.width + column
 
     @classmethod
-    def of_texts(cls, lengths: torch.Tensor) -> TokenLayout:
+    def of_texts(cls, lengths: Tensor) -> TokenLayout:
         """Each item a row of its own: its text's tokens, as many as `lengths` [R] says, then [ALIGN]."""
         return cls.of_histories(torch.ones_like(lengths), lengths)
 
     @classmethod
-    def of_histories(cls, counts: torch.Tensor, lengths: torch.Tensor) -> TokenLayout:
+    def of_histories(cls, counts: Tensor, lengths: Tensor) -> TokenLayout:
         """Each history a row: the tokens of an item, its [SEQ], the tokens of the next.
 
         Args:
@@ -78,16 +78,16 @@ class TokenLayout:
         position = torch.arange(len(entry), device=entry.device) - (sizes.cumsum(0) - sizes)[entry]
         return cls(row, item, position == lengths[entry], position, len(counts))
 
-    def pad(self, values: torch.Tensor) -> torch.Tensor:
+    def pad(self, values: Tensor) -> Tensor:
         """[N, ...] -> [R, T, ...], zeros behind each row's last token."""
         flat = values.new_zeros(self.rows * self.width, *values.shape[1:]).index_copy(0, self.padded, values)
         return flat.view(self.rows, self.width, *values.shape[1:])
 
-    def unpad(self, values: torch.Tensor) -> torch.Tensor:
+    def unpad(self, values: Tensor) -> Tensor:
         """[R, T, ...] -> [N, ...]."""
         return values.reshape(self.rows * self.width, *values.shape[2:])[self.padded]
 
-    def visible(self, causal: bool, own_item: bool = False) -> torch.Tensor:
+    def visible(self, causal: bool, own_item: bool = False) -> Tensor:
         """What each token sees: bool [R, T, T], query before key.
 
         Tokens of earlier items (their [SEQ] too) and of the same item; of the latter an ordinary token never sees the
@@ -110,12 +110,12 @@ class TokenLayout:
         # a query that does not exist sees itself, so that its softmax is defined
         return visible | torch.eye(self.width, dtype=torch.bool, device=item.device)
 
-    def across_items(self) -> torch.Tensor:
+    def across_items(self) -> Tensor:
         """Where an ordinary token looks at another item: bool [R, T, T]."""
         item, special = self.pad(self.item + 1), self.pad(self.special)
         return (item[:, :, None] != item[:, None, :]) & ~special[:, :, None]
 
-    def sees_items(self, length: int) -> torch.Tensor:
+    def sees_items(self, length: int) -> Tensor:
         """Which items of the history a token may know of as a whole, those up to its own: bool [R, T, length]."""
         return torch.arange(length, device=self.item.device) <= self.pad(self.item)[:, :, None]
 
@@ -133,10 +133,10 @@ class AttentionView:
     """
 
     layout: TokenLayout
-    visible: torch.Tensor
-    across_items: Optional[torch.Tensor] = None
-    extra: Optional[torch.Tensor] = None
-    sees_extra: Optional[torch.Tensor] = None
+    visible: Tensor
+    across_items: Optional[Tensor] = None
+    extra: Optional[Tensor] = None
+    sees_extra: Optional[Tensor] = None
 
 
 class Adapter(nn.Module):
@@ -153,14 +153,14 @@ class Adapter(nn.Module):
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.up(self.dropout(F.gelu(self.down(x))))
 
 
 class Frozen(nn.Module):
     """Holds the language model. Of its weights only a hash is in the state dict, as the buffer `mark`."""
 
-    mark: torch.Tensor
+    mark: Tensor
 
     def __init__(self, model: Any):
         super().__init__()
@@ -211,7 +211,7 @@ class LanguageModel(nn.Module):
         self.frozen = Frozen(model)
         layers = _layers(model)
         pairs = adapter_pairs(sizes, len(layers))
-        self.hidden_size = int(model.config.hidden_size)
+        self.layers, self.hidden_size = len(layers), int(model.config.hidden_size)
         self.heads = int(model.config.num_attention_heads)
         self.key_heads = int(getattr(model.config, "num_key_value_heads", None) or self.heads)
         self.head_size = int(getattr(model.config, "head_dim", None) or self.hidden_size // self.heads)
@@ -247,11 +247,11 @@ class LanguageModel(nn.Module):
         self.frozen.eval()  # its own dropout would be noise on weights that cannot answer to it
         return self
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """Word embeddings of token ids: [...] -> [..., D]."""
         return self.frozen.model.get_input_embeddings()(ids)
 
-    def forward(self, inputs: torch.Tensor, view: AttentionView) -> torch.Tensor:
+    def forward(self, inputs: Tensor, view: AttentionView) -> Tensor:
         """Last hidden states [N, D] of N input embeddings [N, D] that stand and see as `view` says."""
         positions = (view.layout.position + self.position_offset)[None]
         more = {"token_type_ids": torch.zeros_like(positions)} if self._typed else {}
@@ -263,21 +263,8 @@ class LanguageModel(nn.Module):
             self._view = None
         return output.last_hidden_state[0].to(inputs.dtype)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: Optional[float]
-    ) -> torch.Tensor:
-        """Attention of one layer under the view of this pass.
-
-        Args:
-            layer: counted from 0.
-            query: [1, heads, N, d].
-            key: [1, key_heads, N, d].
-            value: as `key`.
-            scaling: of the logits; None: torch's.
-
-        Returns:
-            [1, N, heads, d].
-        """
+    def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: Optional[float]) -> Tensor:
+        """Attention of one layer: query [1, heads, N, d], key and value [1, key_heads, N, d] -> [1, N, heads, d]."""
         view = self._view
         assert view is not None, "the language model runs through LanguageModel.forward alone"
         # [1, h, N, d] -> [R, h, T, d]
@@ -327,13 +314,13 @@ def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
     return device.type == "cpu" and any(probe is not None and probe() for probe in probes)
 
 
-def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Boolean view -> what is added to the logits."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
 
 
 def _attend(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
     scaling: Any = None, dropout: float = 0.0, **options: Any,
 ) -> Any:  # fmt: skip
     """Our attention as `transformers` calls it."""
@@ -341,7 +328,7 @@ def _attend(
     if asked:
         raise ConfigError([f"llm: its attention uses {', '.join(asked)}, which is not supported; name another model."])
     owner, layer = module.attends
-    return owner.attend(layer, query, key, value, scaling), None
+    return owner._attend(layer, query, key, value, scaling), None
 
 
 def _replace_attention(layer: nn.Module) -> Optional[nn.Module]:
@@ -351,7 +338,7 @@ def _replace_attention(layer: nn.Module) -> Optional[nn.Module]:
         return None
     attention: Any = found
 
-    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         parts = (part(hidden_states) for part in (attention.query, attention.key, attention.value))
         # [1, N, D] -> [1, heads, N, d]
         heads = (x.view(1, x.shape[1], attention.num_attention_heads, -1).transpose(1, 2) for x in parts)
@@ -463,12 +450,8 @@ def _reading(name: Optional[str]) -> Iterator[tuple[Any, str]]:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ConfigError(
-            [
-                f"llm: {source} cannot be read ({reason}); name a directory with config.json, model.safetensors and a "
-                "tokenizer, or a model of the hub, or leave the option out."
-            ]
-        ) from error
+        remedy = "name a directory with config.json, model.safetensors and a tokenizer, or a model of the hub"
+        raise ConfigError([f"llm: {source} cannot be read ({reason}); {remedy}, or leave the option out."]) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 from logging import getLogger
 from typing import Any, Optional
 
@@ -12,14 +13,14 @@ import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
-from torch import nn
+from torch import Tensor, nn
 
 from recbole_raserec.config import Config
 from recbole_raserec.data import PACKED_TARGETS
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.recommendation.base import DotProduct
-from recbole_raserec.recommendation.darec.injection import CollaborativeModel, Injection, layers_to_inject
+from recbole_raserec.recommendation.darec.injection import CollaborativeModel, Injection
 from recbole_raserec.recommendation.darec.item_text import item_tokens
 from recbole_raserec.recommendation.darec.language_model import (
     AttentionView,
@@ -59,13 +60,13 @@ class DARec(DotProduct, SequentialRecommender):
     #: one pass gives the states of all prefixes, and many passes would be expensive: retrieval encodes a split that way
     shares_prefixes = True
 
-    item_tokens: torch.Tensor
-    item_lengths: torch.Tensor
-    hard: torch.Tensor
-    rank_among: torch.Tensor
-    head_texts: torch.Tensor
+    item_tokens: Tensor
+    item_lengths: Tensor
+    hard: Tensor
+    rank_among: Tensor
+    head_texts: Tensor
 
-    def __init__(self, config: Config, dataset: Any):
+    def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
         model, tokenizer = load_pretrained(config["llm"])
         self.context_mask, self.history = config["context_mask"], config["history"]
@@ -88,11 +89,10 @@ class DARec(DotProduct, SequentialRecommender):
         # with its texts a checkpoint is whole; without a data set there are none yet
         ids, lengths = np.zeros((self.n_items, config["item_text_length"]), np.int32), np.ones(self.n_items, np.int32)
         if hasattr(dataset, "field2id_token"):
-            found = item_tokens(config, dataset, tokenizer)
-            ids, lengths = found.ids, found.lengths
+            ids, lengths = item_tokens(config, dataset, tokenizer)
         self.register_buffer("item_tokens", torch.from_numpy(ids))
         self.register_buffer("item_lengths", torch.from_numpy(lengths))
-        self._known: Optional[tuple[Any, torch.Tensor]] = None
+        self._known: Optional[tuple[Any, Tensor]] = None
         #: the collaborative model; named so in checkpoints
         self.collaborator: Optional[CollaborativeModel] = None
         self.item_position = nn.Embedding(self.longest, size)
@@ -105,13 +105,22 @@ class DARec(DotProduct, SequentialRecommender):
             self.item_embedding = nn.Embedding(self.n_items, size, padding_idx=0)
         if self.context_mask == "dual":
             self.mix = nn.Parameter(torch.tensor(0.5))
-        self._start(std)
+        with torch.no_grad():  # maps start as the identity, positions at zero, trained item vectors at random
+            nn.init.zeros_(self.item_position.weight)
+            for square in (self.item_input, self.head):
+                nn.init.eye_(square.weight)
+                nn.init.zeros_(square.bias)
+            if self.by_text:
+                nn.init.eye_(self.text_head.weight)
+            else:
+                nn.init.normal_(self.item_embedding.weight, std=std)
+                self.item_embedding.weight[0] = 0
         self._split = dataset if hasattr(dataset, "windows") else None
         self.register_buffer("hard", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
         self.register_buffer("rank_among", torch.zeros(0, dtype=torch.int64), persistent=False)
         if self._split is not None and config["head_min_interactions"]:
-            self.rank_among = frequent(_histories(self._split)[0], self.n_items, config["head_min_interactions"])
-        self._texts: Optional[torch.Tensor] = None
+            self.rank_among = self._frequent(config["head_min_interactions"])
+        self._texts: Optional[Tensor] = None
         head_from_text = self.by_text or config["head_from_text"]
         if self._split is not None and (head_from_text or (self.hard_weight and self._similarity == "text")):
             self._texts = self.text_vectors()
@@ -124,41 +133,23 @@ class DARec(DotProduct, SequentialRecommender):
         if given:
             self.extra_options["collaborative_options"] = dict(given)
             self.collaborator = CollaborativeModel(defaultdict(lambda: None, given), dataset)
-            chosen = layers_to_inject(config["collaborative_layers"], int(model.config.num_hidden_layers))
             self.language.injection = Injection(
-                self.collaborator.hidden_size, self.language.key_heads, self.language.head_size, chosen, std
+                self.collaborator.hidden_size, self.language, config["collaborative_layers"], std
             )
 
-    def _start(self, std: float) -> None:
-        """Maps start as the identity, positions at zero, trained item vectors at random."""
-        with torch.no_grad():
-            nn.init.zeros_(self.item_position.weight)
-            for square in (self.item_input, self.head):
-                nn.init.eye_(square.weight)
-                nn.init.zeros_(square.bias)
-            if self.by_text:
-                nn.init.eye_(self.text_head.weight)
-            else:
-                nn.init.normal_(self.item_embedding.weight, std=std)
-                self.item_embedding.weight[0] = 0
-
     @staticmethod
-    def check_installed(config: Config) -> None:
-        """Whether what the model reads is installed, before any data is.
-
-        Raises:
-            MissingExtraError: it is not.
-        """
+    def check_installed(config: Config | Mapping[str, Any]) -> None:
+        """Called before any data is read; raises MissingExtraError where what the model reads is not installed."""
         model_source(config["llm"])
 
     @staticmethod
-    def token_costs(config: Config, dataset: Any) -> np.ndarray:
+    def token_costs(config: Config | Mapping[str, Any], dataset: Any) -> np.ndarray:
         """Tokens of each item in a history, its [SEQ] included: int64 [V]; the loader bounds a batch's by it."""
         if config["history"] == "items":
             return np.full(dataset.item_num, 2)
-        return item_tokens(config, dataset, load_tokenizer(config["llm"])).lengths.astype(np.int64) + 1
+        return item_tokens(config, dataset, load_tokenizer(config["llm"]))[1].astype(np.int64) + 1
 
-    def costs(self) -> torch.Tensor:
+    def costs(self) -> Tensor:
         """As `token_costs`, of the texts that the model holds."""
         return torch.full_like(self.item_lengths, 2).long() if self.history == "items" else self.item_lengths.long() + 1
 
@@ -174,13 +165,13 @@ class DARec(DotProduct, SequentialRecommender):
             self._known = None
         return super().train(mode)
 
-    def _inputs(self, embedded: torch.Tensor, layout: TokenLayout, special: int) -> torch.Tensor:
+    def _inputs(self, embedded: Tensor, layout: TokenLayout, special: int) -> Tensor:
         """Word embeddings [N, D], and at special tokens those of [ALIGN] (`special` 0) or [SEQ] (1)."""
         return torch.where(layout.special[:, None], self.special.weight[special], embedded)
 
     # Items: their texts, read one by one
 
-    def _read_texts(self, numbers: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
+    def _read_texts(self, numbers: Tensor) -> tuple[Tensor, TokenLayout]:
         """States [N, D] of the texts of items [n], each followed by [ALIGN] and on its own."""
         layout = TokenLayout.of_texts(self.item_lengths[numbers].long())
         ids = self.item_tokens[numbers[layout.row], layout.position.clamp(max=self.item_tokens.shape[1] - 1)].long()
@@ -189,7 +180,7 @@ class DARec(DotProduct, SequentialRecommender):
             view.extra, view.sees_extra = self.collaborator.items(numbers), layout.sees_items(1)
         return self.language(self._inputs(self.language.embed(ids), layout, 0), view), layout
 
-    def _text_blocks(self) -> list[torch.Tensor]:
+    def _text_blocks(self) -> list[Tensor]:
         """All items in parts of about `token_budget` tokens."""
         ends = (self.item_lengths.long() + 1).cumsum(0)
         parts = torch.bincount((ends - 1) // self.token_budget).tolist()
@@ -197,7 +188,7 @@ class DARec(DotProduct, SequentialRecommender):
         return [part for part in numbers.split(parts) if len(part)]
 
     @torch.no_grad()
-    def text_vectors(self) -> torch.Tensor:
+    def text_vectors(self) -> Tensor:
         """The items' texts as the language model has them, means of its states over the tokens, centred: [V, D].
 
         Called while the adapters are at zero, so that the vectors are the frozen model's.
@@ -211,13 +202,13 @@ class DARec(DotProduct, SequentialRecommender):
         vectors = torch.cat(parts)
         return vectors - vectors[1:].mean(dim=0)
 
-    def read_items(self, numbers: torch.Tensor) -> torch.Tensor:
+    def read_items(self, numbers: Tensor) -> Tensor:
         """States at [ALIGN] of the texts of items [n]: [n, D]."""
         states, layout = self._read_texts(numbers)
         return states[layout.special]
 
     @torch.no_grad()
-    def known_items(self) -> torch.Tensor:
+    def known_items(self) -> Tensor:
         """States at [ALIGN] of all items, [V, D]: while training those last read, otherwise the present ones."""
         marks = "epoch" if self.training else [(p.data_ptr(), p._version) for p in self.parameters()]
         if self._known is None or self._known[0] != marks:
@@ -228,7 +219,7 @@ class DARec(DotProduct, SequentialRecommender):
             self._known = marks, found
         return self._known[1]
 
-    def fresh_items(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fresh_items(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Items whose texts a training step reads with gradient, and their states.
 
         Half of them are of the batch, half of all, so that rare ones are aligned too.
@@ -242,18 +233,18 @@ class DARec(DotProduct, SequentialRecommender):
             self._known[1].index_copy_(0, numbers, states.detach())
         return numbers, states
 
-    def item_vectors(self) -> torch.Tensor:
+    def item_vectors(self) -> Tensor:
         """The item head, [V, H]: a trained vector for each item, or a trained map of its text's vector."""
         return self.text_head(self.head_texts) if self.by_text else self.item_embedding.weight
 
     # Histories
 
-    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors [B, H] of histories [B, L], left-aligned, of lengths [B]."""
         found = self.encode_positions(item_seq, item_seq_len)
         return found[torch.arange(len(found), device=found.device), item_seq_len - 1]
 
-    def encode_positions(self, item_seq: torch.Tensor, item_seq_len: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def encode_positions(self, item_seq: Tensor, item_seq_len: Optional[Tensor] = None) -> Tensor:
         """User vector after every item of each row, in one pass: [B, L] -> [B, L, H], zeros behind the last item.
 
         Without gradients at most `token_budget` tokens are in memory at a time.
@@ -271,7 +262,7 @@ class DARec(DotProduct, SequentialRecommender):
             h[part, :width] = self._encode(item_seq[part, :width], item_seq_len[part], None)
         return h
 
-    def _history_blocks(self, item_seq: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
+    def _history_blocks(self, item_seq: Tensor, counts: Tensor) -> list[Tensor]:
         """Rows of histories in parts of at most `token_budget` tokens, one history at least."""
         costs = self.costs()[item_seq] * _inside(item_seq, counts)
         parts, start, total = [], 0, 0
@@ -282,7 +273,7 @@ class DARec(DotProduct, SequentialRecommender):
             total += cost
         return [*parts, torch.arange(start, len(item_seq), device=item_seq.device)] if len(item_seq) else []
 
-    def _encode(self, item_seq: torch.Tensor, counts: torch.Tensor, fresh: Any) -> torch.Tensor:
+    def _encode(self, item_seq: Tensor, counts: Tensor, fresh: Any) -> Tensor:
         """See `encode_positions`; `fresh`: what `fresh_items` gives, in place of the known ones."""
         by_items = self.history == "items"
         inside = _inside(item_seq, counts)  # [B, L]
@@ -303,7 +294,7 @@ class DARec(DotProduct, SequentialRecommender):
         h = self.head(self.head_dropout(self._states(inputs, layout, item_seq)[layout.special]))  # [M, H]
         return h.new_zeros(*item_seq.shape, h.shape[1]).index_put(inside.nonzero(as_tuple=True), h)
 
-    def _states(self, inputs: torch.Tensor, layout: TokenLayout, item_seq: torch.Tensor) -> torch.Tensor:
+    def _states(self, inputs: Tensor, layout: TokenLayout, item_seq: Tensor) -> Tensor:
         """States [N, D] under the view, or the two views, of `context_mask`."""
         causal = self.language.causal
         view = AttentionView(layout, layout.visible(causal))
@@ -320,7 +311,7 @@ class DARec(DotProduct, SequentialRecommender):
 
     # The three tasks
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """Link next item + `align_weight` x alignment + `hard_weight` x hard samples, each a mean over its rows."""
         item_seq, counts = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         targets = interaction[PACKED_TARGETS]  # [U, L]
@@ -339,7 +330,7 @@ class DARec(DotProduct, SequentialRecommender):
             loss = loss + self.hard_weight * hard_contrast(h, targets, table, self._negatives(), self.hard_tau)
         return loss
 
-    def _link(self, h: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _link(self, h: Tensor, table: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of user vectors [N, H] over all items, or over those of `head_min_interactions`."""
         if len(self.rank_among):
             rank = torch.full((len(table),), -1, device=targets.device)
@@ -348,7 +339,16 @@ class DARec(DotProduct, SequentialRecommender):
             h, targets, table = h[counted], rank[targets][counted], table[self.rank_among]
         return linear_cross_entropy(h, table, targets, precision=self.softmax_precision)
 
-    def _negatives(self) -> torch.Tensor:
+    def _frequent(self, least: int) -> Tensor:
+        """Items with at least so many interactions in the training split, int64 [M]."""
+        counts = np.bincount(_histories(self._split)[0], minlength=self.n_items)
+        found = np.flatnonzero(counts >= least)
+        if len(found) < 2:
+            left = f"leaves {len(found)} items; the most frequent has {counts.max()}"
+            raise ConfigError([f"head_min_interactions: {least} {left}"])
+        return torch.from_numpy(found)
+
+    def _negatives(self) -> Tensor:
         """Hard negatives of each item, mined when the first batch asks for them: int64 [V, K]."""
         if not len(self.hard):
             vectors = self._texts
@@ -362,14 +362,12 @@ class DARec(DotProduct, SequentialRecommender):
             getLogger().info(f"Hard samples: {without} of {self.n_items - 1} items have none")
         return self.hard
 
-    def predict(self, interaction: Any) -> torch.Tensor:
+    def predict(self, interaction: Any) -> Tensor:
         h = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
         return (h * self.item_vectors()[interaction[self.ITEM_ID]]).sum(dim=1)
 
 
-def hard_contrast(
-    h: torch.Tensor, targets: torch.Tensor, items: torch.Tensor, negatives: torch.Tensor, tau: float
-) -> torch.Tensor:
+def hard_contrast(h: Tensor, targets: Tensor, items: Tensor, negatives: Tensor, tau: float) -> Tensor:
     """InfoNCE of user vectors against their targets and the targets' hard negatives alone.
 
     `-log exp(h v_t / tau) / (exp(h v_t / tau) + sum_n exp(h v_n / tau))`, mean over the rows that have a negative.
@@ -392,7 +390,7 @@ def hard_contrast(
     return F.cross_entropy(logits, torch.zeros_like(targets))
 
 
-def mine_hard_negatives(vectors: torch.Tensor, items: np.ndarray, offsets: np.ndarray, count: int) -> torch.Tensor:
+def mine_hard_negatives(vectors: Tensor, items: np.ndarray, offsets: np.ndarray, count: int) -> Tensor:
     """For each item the `count` most similar (cosine) of those that stand in no history together with it.
 
     Args:
@@ -423,21 +421,6 @@ def mine_hard_negatives(vectors: torch.Tensor, items: np.ndarray, offsets: np.nd
     return found
 
 
-def frequent(items: np.ndarray, n_items: int, least: int) -> torch.Tensor:
-    """Items that occur at least so many times in the training histories, int64 [M].
-
-    Raises:
-        ConfigError: fewer than two do.
-    """
-    counts = np.bincount(items, minlength=n_items)
-    found = np.flatnonzero(counts >= least)
-    if len(found) < 2:
-        raise ConfigError(
-            [f"head_min_interactions: {least} leaves {len(found)} items; the most frequent has {counts.max()}"]
-        )
-    return torch.from_numpy(found)
-
-
 def _histories(split: Any) -> tuple[np.ndarray, np.ndarray]:
     """Items and offsets of the training histories, without regenerated rows."""
     split = split if split.original is None else split.original
@@ -445,6 +428,6 @@ def _histories(split: Any) -> tuple[np.ndarray, np.ndarray]:
     return split.store.until(users, positions)
 
 
-def _inside(item_seq: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _inside(item_seq: Tensor, counts: Tensor) -> Tensor:
     """Where rows [B, L] have items, of which there are `counts` [B]: bool [B, L]."""
     return torch.arange(item_seq.shape[1], device=item_seq.device) < counts[:, None]
