@@ -11,6 +11,7 @@ from recbole.data.dataloader import TrainDataLoader
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
 from tiny_models import disturb
 
+from recbole_raserec.config import get_model
 from recbole_raserec.config.registry import get_model
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loaders import BucketLoader
@@ -113,3 +114,9 @@ def test_the_bias_keeps_its_digits_in_low_precision(built):
     targets = batch[ours.POS_ITEMS][batch["MASK_INDEX"] > 0]
     expected = -torch.log_softmax(ours.output_bias.detach().double(), dim=0)[targets].mean().item()
     assert ours.calculate_loss(batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_rows_have_no_weights():
+    """Personalised regeneration asks for `weighted_loss`, which masked training does not have; FEARec's loss has it."""
+    assert hasattr(get_model("FEARec"), "weighted_loss")
+    assert not hasattr(BERT4Rec, "weighted_loss")
