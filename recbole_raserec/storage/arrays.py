@@ -27,14 +27,15 @@ _CHUNK = 1 << 22
 def write_arrays(directory: Path, kind: str, version: int, arrays: Mapping[str, np.ndarray], meta: Any) -> None:
     """Replace the arrays stored in `directory` by `arrays`, as a whole.
 
-    New arrays go to files of new names; the step that counts is the atomic replacement of the manifest. Killed before
-    it, the old content is still what is read; killed after it, the new. Maps that others hold of the old stay valid.
+    New arrays go to files of new names; the atomic replacement of the manifest then decides which are read. Maps that
+    others hold of the old arrays stay valid.
 
     Args:
         directory: created when missing; other files in it are left alone.
-        kind, version: what the directory holds and the version of its format.
+        kind: what the directory holds.
+        version: of its format.
         arrays: by name (lower-case letters and `_`).
-        meta: JSON-able description, returned by :func:`read_arrays`.
+        meta: JSON-able description, returned by `read_arrays`.
     """
     directory.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
@@ -68,18 +69,18 @@ def read_arrays(
     verify: bool = True,
     optional: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[dict[str, np.ndarray], Any]:
-    """Read what :func:`write_arrays` wrote: (read-only memory-mapped arrays by name, meta).
+    """Read what `write_arrays` wrote: (read-only memory-mapped arrays by name, meta).
 
     Args:
         directory: where it was written.
-        kind, version: must be those it was written with.
+        kind: must be the one it was written with.
+        version: must be the one it was written with.
         expected: dtype string of each array that must be there.
-        optional: of each array that may be there.
-        verify: compare each array file's SHA-256 (reads the files once). Without it only size, shape and dtype
-            are compared, and the data are not touched.
+        verify: compare each file's SHA-256, which reads it once; otherwise only size, shape and dtype.
+        optional: dtype string of each array that may be there.
 
     Raises:
-        CheckpointError: missing, damaged, foreign, or of another format version; names the file and the remedy.
+        CheckpointError: missing, damaged, of something else, or of another version; names the file and the remedy.
     """
     manifest = _read_manifest(directory, kind, version)
     entries = manifest["arrays"]
@@ -129,7 +130,7 @@ def _open(directory: Path, name: str, entry: Any, dtype: str, verify: bool) -> n
 
 def _bad(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is damaged or foreign: {problem}. It was left as it is; restore it from a copy, or delete "
+        f"{path} is damaged or not of this package: {problem}. It was left as it is; restore it from a copy, or delete "
         f"{path.parent} and build it again."
     )
 

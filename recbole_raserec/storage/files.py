@@ -1,19 +1,20 @@
-"""Files written whole or not at all, and read without pickle."""
+"""Files written whole or not at all, and read without pickle: JSON, tensors, the state of an optimizer.
+
+And fingerprints: short texts that say what a result rests on.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
+import math
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, Callable, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,7 @@ from recbole_raserec.errors import CheckpointError
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the directory of `path`; on success it replaces `path` atomically.
-
-    When the body raises, the temporary file is removed and whatever stood at `path` is untouched.
-    """
+    """Yield a temporary path in the directory of `path`, which replaces `path` atomically unless the body raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -73,6 +71,23 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def plain(value: Any) -> Any:
+    """`value` in JSON's types: NumPy's as Python's, what is not finite as null, anything else as its text."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # scalars and arrays of NumPy and torch
+        return plain(value.tolist())
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(plain, value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with replacing(path) as part:
@@ -90,7 +105,9 @@ def read_json(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a readable JSON file ({error}); it is damaged or foreign.") from None
+        raise CheckpointError(
+            f"{path} is not a readable JSON file ({error}); it is damaged or not of this package."
+        ) from None
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], meta: Any = None) -> None:
@@ -101,7 +118,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]:
-    """Read what :func:`write_tensors` wrote: (tensors by name, meta).
+    """Read what `write_tensors` wrote: (tensors by name, meta).
 
     Raises:
         CheckpointError: the file is missing, truncated, corrupted or not a safetensors file of this package.
@@ -116,85 +133,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]
         raise CheckpointError(f"{path} is not a readable safetensors file of this package ({error}).") from None
 
 
-# Locks between processes: files that the system lets go of when their holder ends, however it ends.
-
-
-#: Seconds between two looks at a lock that is waited for.
-_PAUSE = 0.1
-
-#: What a file system says that has no locks: nobody waits there.
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)})
-
-#: What it says of a lock that somebody has.
-_HELD = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK})
-
-#: Whether a started process can be given an open file, and holds its lock with its starter.
-INHERITED = sys.platform != "win32"
-
-
-def lock_file(path: str | os.PathLike) -> Optional[IO[bytes]]:
-    """The open file at `path`, made if it is not there, with its lock; None if somebody has that.
-
-    Closing it lets go; so does the end of the last process that has it open. It stays where it is, with what is in it:
-    deleting it could delete the lock of the next holder.
-
-    Raises:
-        OSError: the file cannot be opened, or the system fails to lock it.
-    """
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115  held as long as the lock
-    try:
-        _lock(file.fileno())
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return file
-        file.close()
-        if error.errno not in _HELD:
-            raise
-        return None
-    return file
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: str | os.PathLike, waiting: Optional[Callable[[], None]] = None) -> Iterator[None]:
-    """Inside, no other process is inside for the same `path`; the others wait, until it ends or dies.
-
-    The lock is the file ``.lock`` in the directory `path`, which is made.
-
-    Args:
-        waiting: called once if somebody is inside.
-    """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    name = path / ".lock"
-    held = lock_file(name)
-    if held is None and waiting is not None:
-        waiting()
-    while held is None:
-        time.sleep(_PAUSE)
-        held = lock_file(name)
-    with held:
-        yield
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(handle: int) -> None:
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # away from what the file holds, which a locked byte would hide
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(handle: int) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-# The state of torch optimizers as named tensors, for files without pickle.
-
-
 def optimizer_tensors(optimizer: Any, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
-    """The state of each parameter under ``<prefix>.<number>.<name>``; options such as learning rates are not in it."""
+    """The state of each parameter under `prefix.number.name`; options such as learning rates are not in it."""
     state = optimizer.state_dict()["state"]
     return {
         f"{prefix}.{number}.{name}": torch.as_tensor(value)
@@ -205,10 +145,12 @@ def optimizer_tensors(optimizer: Any, prefix: str = "optimizer") -> dict[str, to
 
 
 def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "optimizer") -> None:
-    """Put into `optimizer` what :func:`optimizer_tensors` gave, out of `tensors`, which may hold more.
+    """Put what `optimizer_tensors` returned into `optimizer`; `tensors` may hold more.
 
     Raises:
-        KeyError, ValueError, RuntimeError: it does not fit.
+        KeyError: it does not fit.
+        ValueError: it does not fit.
+        RuntimeError: it does not fit.
     """
     state: dict[int, dict[str, Any]] = {}
     for key, value in part_of(tensors, prefix).items():
@@ -218,25 +160,10 @@ def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor], prefix: 
 
 
 def part_of(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those under ``<prefix>.``, by the rest of their names."""
-    start = f"{prefix}."
-    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+    """Those under `prefix.`, by the rest of their names."""
+    start = len(prefix) + 1
+    return {name[start:]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
-
-def plain(value: Any) -> Any:
-    """The value in JSON's types."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value)
-
-
-# What a result rests on, as short texts.
 
 #: Raised when the same options and data would train to something else than before.
 TRAINING_VERSION = 2
@@ -246,11 +173,7 @@ MODEL_VERSIONS = {"BERT4Rec": 3, "FEARec": 1, "GRU4Rec": 1, "NARM": 1, "RaSeRec"
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """Hash of the filtered, remapped interaction log and of the external ids behind it.
-
-    Args:
-        dataset: RecBole data set before its ``build()``.
-    """
+    """Hash of the filtered, remapped log of a RecBole data set before its `build()`, and of its external ids."""
     digest = hashlib.sha256()
     log = dataset.inter_feat
     for field in (dataset.uid_field, dataset.iid_field, dataset.time_field):

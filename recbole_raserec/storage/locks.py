@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from logging import getLogger
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Optional
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -76,3 +76,37 @@ def locked(directory: str | os.PathLike, name: str = "") -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+# Until their users have switched to `locked` and `try_lock`:
+INHERITED = os.name == "posix"
+
+
+class _LockedFile:
+    """A held lock with the methods of an open file."""
+
+    def __init__(self, path: Any, lock: BaseFileLock):
+        self._lock, self._file = lock, open(path, "r+b", buffering=0)  # noqa: SIM115
+        self.write, self.truncate = self._file.write, self._file.truncate
+
+    def fileno(self) -> int:
+        return descriptor(self._lock) or self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+        self._lock.release()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+
+def lock_file(path: Any) -> Any:
+    lock = try_lock(path)
+    return None if lock is None else _LockedFile(path, lock)
+
+
+def one_at_a_time(path: Any, waiting: Optional[Callable[[], None]] = None) -> Any:
+    return locked(path)
