@@ -96,7 +96,7 @@ def test_a_file_system_without_locks_lets_everybody_in_with_a_warning(tmp_path, 
 
 def test_a_lock_that_fails_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fails(errno.EIO))
-    with pytest.raises(OSError), locked(tmp_path / "thing"):
+    with pytest.raises(OSError, match="no"), locked(tmp_path / "thing"):
         pass
 
 

@@ -1,7 +1,7 @@
 """Starting a run in several processes, all of which end together.
 
 The options are those of RecBole's `run`: `nproc` processes on this machine, `world_size` on all machines together; `ip`
-and `port` of the machine whose first process is number 0; `group_offset`, the number of the first process of this machine.
+and `port` of the machine whose first process is number 0; `group_offset`, the number of this machine's first process.
 
 `torch.multiprocessing` starts and watches the processes. By hand, because it offers neither: an error of this package
 comes back as the exception that it was (torch's launchers, the elastic one too, return its text), process 0 returns a
@@ -38,7 +38,7 @@ from recbole_raserec.errors import ProcessError, RaSeRecError
 #: Where process 0 listens when several machines take part, as in RecBole.
 IP, PORT = "localhost", 5678
 
-#: Seconds that interrupted processes get to end, and that the death of one process is noticed before the errors of others.
+#: Seconds that interrupted processes get to end, and by which errors are held back for the death of another process.
 _GRACE, _FIRST = 5.0, 0.5
 
 _ERROR, _RESULT, _STORE = "error.pickle", "result.pickle", "store"
