@@ -35,11 +35,8 @@ from tqdm import tqdm
 from recbole_raserec.distributed.group import joined
 from recbole_raserec.errors import ProcessError, RaSeRecError
 
-#: Where process 0 listens when several machines take part, as in RecBole.
-IP, PORT = "localhost", 5678
-
-#: Seconds that interrupted processes get to end, and by which errors are held back for the death of another process.
-_GRACE, _FIRST = 5.0, 0.5
+#: Seconds by which errors are held back: the death of another process may be their reason, and is told instead.
+_HOLD = 0.5
 
 _ERROR, _RESULT, _STORE = "error.pickle", "result.pickle", "store"
 
@@ -52,15 +49,15 @@ class Layout:
         nproc: on this machine.
         size: on all of them.
         offset: number of the first one here.
-        ip: where process 0 listens, if there are several machines.
-        port: at `ip`.
+        ip: where process 0 listens if there are several machines, as in RecBole.
+        port: of it.
     """
 
     nproc: int = 1
     size: int = 1
     offset: int = 0
-    ip: str = IP
-    port: int = PORT
+    ip: str = "localhost"
+    port: int = 5678
 
 
 def layout_of(options: Mapping[str, Any]) -> Layout:
@@ -68,7 +65,7 @@ def layout_of(options: Mapping[str, Any]) -> Layout:
     nproc, size = options.get("nproc") or 1, options.get("world_size") or -1
     size = nproc if size <= 0 else size
     offset, ip, port = (options.get(name) for name in ("group_offset", "ip", "port"))
-    return Layout(nproc, size, offset or 0, ip or IP, int(port or PORT))
+    return Layout(nproc, size, offset or 0, ip or Layout.ip, int(port or Layout.port))
 
 
 def start(
@@ -107,7 +104,9 @@ def start(
         except ProcessExitedException as error:
             raise _failure(error, layout.nproc, folder) from None
         finally:
-            _end(context.processes)
+            for process in context.processes:
+                process.kill()
+                process.join()
         return pickle.loads((folder / _RESULT).read_bytes())
 
 
@@ -128,7 +127,7 @@ def _main(local_rank: int, folder: Path, *given: Any) -> None:
             pickle.dump((type(error), error.args, vars(error)), file)
         os._exit(1)  # at once: nothing here may wait for a process that is gone
     except BaseException as error:
-        time.sleep(_FIRST)  # perhaps another's death is the reason
+        time.sleep(_HOLD)
         if isinstance(error, Exception):
             raise
         raise RuntimeError(repr(error)) from error
@@ -186,20 +185,6 @@ def _failure(found: ProcessExitedException, count: int, folder: Path) -> RaSeRec
     error.args = arguments
     vars(error).update(state)
     return error
-
-
-def _end(processes: Sequence[Any]) -> None:
-    """End what still runs."""
-    try:
-        for process in processes:
-            process.terminate()
-        until = time.monotonic() + _GRACE
-        for process in processes:
-            process.join(max(0.0, until - time.monotonic()))
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
 
 
 def silence() -> None:

@@ -1,9 +1,12 @@
 """Pre-training pairs of the regenerator: a training sequence and a frequent pattern it contains (DR4SR, section 4.1).
 
-A pattern is contained where its items occur in the sequence in that order, at any distance (the span bounds the
+Sequences are histories up to the last training target: no item of validation or test enters one, and so no pattern and
+no pair. The regenerator reads them in pieces of a length it can take.
+
+A sequence contains a pattern if the pattern's items occur in it in that order, at any distance (the span bounds the
 mining, not this). All sequences are matched at once against a prefix tree of the patterns: what a sequence has matched
-so far is one row (sequence, node, earliest place where the match can end), grown by whichever of its later items leads
-to a child of the node. The work depends on what the sequences contain, not on how many patterns there are.
+so far is one row (sequence, node, earliest position where the match can end), grown by those of its later items that
+lead to a child of the node. The work depends on what the sequences contain, not on how many patterns there are.
 """
 
 from __future__ import annotations
@@ -15,133 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from recbole_raserec.data import Patterns, mine_patterns
+from recbole_raserec.data import Patterns, mine_patterns, pad_rows
 
 #: Rows grown at a time.
 _ROWS = 1 << 21
-
-
-class PatternTree:
-    """Prefix tree of patterns; node 0 is the empty prefix.
-
-    Args:
-        patterns: mined patterns.
-
-    Attributes:
-        pattern: int64 [nodes], the pattern that ends at each node, -1 where none does.
-    """
-
-    def __init__(self, patterns: Patterns):
-        lengths = patterns.lengths()
-        self._width = int(patterns.items.max(initial=0)) + 1
-        at = np.zeros(len(patterns), dtype=np.int64)  # node that each pattern has reached
-        nodes, keys = 1, []
-        for depth in range(int(lengths.max(initial=0))):
-            rows = np.flatnonzero(lengths > depth)
-            step = at[rows] * self._width + patterns.items[patterns.offsets[rows] + depth]
-            fresh, slot = np.unique(step, return_inverse=True)
-            at[rows] = nodes + slot.reshape(-1)
-            keys.append(fresh)
-            nodes += len(fresh)
-        # nodes are numbered level by level, and by key within a level, so the keys ascend as a whole
-        self._keys = np.concatenate(keys) if keys else np.zeros(0, dtype=np.int64)
-        self.pattern = np.full(nodes, -1, dtype=np.int64)
-        self.pattern[at] = np.arange(len(patterns))
-
-    def children(self, nodes: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """The node behind `nodes` [N] by `items` [N], -1 where there is none."""
-        known = items < self._width
-        keys = nodes * self._width + np.where(known, items, 0)
-        slot = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
-        found = known & (self._keys[slot] == keys) if len(self._keys) else np.zeros(len(keys), dtype=bool)
-        return np.where(found, slot + 1, -1)
-
-
-def contained_patterns(
-    items: np.ndarray, offsets: np.ndarray, patterns: Patterns, desc: Optional[str] = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Every (sequence, pattern) in which the pattern is a subsequence, sorted by both: int64 [M], [M].
-
-    Args:
-        items: int [N], the sequences one after the other. offsets: int [S + 1].
-        patterns: mined patterns, see :func:`~recbole_raserec.data.patterns.mine_patterns`.
-        desc: show a progress bar with this label.
-    """
-    items, offsets = np.asarray(items, dtype=np.int64), np.asarray(offsets, dtype=np.int64)
-    tree = PatternTree(patterns)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    starts = offsets[:-1][np.diff(offsets) > 0]
-    owners = np.flatnonzero(np.diff(offsets) > 0)
-    with tqdm(total=len(owners), desc=desc, disable=desc is None, unit="sequences", dynamic_ncols=True) as bar:
-        # each row grows into as many as there are items behind it: parts of about _ROWS of them
-        weight = np.cumsum(np.diff(offsets)[owners] ** 2)
-        cuts = np.searchsorted(weight, np.arange(_ROWS, int(weight[-1]) if len(weight) else 0, _ROWS))
-        for part in np.split(np.arange(len(owners)), np.unique(cuts)):
-            _match(tree, items, offsets, owners[part], starts[part], found)
-            bar.update(len(part))
-    sequence = np.concatenate([s for s, _ in found]) if found else np.zeros(0, dtype=np.int64)
-    pattern = np.concatenate([p for _, p in found]) if found else np.zeros(0, dtype=np.int64)
-    order = np.lexsort((pattern, sequence))
-    return sequence[order], pattern[order]
-
-
-def _match(
-    tree: PatternTree, items: np.ndarray, offsets: np.ndarray, sequence: np.ndarray, place: np.ndarray,
-    found: list[tuple[np.ndarray, np.ndarray]],
-) -> None:  # fmt: skip
-    """Grow matches from the empty prefix; `place` is where the next item may stand."""
-    node = np.zeros(len(sequence), dtype=np.int64)
-    while len(sequence):
-        reach = offsets[sequence + 1] - place
-        grown = np.repeat(np.arange(len(sequence)), reach)
-        step = np.arange(len(grown)) - np.repeat(np.cumsum(reach) - reach, reach)
-        at = place[grown] + step
-        child = tree.children(node[grown], items[at])
-        keep = child >= 0
-        grown, at, child = grown[keep], at[keep], child[keep]
-        owner = sequence[grown]
-        order = np.lexsort((at, child, owner))
-        owner, at, child = owner[order], at[order], child[order]
-        first = np.ones(len(owner), dtype=bool)  # the earliest end of each (sequence, node)
-        first[1:] = (owner[1:] != owner[:-1]) | (child[1:] != child[:-1])
-        sequence, node, place = owner[first], child[first], at[first] + 1
-        ends = tree.pattern[node]
-        found.append((sequence[ends >= 0], ends[ends >= 0]))
-
-
-def build_pairs(
-    items: np.ndarray, offsets: np.ndarray, patterns: Patterns, per_sequence: int = 10, seed: int = 0,
-    desc: Optional[str] = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Up to `per_sequence` of the patterns each sequence contains, drawn uniformly without replacement.
-
-    Args:
-        items, offsets, patterns, desc: as :func:`contained_patterns`.
-        per_sequence: at most so many pairs of a sequence (the paper: 10).
-        seed: of the draw; the same seed gives the same pairs.
-
-    Returns:
-        sequence and pattern of each pair, int64 [M], [M], sorted by sequence.
-    """
-    if per_sequence < 1:
-        raise ValueError(f"per_sequence: {per_sequence!r} must be at least 1")
-    sequence, pattern = contained_patterns(items, offsets, patterns, desc)
-    return draw(sequence, pattern, per_sequence, seed)
-
-
-def draw(sequence: np.ndarray, pattern: np.ndarray, per_sequence: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Keep `per_sequence` random pairs of each sequence; `sequence` is sorted."""
-    lot = np.random.default_rng(seed).random(len(sequence))
-    order = np.lexsort((lot, sequence))
-    begin = np.searchsorted(sequence, sequence, side="left")
-    kept = np.sort(order[np.arange(len(sequence)) - begin < per_sequence])
-    return sequence[kept], pattern[kept]
-
-
-# What the regenerator reads and learns from: training sequences in pieces it can take whole, and pairs with patterns.
-#
-# Everything here comes from the training split: a user's history up to the last training target. Validation and test
-# items never enter a sequence, and so no pattern and no pair.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +29,9 @@ class Sequences:
     """Sequences one after the other, each of a user.
 
     Attributes:
-        items: int64 [N]. offsets: int64 [S + 1]. users: int64 [S].
+        items: int64 [N].
+        offsets: int64 [S + 1].
+        users: int64 [S].
     """
 
     items: np.ndarray
@@ -165,16 +47,12 @@ class Sequences:
 
     def padded(self, rows: np.ndarray) -> torch.Tensor:
         """Some sequences as int64 [B, longest of them], padded with 0."""
-        return torch.from_numpy(_padded(self.items, self.offsets, rows))
+        return torch.from_numpy(pad_rows(self.items, self.offsets[rows], self.lengths()[rows]))
 
 
 def training_sequences(train: Any) -> Sequences:
-    """Every user's history up to the last training target.
-
-    Args:
-        train: training split, a :class:`~recbole_raserec.data.dataset.SequenceDataset` or RecBole's, whose windows of a
-            user stand in the order of their targets.
-    """
+    """Every user's history up to the last training target, of a split of ours or of RecBole's, whose windows of a user
+    stand in the order of their targets."""
     if not hasattr(train, "windows"):
         return _from_windows(train)
     users, positions, _ = train.windows()
@@ -219,13 +97,133 @@ def pieces(sequences: Sequences, longest: int) -> Sequences:
     return Sequences(sequences.items, np.concatenate([starts, ends[-1:]]), sequences.users[owner])
 
 
+class PatternTree:
+    """Prefix tree of patterns; node 0 is the empty prefix.
+
+    Attributes:
+        pattern: int64 [nodes], the pattern that ends at each node, -1 where none does.
+    """
+
+    def __init__(self, patterns: Patterns):
+        lengths = patterns.lengths()
+        self._width = int(patterns.items.max(initial=0)) + 1
+        at = np.zeros(len(patterns), dtype=np.int64)  # node that each pattern has reached
+        nodes, keys = 1, []
+        for depth in range(int(lengths.max(initial=0))):
+            rows = np.flatnonzero(lengths > depth)
+            step = at[rows] * self._width + patterns.items[patterns.offsets[rows] + depth]
+            fresh, slot = np.unique(step, return_inverse=True)
+            at[rows] = nodes + slot.reshape(-1)
+            keys.append(fresh)
+            nodes += len(fresh)
+        # nodes are numbered level by level, and by key within a level, so the keys ascend as a whole
+        self._keys = np.concatenate(keys) if keys else np.zeros(0, dtype=np.int64)
+        self.pattern = np.full(nodes, -1, dtype=np.int64)
+        self.pattern[at] = np.arange(len(patterns))
+
+    def children(self, nodes: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """The node behind `nodes` [N] by `items` [N], -1 where there is none."""
+        known = items < self._width
+        keys = nodes * self._width + np.where(known, items, 0)
+        slot = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
+        found = known & (self._keys[slot] == keys) if len(self._keys) else np.zeros(len(keys), dtype=bool)
+        return np.where(found, slot + 1, -1)
+
+
+def contained_patterns(
+    items: np.ndarray, offsets: np.ndarray, patterns: Patterns, desc: Optional[str] = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every (sequence, pattern) in which the pattern is a subsequence, sorted by both: int64 [M], [M].
+
+    Args:
+        items: int [N], the sequences one after the other.
+        offsets: int [S + 1].
+        patterns: mined ones.
+        desc: show a progress bar with this label.
+    """
+    items, offsets = np.asarray(items, dtype=np.int64), np.asarray(offsets, dtype=np.int64)
+    tree = PatternTree(patterns)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    starts = offsets[:-1][np.diff(offsets) > 0]
+    owners = np.flatnonzero(np.diff(offsets) > 0)
+    with tqdm(total=len(owners), desc=desc, disable=desc is None, unit="sequences", dynamic_ncols=True) as bar:
+        # each row grows into as many as there are items behind it: parts of about _ROWS of them
+        weight = np.cumsum(np.diff(offsets)[owners] ** 2)
+        cuts = np.searchsorted(weight, np.arange(_ROWS, int(weight[-1]) if len(weight) else 0, _ROWS))
+        for part in np.split(np.arange(len(owners)), np.unique(cuts)):
+            _match(tree, items, offsets, owners[part], starts[part], found)
+            bar.update(len(part))
+    sequence, pattern = map(np.concatenate, zip(*found)) if found else np.zeros((2, 0), dtype=np.int64)
+    order = np.lexsort((pattern, sequence))
+    return sequence[order], pattern[order]
+
+
+def _match(
+    tree: PatternTree, items: np.ndarray, offsets: np.ndarray, sequence: np.ndarray, place: np.ndarray,
+    found: list[tuple[np.ndarray, np.ndarray]],
+) -> None:  # fmt: skip
+    """Grow matches from the empty prefix; `place` [B] is the first position of the next item."""
+    node = np.zeros(len(sequence), dtype=np.int64)
+    while len(sequence):
+        reach = offsets[sequence + 1] - place
+        grown = np.repeat(np.arange(len(sequence)), reach)
+        step = np.arange(len(grown)) - np.repeat(np.cumsum(reach) - reach, reach)
+        at = place[grown] + step
+        child = tree.children(node[grown], items[at])
+        keep = child >= 0
+        grown, at, child = grown[keep], at[keep], child[keep]
+        owner = sequence[grown]
+        order = np.lexsort((at, child, owner))
+        owner, at, child = owner[order], at[order], child[order]
+        first = np.ones(len(owner), dtype=bool)  # the earliest end of each (sequence, node)
+        first[1:] = (owner[1:] != owner[:-1]) | (child[1:] != child[:-1])
+        sequence, node, place = owner[first], child[first], at[first] + 1
+        ends = tree.pattern[node]
+        found.append((sequence[ends >= 0], ends[ends >= 0]))
+
+
+def build_pairs(
+    items: np.ndarray, offsets: np.ndarray, patterns: Patterns, per_sequence: int = 10, seed: int = 0,
+    desc: Optional[str] = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Up to `per_sequence` of the patterns each sequence contains, drawn uniformly without replacement.
+
+    Args:
+        items: int [N], the sequences one after the other.
+        offsets: int [S + 1].
+        patterns: mined ones.
+        per_sequence: pairs of a sequence at most (the paper: 10).
+        seed: of the draw.
+        desc: show a progress bar with this label.
+
+    Returns:
+        sequence and pattern of each pair, int64 [M], [M], sorted by sequence.
+    """
+    if per_sequence < 1:
+        raise ValueError(f"per_sequence: {per_sequence!r} must be at least 1")
+    sequence, pattern = contained_patterns(items, offsets, patterns, desc)
+    return draw(sequence, pattern, per_sequence, seed)
+
+
+def draw(sequence: np.ndarray, pattern: np.ndarray, per_sequence: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keep `per_sequence` random pairs of each sequence; `sequence` is sorted."""
+    lot = np.random.default_rng(seed).random(len(sequence))
+    order = np.lexsort((lot, sequence))
+    begin = np.searchsorted(sequence, sequence, side="left")
+    kept = np.sort(order[np.arange(len(sequence)) - begin < per_sequence])
+    return sequence[kept], pattern[kept]
+
+
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """(sequence, pattern) pairs of one set of sequences.
 
     Attributes:
-        sequences: what is read. patterns: all mined ones.
-        sequence, pattern: int64 [M], sorted by sequence. offsets: int64 [S + 1], pairs of each sequence.
+        sequences: what is read.
+        patterns: all mined ones.
+        sequence: int64 [M], ascending.
+        pattern: int64 [M].
+        offsets: int64 [S + 1], pairs of each sequence.
     """
 
     sequences: Sequences
@@ -242,12 +240,13 @@ class Pairs:
         counts = self.offsets[rows + 1] - self.offsets[rows]
         place = np.repeat(self.offsets[rows] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         owner = np.repeat(np.arange(len(rows)), counts)
-        patterns = _padded(self.patterns.items, self.patterns.offsets, self.pattern[place])
+        taken = self.pattern[place]
+        patterns = pad_rows(self.patterns.items, self.patterns.offsets[taken], self.patterns.lengths()[taken])
         return self.sequences.padded(rows), torch.from_numpy(owner), torch.from_numpy(patterns)
 
 
 def mine(whole: Sequences, span: int, min_support: int, pattern_length: int, desc: Optional[str] = None) -> Patterns:
-    """The patterns of `whole` sequences; arguments as of :func:`make_pairs`."""
+    """The patterns of `whole` sequences; arguments as of `make_pairs`."""
     return mine_patterns(
         whole.items, whole.offsets, span, min_support, 2, min(span, pattern_length),
         desc=f"Mine patterns{desc}" if desc is not None else None,
@@ -263,8 +262,14 @@ def make_pairs(
     Patterns with an item twice are left out of the pairs: decoding never repeats one.
 
     Args:
-        span, min_support: alpha and beta, see :func:`~recbole_raserec.data.patterns.mine_patterns`.
-        pattern_length: items of a pattern at most. seed: of the draw. desc: label of the progress bars.
+        sequences: what the regenerator reads.
+        whole: what is mined.
+        span: alpha of `mine_patterns`.
+        min_support: beta of `mine_patterns`.
+        pattern_length: items of a pattern at most.
+        per_sequence: pairs of a sequence at most.
+        seed: of the draw.
+        desc: label of the progress bars.
     """
     patterns = mine(whole, span, min_support, pattern_length, desc)
     usable = _without_repeats(patterns)
@@ -285,10 +290,3 @@ def _without_repeats(patterns: Patterns) -> tuple[Patterns, np.ndarray]:
     items = patterns.items[fine[owner]]
     offsets = np.concatenate([[0], np.cumsum(patterns.lengths()[kept])])
     return Patterns(items, offsets, patterns.support[kept]), kept
-
-
-def _padded(items: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    lengths = offsets[rows + 1] - offsets[rows]
-    columns = np.arange(int(lengths.max()) if len(lengths) else 0)
-    inside = columns < lengths[:, None]
-    return np.where(inside, items[np.where(inside, offsets[rows][:, None] + columns, 0)], 0)
