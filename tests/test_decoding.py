@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_raserec.kernels import native
-from recbole_raserec.regeneration.inference import Decoder, TorchSteps, compiled, generate
+from recbole_raserec.regeneration.inference import Decoder, TorchSteps, compiled, generate, uniform
 from recbole_raserec.regeneration.pairs import Sequences
 from recbole_raserec.regeneration.regenerator import Regenerator
 
@@ -37,7 +37,10 @@ def compare(model: Regenerator, sequences: Sequences, gamma: float) -> None:
     decoder = Decoder(model, gamma, seed=3)
     assert decoder._compiled is not None
     numbers = np.arange(len(sequences))
-    items, coins = sequences.padded(numbers), torch.from_numpy(decoder._uniform(numbers, 0) < gamma)
+    items, coins = (
+        sequences.padded(numbers),
+        torch.from_numpy(uniform(3, numbers, model.conditions, model.pattern_length, 0) < gamma),
+    )
     with torch.no_grad():
         wanted = TorchSteps(decoder.exact, 0.0).run(items, coins, torch.zeros(coins.shape))[0].view(coins.shape)
         found, close = decoder._compiled.run(items, coins)

@@ -61,19 +61,22 @@ class Group:
 
     def broadcast(self, value: T) -> T:
         """The first process's `value`, on all of them."""
-        if self.size == 1:
-            return value
         held = [value]
-        dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         return held[0]
+
+    def _each(self, value: T) -> list[T]:
+        """Every process's `value`, on all of them."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def gathered(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The named tensors of all processes: the first one's under their names, those of others under `own_name`."""
-        if self.size == 1:
-            return values
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, {self.own_name(name): value.cpu() for name, value in values.items()})
-        return {name: value for part in found for name, value in part.items()}
+        own = {self.own_name(name): value.cpu() for name, value in values.items()}
+        return {name: value for part in self._each(own) for name, value in part.items()}
 
     def own_name(self, name: str) -> str:
         """The name under which `gathered` returns what this process called `name`."""
@@ -81,11 +84,7 @@ class Group:
 
     def agreed(self, value: Any) -> bool:
         """Whether all processes have the same `value`."""
-        if self.size == 1:
-            return True
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return all(other == value for other in found)
+        return all(other == value for other in self._each(value))
 
     def first_here(self, do: Callable[[], Any]) -> None:
         """Call `do` on the first process of each machine, and then on the others."""
@@ -138,17 +137,14 @@ class Group:
 
     def send_weights(self, model: torch.nn.Module) -> None:
         """Give all processes the first one's parameters and buffers."""
-        if self.size == 1:
-            return
         for values in [*model.parameters(), *model.buffers()]:
-            if values.layout == torch.strided:
+            if self.size > 1 and values.layout == torch.strided:
                 held = values.data.contiguous()
                 dist.broadcast(held, src=0)
                 values.data.copy_(held)
 
 
-_ALONE = Group()
-_current = _ALONE
+_current = Group()
 
 
 def current() -> Group:
@@ -160,12 +156,7 @@ def current() -> Group:
 def joined(rank: int, size: int, local_rank: int, store: Any, cuda: bool) -> Iterator[Group]:
     """Belong to a group within: `gloo` between CPUs, and with `cuda` `nccl` between GPUs, one for each local rank.
 
-    Args:
-        rank: as in `Group`.
-        size: as in `Group`.
-        local_rank: as in `Group`.
-        store: torch's, which all of them share.
-        cuda: whether tensors lie on GPUs.
+    `cuda` says whether tensors lie on GPUs; the other arguments are those of `Group`.
     """
     global _current
     backend = "gloo"
@@ -180,4 +171,4 @@ def joined(rank: int, size: int, local_rank: int, store: Any, cuda: bool) -> Ite
         _current.agreed(None)  # a process that leaves closes the connections that others may still read from
         dist.destroy_process_group()  # not after an error: it could wait for one that is gone
     finally:
-        _current = _ALONE
+        _current = Group()
