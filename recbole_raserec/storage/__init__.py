@@ -1,6 +1,5 @@
 """Files without pickle: written atomically, read with checks; formats, not models."""
 
-from recbole_raserec.storage.arrays import ARRAYS, read_arrays, write_arrays
 from recbole_raserec.storage.checkpoint import (
     BEST,
     HISTORIES,
@@ -18,6 +17,7 @@ from recbole_raserec.storage.checkpoint import (
     write_checkpoint,
 )
 from recbole_raserec.storage.files import (
+    ARRAYS,
     MODEL_VERSIONS,
     data_fingerprint,
     fingerprint,
@@ -25,12 +25,14 @@ from recbole_raserec.storage.files import (
     optimizer_tensors,
     part_of,
     plain,
+    read_arrays,
     read_json,
     read_tensors,
     replacing,
     sha256,
     sync_directory,
     version_of,
+    write_arrays,
     write_json,
     write_tensors,
 )
