@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,17 +21,30 @@ REGENERATION = {
     "regeneration": True, "regen_pretrained": False, "regen_hidden_size": 8, "regen_epochs": 1, "regen_layers": 1,
     "regen_inner_size": 16, "regen_conditions": 2, "regen_batch_pairs": 64,
 }  # fmt: skip
+WEIGHTS = {"regeneration": "personalised", "regen_rows": "patterns", "regen_personal_epochs": 1, "regen_min_support": 3}
+
+#: Name of what waits -> options, where the first run is held up, what the second says later, directories that remain.
+CASES = {
+    "SASRec": ({}, ("training.trainer", "ResumableTrainer", "fit"), "SASRec: reusing the finished run", {"SASRec": 1}),
+    "Regeneration": (
+        REGENERATION, ("regeneration.stage", "", "make_pairs"), "Regeneration: reusing",
+        {"SASRec": 2, "regeneration": 1, "regenerator": 1},
+    ),
+    "Personalised weights": (
+        WEIGHTS, ("regeneration.personaliser", "Learner", "learn"), "Regeneration: reusing",
+        {"SASRec": 2, "regeneration": 1, "personalised": 1},
+    ),
+}  # fmt: skip
 
 
-def run(role: str, work: str, options: str, result: str) -> None:
+def run(role: str, case: str, work: str) -> None:
     """One of the two: the first one stays in its work until the second one waits."""
-    import recbole_raserec.regeneration.stage as regeneration
     import recbole_raserec.storage.locks as locks
     from recbole_raserec import run_recbole_raserec
-    from recbole_raserec.training.trainer import ResumableTrainer
 
-    given = json.loads(options)
-    owner, name = (regeneration, "make_pairs") if "regeneration" in given else (ResumableTrainer, "fit")
+    options, (module, kind, name), *_ = CASES[case]
+    owner = importlib.import_module(f"recbole_raserec.{module}")
+    owner = getattr(owner, kind) if kind else owner
     slow, logger = getattr(owner, name), locks.getLogger()
 
     def held(*arguments, **named):
@@ -48,7 +62,8 @@ def run(role: str, work: str, options: str, result: str) -> None:
     else:
         locks.getLogger = Telling
     os.chdir(work)
-    run_recbole_raserec("SASRec", "tiny", config_dict={**given, "result_file": result}, argv=[])
+    given = {**QUICK, **options, "data_path": work, "result_file": f"{role}.json"}
+    run_recbole_raserec("SASRec", "tiny", config_dict=given, argv=[])
 
 
 def appear(path: Path) -> None:
@@ -58,30 +73,24 @@ def appear(path: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("more", [{}, REGENERATION], ids=["a training", "a regeneration"])
-def test_the_second_of_two_equal_runs_waits_and_reuses(tmp_path, more):
+@pytest.mark.parametrize("case", CASES)
+def test_the_second_of_two_equal_runs_waits_and_reuses(tmp_path, case):
     write_log(tmp_path, "tiny", random_log(0))
-    options = json.dumps({**QUICK, **more, "data_path": str(tmp_path)})
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    processes = {}
+    paths, processes = os.pathsep.join([str(ROOT), str(ROOT / "tests")]), {}
     for role in ("first", "second"):
-        call = f"import test_stage_locks as t; t.run({role!r}, {str(tmp_path)!r}, {options!r}, {role + '.json'!r})"
         processes[role] = subprocess.Popen(
-            [sys.executable, "-c", call], env={**os.environ, "PYTHONPATH": paths}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-c", f"import test_stage_locks as t; t.run({role!r}, {case!r}, {str(tmp_path)!r})"],
+            env={**os.environ, "PYTHONPATH": paths}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         if role == "first":
             appear(tmp_path / "inside")
     said = {role: process.communicate(timeout=300)[0] for role, process in processes.items()}
     assert [process.returncode for process in processes.values()] == [0, 0], said
-    records = [json.loads((tmp_path / f"{role}.json").read_text()) for role in processes]
-    assert records[0]["metrics"] == records[1]["metrics"]
+    first, second = (json.loads((tmp_path / f"{role}.json").read_text()) for role in processes)
+    assert first["metrics"] == second["metrics"]
+    _, _, later, directories = CASES[case]
     assert "waiting for it" not in said["first"]
-    name = "Regeneration" if more else "SASRec"
-    assert f"{name}: another run is working in " in said["second"]
-    assert said["second"].count("waiting for it") <= (2 if more else 1)  # then perhaps for the training on the set
-    assert ("Regeneration: reusing" if more else "SASRec: reusing the finished run in") in said["second"]
-    assert "reusing" not in said["first"]
-    for kind in ["SASRec", "regeneration", "regenerator"] if more else ["SASRec"]:
-        stages = list((tmp_path / "saved").glob(f"{kind}-*"))
-        assert len(stages) == (2 if more and kind == "SASRec" else 1), stages
+    assert said["second"].count(f"{case}: another run is working in ") == 1
+    assert later in said["second"].split("waiting for it")[1]
+    for kind, count in directories.items():
+        assert len(list((tmp_path / "saved").glob(f"{kind}-*"))) == count

@@ -71,29 +71,26 @@ def describe(original: Sequences, extra: Regenerated, n_items: int, tokens: Sequ
         n_items: V.
         tokens: external item ids [V].
     """
-    sets = {ORIGINS[0]: (original.items, original.offsets)}
-    for number, name in enumerate(ORIGINS[1:], start=1):
-        sets[name] = _taken(extra, extra.origin == number)
-    known = _transitions(*sets[ORIGINS[0]], n_items)
+    sets: dict[str, Any] = {ORIGINS[0]: original, **{name: extra.only(name) for name in ORIGINS[1:]}}
+    known = _transitions(original, n_items)
+    counted = [np.bincount(each.items[_inner(each.offsets)], minlength=n_items)[1:] for each in sets.values()]
     report: dict[str, Any] = {"items": n_items - 1, "origins": {}}
-    for name, (items, offsets) in sets.items():
-        moves = _transitions(items, offsets, n_items)
+    for name, each in sets.items():
+        moves, lengths = _transitions(each, n_items), np.diff(each.offsets)
         report["origins"][name] = {
-            "sequences": len(offsets) - 1,
-            "items": len(items),
-            "targets": int(np.maximum(np.diff(offsets) - 1, 0).sum()),
-            "lengths": np.bincount(np.minimum(np.diff(offsets), 50), minlength=51).tolist(),
+            "sequences": len(lengths),
+            "items": len(each.items),
+            "targets": int(np.maximum(lengths - 1, 0).sum()),
+            "lengths": np.bincount(np.minimum(lengths, 50), minlength=51).tolist(),
             "transitions": len(moves),
             "new_transitions": int((~np.isin(moves, known)).sum()),
             "examples": [
-                [str(tokens[item]) for item in items[offsets[row] : offsets[row + 1]]]
-                for row in np.unique(np.linspace(0, max(len(offsets) - 2, 0), EXAMPLES).astype(int))
-                if len(offsets) > 1
+                [str(tokens[item]) for item in each.items[each.offsets[row] : each.offsets[row + 1]]]
+                for row in np.unique(np.linspace(0, max(len(lengths) - 1, 0), EXAMPLES).astype(int))
+                if len(lengths)
             ],
         }
-    before = np.bincount(_targets(*sets[ORIGINS[0]]), minlength=n_items)[1:]
-    after = before + sum(np.bincount(_targets(*sets[name]), minlength=n_items)[1:] for name in ORIGINS[1:])
-    report["popularity"] = {"before": _shares(before), "after": _shares(after)}
+    report["popularity"] = {"before": _shares(counted[0]), "after": _shares(sum(counted[1:], counted[0]))}
     return report
 
 
@@ -144,11 +141,6 @@ def draw(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     )  # fmt: skip
 
 
-def _taken(extra: Regenerated, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    sizes = np.diff(extra.offsets)
-    return extra.items[np.repeat(chosen, sizes)], np.concatenate([[0], np.cumsum(sizes[chosen])])
-
-
 def _inner(offsets: np.ndarray) -> np.ndarray:
     """Rows of items that are not the first of their sequence."""
     inner = np.ones(int(offsets[-1]), dtype=bool)
@@ -156,14 +148,10 @@ def _inner(offsets: np.ndarray) -> np.ndarray:
     return np.flatnonzero(inner)
 
 
-def _targets(items: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    return items[_inner(offsets)]
-
-
-def _transitions(items: np.ndarray, offsets: np.ndarray, n_items: int) -> np.ndarray:
+def _transitions(each: Any, n_items: int) -> np.ndarray:
     """Distinct (item, next item), as one number each."""
-    later = _inner(offsets)
-    return np.unique(items[later - 1] * np.int64(n_items) + items[later])
+    later = _inner(each.offsets)
+    return np.unique(each.items[later - 1] * np.int64(n_items) + each.items[later])
 
 
 def _shares(counts: np.ndarray) -> list[float]:
