@@ -144,20 +144,20 @@ class TorchSteps:
                 logits = (model.items(own_items) @ h[rows][:, :, None]).squeeze(2)
                 used = (own_items[:, :, None] == written[rows, None]).any(2)
                 logits = logits.masked_fill(used | ~source.candidates[owner[rows]], -torch.inf)
-                place, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
+                column, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
                 last = own_items.shape[1]
-                picked = own_items.gather(1, place.clamp(max=last - 1)[:, None]).squeeze(1)
-                token[rows] = torch.where(place < last, picked, model.end)
+                picked = own_items.gather(1, column.clamp(max=last - 1)[:, None]).squeeze(1)
+                token[rows] = torch.where(column < last, picked, model.end)
                 close[rows] |= unsure
             free = (~restrictive[:, step] & going).nonzero().squeeze(1)
             for rows in free.split(_ROWS):
                 logits = self._logits[: len(rows)]
                 torch.mm(h[rows], self._table, out=logits)
                 logits[:, model.n_items :] = -torch.inf
-                logits.scatter_(1, written[rows], -torch.inf)  # unwritten places are 0, the padding
+                logits.scatter_(1, written[rows], -torch.inf)  # unwritten steps are 0, the padding
                 logits[:, 0] = -torch.inf
-                place, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
-                token[rows] = torch.where(place < model.n_items, place, model.end)
+                column, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
+                token[rows] = torch.where(column < model.n_items, column, model.end)
                 close[rows] |= unsure
             going &= token != model.end
             if not bool(going.any()):
@@ -169,7 +169,7 @@ class TorchSteps:
         self, logits: torch.Tensor, h: torch.Tensor, end: torch.Tensor, draw: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Column of `logits` [R, C] that is taken, C or more: the end; and whether that was too close to tell."""
-        place, best, second = best_two(logits)
+        column, best, second = best_two(logits)
         if step < LEAST:  # no end yet, if there is any item at all
             end = torch.where(torch.isneginf(best), end, -torch.inf)
         if self.temperature:
@@ -178,7 +178,7 @@ class TorchSteps:
             drawn = torch.searchsorted(weights, (draw * weights[:, -1])[:, None], right=True).squeeze(1)
             return drawn, torch.zeros_like(drawn, dtype=torch.bool)
         gap = torch.where(end > best, end - best, best - torch.maximum(second, end))
-        return torch.where(end > best, logits.shape[1], place), gap <= self._unsure * h.norm(dim=1)
+        return torch.where(end > best, logits.shape[1], column), gap <= self._unsure * h.norm(dim=1)
 
 
 def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -348,11 +348,11 @@ def uniform(seed: int, numbers: np.ndarray, ways: int, steps: int, stream: int) 
     The finaliser of splitmix64 (Steele, Lea and Flood, 2014) over a counter.
     """
     numbers = np.asarray(numbers, dtype=np.uint64)[:, None, None]
-    places = np.arange(ways * steps, dtype=np.uint64).reshape(ways, steps)
+    counters = np.arange(ways * steps, dtype=np.uint64).reshape(ways, steps)
     with np.errstate(over="ignore"):
         state = _mix(np.array([seed % (1 << 64)], np.uint64) + np.uint64(stream) * np.uint64(0xD1342543DE82EF95))
         state = _mix(state + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-        state = _mix(state + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+        state = _mix(state + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

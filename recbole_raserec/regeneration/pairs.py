@@ -52,7 +52,7 @@ class Sequences:
 
 def training_sequences(train: Any) -> Sequences:
     """Every user's history up to the last training target, of a split of ours or of RecBole's, whose windows of a user
-    stand in the order of their targets."""
+    are in the order of their targets."""
     if not hasattr(train, "windows"):
         return _from_windows(train)
     users, positions, _ = train.windows()
@@ -74,10 +74,10 @@ def _from_windows(train: Any) -> Sequences:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     items = np.empty(offsets[-1], np.int64)
     ahead = np.arange(windows.shape[1]) < lengths[:, None]  # of the first window
-    places = offsets[:-1, None] + np.arange(windows.shape[1])
-    items[places[ahead]] = windows[ahead]
+    spots = offsets[:-1, None] + np.arange(windows.shape[1])
+    items[spots[ahead]] = windows[ahead]
     behind = np.ones(len(items), dtype=bool)
-    behind[places[ahead]] = False
+    behind[spots[ahead]] = False
     items[behind] = targets
     return Sequences(items, offsets, users[first])
 
@@ -159,16 +159,16 @@ def contained_patterns(
 
 
 def _match(
-    tree: PatternTree, items: np.ndarray, offsets: np.ndarray, sequence: np.ndarray, place: np.ndarray,
+    tree: PatternTree, items: np.ndarray, offsets: np.ndarray, sequence: np.ndarray, start: np.ndarray,
     found: list[tuple[np.ndarray, np.ndarray]],
 ) -> None:  # fmt: skip
-    """Grow matches from the empty prefix; `place` [B] is the first position of the next item."""
+    """Grow matches from the empty prefix; `start` [B] is the first position of the next item."""
     node = np.zeros(len(sequence), dtype=np.int64)
     while len(sequence):
-        reach = offsets[sequence + 1] - place
+        reach = offsets[sequence + 1] - start
         grown = np.repeat(np.arange(len(sequence)), reach)
         step = np.arange(len(grown)) - np.repeat(np.cumsum(reach) - reach, reach)
-        at = place[grown] + step
+        at = start[grown] + step
         child = tree.children(node[grown], items[at])
         keep = child >= 0
         grown, at, child = grown[keep], at[keep], child[keep]
@@ -177,7 +177,7 @@ def _match(
         owner, at, child = owner[order], at[order], child[order]
         first = np.ones(len(owner), dtype=bool)  # the earliest end of each (sequence, node)
         first[1:] = (owner[1:] != owner[:-1]) | (child[1:] != child[:-1])
-        sequence, node, place = owner[first], child[first], at[first] + 1
+        sequence, node, start = owner[first], child[first], at[first] + 1
         ends = tree.pattern[node]
         found.append((sequence[ends >= 0], ends[ends >= 0]))
 
@@ -238,9 +238,9 @@ class Pairs:
     def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sequences `rows` [B, S], and of all their pairs the row in it [P] and the pattern [P, longest of them]."""
         counts = self.offsets[rows + 1] - self.offsets[rows]
-        place = np.repeat(self.offsets[rows] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        chosen = np.repeat(self.offsets[rows] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         owner = np.repeat(np.arange(len(rows)), counts)
-        taken = self.pattern[place]
+        taken = self.pattern[chosen]
         patterns = pad_rows(self.patterns.items, self.patterns.offsets[taken], self.patterns.lengths()[taken])
         return self.sequences.padded(rows), torch.from_numpy(owner), torch.from_numpy(patterns)
 

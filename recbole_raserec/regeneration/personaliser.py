@@ -319,16 +319,16 @@ def _personalised(config: Config, made: RegeneratedData, base: Outcome, director
     rows = made.data.with_ids_of(base.splits.vocabulary())
     both = joined(train, rows)
     model, scorer, losses, before = _learned(config, base.model, both, train, directory)
-    weights, place = _weights(model, scorer, both, rows, config["device"])
+    weights, targets = _weights(model, scorer, both, rows, config["device"])
     data = dataclasses.replace(rows, weights=weights)
     seconds = made.seconds + before + time.perf_counter() - started
     tail = losses[len(losses) // 2 :]
-    origin = np.repeat(data.origin, np.diff(data.offsets))[place]
+    origin = np.repeat(data.origin, np.diff(data.offsets))[targets]
     found = {**made.report, "seconds": seconds, "weights": {
         "outer_loss": float(np.mean(tail)) if tail else None,
-        "deciles": np.quantile(weights[place], np.linspace(0, 1, 11)).tolist(),
+        "deciles": np.quantile(weights[targets], np.linspace(0, 1, 11)).tolist(),
         "mean_by_origin": {
-            ORIGINS[number]: float(weights[place][origin == number].mean()) for number in np.unique(origin)
+            ORIGINS[number]: float(weights[targets][origin == number].mean()) for number in np.unique(origin)
         },
     }}  # fmt: skip
     data.save(directory, mark)
@@ -341,7 +341,7 @@ def _personalised(config: Config, made: RegeneratedData, base: Outcome, director
 def _learned(
     config: Config, base: Any, both: Any, train: Any, directory: Path
 ) -> tuple[Any, Personaliser, list[float], float]:
-    """Model, scorer, outer losses, and the seconds of former runs; after each pass the state lies in `directory`."""
+    """Model, scorer, outer losses, and the seconds of earlier runs; after each pass the state lies in `directory`."""
     init_seed(config["seed"], config["reproducibility"])
     model, n_users, device = copy.deepcopy(base), train.store.n_users, config["device"]
     scorer = Personaliser(model.item_vectors().shape[1]).to(device)
@@ -397,10 +397,10 @@ def _weights(
     model.eval()
     weights = np.ones(len(data.items), dtype=np.float32)
     owner = np.repeat(np.arange(len(data)), np.diff(data.offsets))
-    place = np.flatnonzero(np.arange(len(data.items)) > data.offsets[owner])
-    first = len(both) - len(place)  # the regenerated rows come last, in the order of the items
-    for start in range(0, len(place), _ROWS):
-        rows = np.arange(start, min(start + _ROWS, len(place)))
+    targets = np.flatnonzero(np.arange(len(data.items)) > data.offsets[owner])
+    first = len(both) - len(targets)  # the regenerated rows come last, in the order of the items
+    for start in range(0, len(targets), _ROWS):
+        rows = np.arange(start, min(start + _ROWS, len(targets)))
         h, _ = model.encode_batch(both[first + rows].to(device))
-        weights[place[rows]] = scorer.score(h).cpu().numpy()
-    return weights, place
+        weights[targets[rows]] = scorer.score(h).cpu().numpy()
+    return weights, targets

@@ -332,10 +332,10 @@ class Regenerator(nn.Module):
         barred = F.pad(used | ~candidates[:, None], (0, 1))  # [P, T, S + 1]
         log_p = torch.log_softmax(logits.masked_fill(barred, -torch.inf), dim=2)
         last = torch.arange(steps.shape[1], device=steps.device) == lengths[:, None]  # the end's step, [P, T]
-        place = F.pad((same & candidates[:, None]).int().argmax(2), (0, 1))
-        place = torch.where(last, items.shape[1], place)
+        column = F.pad((same & candidates[:, None]).int().argmax(2), (0, 1))
+        column = torch.where(last, items.shape[1], column)
         counted = torch.arange(steps.shape[1], device=steps.device) <= lengths[:, None]
-        chosen = log_p.gather(2, place[..., None]).squeeze(2)
+        chosen = log_p.gather(2, column[..., None]).squeeze(2)
         return torch.where(counted, chosen, 0.0).sum(1)
 
     def forward(
@@ -371,7 +371,7 @@ class Regenerator(nn.Module):
 
 
 def first_occurrences(items: torch.Tensor) -> torch.Tensor:
-    """bool [B, S]: an item stands here, and not earlier in the row."""
+    """bool [B, S]: an item is here, and not earlier in the row."""
     same = items[:, :, None] == items[:, None]  # [B, S, S]
     earlier = torch.tril(same, diagonal=-1).any(2)
     return (items > 0) & ~earlier

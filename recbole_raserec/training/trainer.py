@@ -47,7 +47,7 @@ class WeightAverage:
     Args:
         model: its parameters that require gradients are followed.
         decay: in (0, 1); the average reaches back over about `1 / (1 - decay)` steps. At first `(1 + steps) /
-            (10 + steps)` is less and takes its place.
+            (10 + steps)`, which is less, replaces it.
     """
 
     def __init__(self, model: Any, decay: float):
