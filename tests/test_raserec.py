@@ -127,17 +127,18 @@ def test_find_gives_the_row_or_nothing(windows, seed):
     users, positions = np.array(windows).T
     size = len(windows)
     queries = Queries(users, positions, np.ones(size, int), None, torch.zeros(size, 2))
-    assert queries.find(torch.tensor([users[0]]), torch.tensor([positions[0]])) is None  # not searched yet
-    queries.ids, queries.mask = torch.zeros(size, 1).long(), torch.ones(size, 1).bool()
+    assert queries.find(torch.tensor([users[0]]), torch.tensor([positions[0]]), 1) is None  # not searched yet
+    queries.ids, queries.mask = torch.arange(size)[:, None].repeat(1, 2), torch.ones(size, 2).bool()
     rows = np.random.default_rng(seed).integers(0, size, 7)
-    found = queries.find(torch.from_numpy(users[rows]), torch.from_numpy(positions[rows]))
-    assert found.tolist() == rows.tolist()
+    h, ids, mask = queries.find(torch.from_numpy(users[rows]), torch.from_numpy(positions[rows]), 1)
+    assert ids[:, 0].tolist() == rows.tolist()
+    assert (h.shape, ids.shape, mask.shape) == ((7, 2), (7, 1), (7, 1))
     for user in range(7):
         for position in range(1, 20):
-            found = queries.find(torch.tensor([user, users[0]]), torch.tensor([position, positions[0]]))
+            found = queries.find(torch.tensor([user, users[0]]), torch.tensor([position, positions[0]]), 1)
             known = (user, position) in windows
             assert (found is not None) == known
-            assert not known or found.tolist() == [windows.index((user, position)), 0]
+            assert not known or found[1][:, 0].tolist() == [windows.index((user, position)), 0]
 
 
 def test_unknown_rows_are_encoded():

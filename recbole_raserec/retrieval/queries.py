@@ -81,22 +81,16 @@ class Queries:
         self.ids = group.joined_rows(ids, own, rows).to(self.h.device)
         self.mask = group.joined_rows(mask, own, rows).to(self.h.device)
 
-    def find(self, users: Tensor, positions: Tensor) -> Optional[Tensor]:
-        """Rows that hold the given windows, int64 [B], or None when one of them is not here."""
-        if self.ids is None or not len(self):
+    def find(self, users: Tensor, positions: Tensor, top_k: int) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+        """h [B, H], ids [B, K] and mask [B, K] of the given windows, or None when one of them is not here."""
+        if self.ids is None or self.mask is None or not len(self):
             return None
         users_, positions_ = users.cpu().numpy(), positions.cpu().numpy()
         codes = users_ * self._width + positions_
         slots = np.minimum(np.searchsorted(self._codes, codes), len(self) - 1)
         if (self._codes[slots] != codes).any() or (positions_ >= self._width).any():
             return None
-        return torch.from_numpy(self._order[slots])
-
-    def rows(self, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """h [B, H], ids [B, K] and mask [B, K] of the given rows."""
-        assert self.ids is not None
-        assert self.mask is not None
-        rows = rows.to(self.h.device)
+        rows = torch.from_numpy(self._order[slots]).to(self.h.device)
         return self.h[rows], self.ids[rows, :top_k], self.mask[rows, :top_k]
 
 

@@ -202,9 +202,9 @@ class RaSeRec(SequentialRecommender):
         """h [B, H] of the rows, ids and mask [B, K] of their memories: looked up, or encoded and searched."""
         user, position = interaction[self.USER_ID], interaction[POSITION]
         for known in self.known.values():
-            rows = known.find(user, position)
-            if rows is not None:
-                return known.rows(rows, self.top_k)
+            found = known.find(user, position, self.top_k)
+            if found is not None:
+                return found
         trained = torch.where(user < self.n_users, user, 0)  # the memory may know users whom the backbone does not
         h = self.encode(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], trained)
         time = interaction[self.time_field] if self.time_field in interaction.columns else None
@@ -217,9 +217,9 @@ class RaSeRec(SequentialRecommender):
         else:
             user = interaction[self.USER_ID]
             h = self.encode(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user)
-            rows = self.known["train"].find(user, interaction[POSITION])
-            assert rows is not None
-            _, ids, mask = self.known["train"].rows(rows, self.top_k)
+            found = self.known["train"].find(user, interaction[POSITION], self.top_k)
+            assert found is not None
+            _, ids, mask = found
         h = self.augment(h, ids, mask)
         items, bias = self.item_vectors(), self.backbone.item_bias()
         if bias is not None:  # the bias as one more dimension

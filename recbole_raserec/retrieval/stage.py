@@ -177,7 +177,9 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
     searches = Path(config["checkpoint_dir"]) / "neighbours"
     cache = NeighbourCache(searches, least=trial.top_k if trial else 0) if config["cache_neighbours"] else None
     hooks = RetrievalHooks(model, train, valid, config, cache, joined if config["memory_regenerated"] else None, test)
-    stage = _ram_config(config)
+    stage = copy.deepcopy(config)  # the module trains under `ram_*` in place of the backbone's options
+    for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
+        stage[name] = config[f"ram_{name}"]
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
     mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint, *version_of(config["model"]))
@@ -189,11 +191,3 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
     }
     init_seed(config["seed"], config["reproducibility"])
     return run_stage(stage, splits, model, loader, mark, manifest, hooks, trial)
-
-
-def _ram_config(config: Config) -> Config:
-    """The configuration under which the retrieval-augmented module trains: `ram_*` in place of the backbone's."""
-    stage = copy.deepcopy(config)
-    for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
-        stage[name] = config[f"ram_{name}"]
-    return stage
