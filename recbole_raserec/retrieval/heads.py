@@ -14,7 +14,7 @@ from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from recbole_raserec.config import Config
@@ -59,9 +59,7 @@ class CrossAttention(nn.Module):
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """The queries with what they attend to.
 
         Args:
@@ -79,9 +77,7 @@ class CrossAttention(nn.Module):
         values = values + self.value.bias.view(self.heads, -1) * weights.sum(dim=2, keepdim=True)
         return self.norm(q + self.out_dropout(self.out(values.flatten(1))))
 
-    def weights(
-        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """How much each head attends to each neighbour, [B, heads, K]; arguments as of `forward`."""
         head = q.shape[1] // self.heads
         query = self.query(q).view(-1, self.heads, head) / (math.sqrt(head) * self.tau)
@@ -92,20 +88,15 @@ class CrossAttention(nn.Module):
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         return torch.softmax(scores, dim=-1) * mask[:, None]
 
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """Mean over the heads, [B, K]."""
         return self.weights(q, k, mask, bias).mean(dim=1)
 
     @torch.no_grad()
-    def calibrate(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def calibrate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Start on the scale of the data: values as long as queries, logits of `START_LOGIT` times the cosine.
 
-        Args:
-            q: samples of queries [N, H].
-            k: samples of keys [N, H].
-            v: samples of values [N, H].
+        The arguments are samples of queries, keys and values, [N, H] each.
         """
         size = q.shape[1]
         lengths = [x.norm(dim=1).mean().clamp(min=1e-12) for x in (q, k, v)]
@@ -116,7 +107,7 @@ class CrossAttention(nn.Module):
         fit_norm(self.norm, q)
 
 
-def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     """Each head's rows of `weight` [H, H] times its vector in x [B, heads, H]: [B, heads, H / heads]."""
     heads = x.shape[1]
     return torch.einsum("bnh,ndh->bnd", x, weight.view(heads, -1, weight.shape[1]))
@@ -132,7 +123,7 @@ class FeedForward(nn.Module):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B, H] -> [B, H]."""
         return self.norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 
@@ -146,20 +137,16 @@ class Channel(nn.Module):
         self.feed_forward = FeedForward(size, inner_size, dropout)
         self.second = CrossAttention(size, heads, dropout, tau)
 
-    def forward(
-        self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def forward(self, h: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """h [B, H], k and v [B, K, H], mask and bias [B, K] -> [B, H]."""
         return self.second(self.feed_forward(self.first(h, k, v, mask, bias)), k, v, mask, bias)
 
-    def attention(
-        self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def attention(self, h: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """Mean over both attentions and their heads, [B, K]."""
         inner = self.feed_forward(self.first(h, k, v, mask, bias))
         return (self.first.attention(h, k, v, mask, bias) + self.second.attention(inner, k, v, mask, bias)) / 2
 
-    def calibrate(self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def calibrate(self, h: Tensor, k: Tensor, v: Tensor) -> None:
         """See `CrossAttention.calibrate`."""
         self.first.calibrate(h, k, v)
         fit_norm(self.feed_forward.norm, h)
@@ -204,10 +191,7 @@ class RetrievalModule(nn.Module):
         else:
             self.register_buffer("alpha", alpha)
 
-    def forward(
-        self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:  # fmt: skip
+    def forward(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """h [B, H], keys h_k and values v_k [B, K, H], mask bool and bias of the logits [B, K] -> h~ [B, H]."""
         mixed = torch.zeros_like(h)
         if self.beta > 0:
@@ -218,10 +202,7 @@ class RetrievalModule(nn.Module):
         augmented = alpha * h + (1 - alpha) * mixed
         return torch.where(mask.any(dim=1, keepdim=True), augmented, h)
 
-    def attention(
-        self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:  # fmt: skip
+    def attention(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """How much is attended to each neighbour, mean over heads and layers, channels by their share: [B, K].
 
         The weights of a row with neighbours add up to 1.
@@ -233,7 +214,7 @@ class RetrievalModule(nn.Module):
                 found = found + share * attention(h, k, v, mask, bias)
         return found
 
-    def calibrate(self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def calibrate(self, h: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put the starting weights on the scale of the data: h, h_k and v_k, [N, H] each."""
         for channel, k, v in zip(self.channels, (keys, values), (values, keys)):
             if isinstance(channel, (Channel, CrossAttention)):
@@ -241,7 +222,7 @@ class RetrievalModule(nn.Module):
 
 
 @torch.no_grad()
-def fit_norm(norm: nn.LayerNorm, x: torch.Tensor) -> None:
+def fit_norm(norm: nn.LayerNorm, x: Tensor) -> None:
     """Set gain and bias by least squares per dimension so that `norm(x)` is as near to x [N, H] as it can be."""
     z = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
     centred = z - z.mean(dim=0)
@@ -250,9 +231,7 @@ def fit_norm(norm: nn.LayerNorm, x: torch.Tensor) -> None:
     norm.bias.copy_(x.mean(dim=0) - gain * z.mean(dim=0))
 
 
-def interpolate(
-    scores: torch.Tensor, targets: torch.Tensor, similarity: torch.Tensor, mask: torch.Tensor, share: float, tau: float
-) -> torch.Tensor:
+def interpolate(scores: Tensor, targets: Tensor, similarity: Tensor, mask: Tensor, share: float, tau: float) -> Tensor:
     """Logarithm of the mixed distribution.
 
     Args:
@@ -276,7 +255,7 @@ def interpolate(
     return torch.where(spread > 0, mixed, kept)
 
 
-def neighbour_weights(similarity: torch.Tensor, mask: torch.Tensor, tau: float) -> torch.Tensor:
+def neighbour_weights(similarity: Tensor, mask: Tensor, tau: float) -> Tensor:
     """Shares of the neighbours in their distribution, [B, K], from their similarities; 0 where `mask` is False."""
     logits = (similarity / tau).masked_fill(~mask, torch.finfo(similarity.dtype).min)
     return torch.softmax(logits, dim=1) * mask

@@ -57,10 +57,6 @@ class FlatIndex:
     def __len__(self) -> int:
         return len(self._vectors)
 
-    def extend(self, vectors: np.ndarray) -> None:
-        """Take over all `vectors` [M, H], of which the first N are those known so far."""
-        self._vectors = vectors
-
     def remove(self, ids: np.ndarray) -> None:
         """Nothing to do: the owner of the vectors overwrites them, and the guard bars them."""
 
@@ -161,10 +157,6 @@ class IVFIndex(ApproximateIndex):
         lists: number of groups; fewer are made when N is too small to train that many.
         probes: groups a query looks into.
         seed: of the k-means that finds the centroids.
-
-    Attributes:
-        lists: as really used.
-        probes: as really used.
     """
 
     kind = "ivf"
@@ -302,8 +294,6 @@ class HNSWIndex(ApproximateIndex):
             while the measured recall is below .95.
 
     Attributes:
-        links: as used.
-        effort: as used.
         overwritten: whether a vector was removed, whose links still tell what it was like.
     """
 
@@ -437,10 +427,8 @@ def restore(arrays: dict[str, np.ndarray], about: Any, vectors: np.ndarray, prob
         ValueError: the arrays do not describe an index over these vectors.
     """
     kind = _APPROXIMATE.get(str(about.get("kind"))) if isinstance(about, dict) else None
-    known = kind is not None and set(arrays) <= set(STATE_ARRAYS)
-    if not known or not isinstance(about.get("trained_on"), int) or not isinstance(about.get("recall"), float):
+    if kind is None or not isinstance(about.get("trained_on"), int) or not isinstance(about.get("recall"), float):
         raise ValueError(f"its index is described by {about!r}")
-    assert kind is not None
     return kind.restored(arrays, about, vectors, probes)
 
 

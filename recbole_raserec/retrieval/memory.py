@@ -74,6 +74,16 @@ class Neighbours:
     mask: np.ndarray
 
 
+class _Column:
+    """An array of the bank under its own name, read-only."""
+
+    def __set_name__(self, bank: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, bank: MemoryBank, kind: type) -> np.ndarray:
+        return bank._columns[self._name].values
+
+
 class MemoryBank:
     """Entries (prefix, target) and their search, with the leakage guard built in.
 
@@ -95,10 +105,26 @@ class MemoryBank:
 
     Attributes:
         version: rises with every change.
+        target_vectors: what `set_target_vectors` gave, [V, H].
 
     Raises:
         ConfigError: an argument is out of range.
     """
+
+    keys = _Column()
+    """Encoded prefixes as they were added [N, H] float32, read-only."""
+    targets = _Column()
+    """Target item of each entry [N] int32, read-only."""
+    users = _Column()
+    """User each entry comes from [N] int32, read-only; negative: from no single user."""
+    positions = _Column()
+    """Index of the target in its user's history [N] int32, read-only: the prefix has that many items."""
+    times = _Column()
+    """Time of the target [N] float64, read-only; NaN where unknown."""
+    support = _Column()
+    """Users whose histories hold the entry [N] int32, read-only: 1 for a pair, 0 for a removed entry."""
+    gone = _Column()
+    """Removed entries, bool [N], read-only."""
 
     _index: Index | None
     _stored: State | None  # what a stored index had learned
@@ -107,17 +133,10 @@ class MemoryBank:
     _guard: LeakageGuard | None
 
     def __init__(
-        self,
-        hidden_size: int,
-        similarity: str = "cosine",
-        index: str = "auto",
-        ivf_lists: int = 128,
-        ivf_probes: int = 8,
-        seed: int = 0,
-        scope: str = "history",
-        min_support: int = 2,
+        self, hidden_size: int, similarity: str = "cosine", index: str = "auto", ivf_lists: int = 128,
+        ivf_probes: int = 8, seed: int = 0, scope: str = "history", min_support: int = 2,
         retrieve_by: str = "sequence",
-    ):
+    ):  # fmt: skip
         words = {
             "similarity": (similarity, SIMILARITIES), "index": (index, INDEXES), "memory_scope": (scope, SCOPES),
             "retrieve_by": (retrieve_by, RETRIEVE_BY),
@@ -145,11 +164,9 @@ class MemoryBank:
             name: GrowingArray(np.empty((0, self.hidden_size) if name == "keys" else 0, dtype))
             for name, dtype in {**ROWS, **OWNERS}.items()
         }
-        self._target_vectors: np.ndarray | None = None
+        self.target_vectors: np.ndarray | None = None
         self._path: Path | None = None  # of a stored bank
         self._reset_index()
-
-    # -- what it holds ----------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Entries ever added, removed ones included: ids are below it."""
@@ -161,51 +178,11 @@ class MemoryBank:
         return len(self) - int(self.gone.sum())
 
     @property
-    def keys(self) -> np.ndarray:
-        """Encoded prefixes as they were added [N, H] float32, read-only."""
-        return self._columns["keys"].values
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Target item of each entry [N] int32, read-only."""
-        return self._columns["targets"].values
-
-    @property
-    def users(self) -> np.ndarray:
-        """User each entry comes from [N] int32, read-only; negative: from no single user."""
-        return self._columns["users"].values
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Index of the target in its user's history [N] int32, read-only: the prefix has that many items."""
-        return self._columns["positions"].values
-
-    @property
-    def times(self) -> np.ndarray:
-        """Time of the target [N] float64, read-only; NaN where unknown."""
-        return self._columns["times"].values
-
-    @property
-    def support(self) -> np.ndarray:
-        """Users whose histories hold the entry [N] int32, read-only: 1 for a pair, 0 for a removed entry."""
-        return self._columns["support"].values
-
-    @property
-    def gone(self) -> np.ndarray:
-        """Removed entries, bool [N], read-only."""
-        return self._columns["gone"].values
-
-    @property
     def owners(self) -> dict[str, np.ndarray]:
         """Whose histories hold each pattern, and where it is first complete there: `owner_entries` int64 [M],
         `owner_users` int32 [M], `owner_positions` int32 [M], read-only.
         """
         return {name: self._columns[name].values for name in OWNERS}
-
-    @property
-    def target_vectors(self) -> np.ndarray | None:
-        """What `set_target_vectors` gave, [V, H]."""
-        return self._target_vectors
 
     @property
     def index_recall(self) -> float | None:
@@ -215,15 +192,9 @@ class MemoryBank:
     # -- changes ----------------------------------------------------------------------------------------------------
 
     def add(
-        self,
-        keys: Array,
-        targets: Array,
-        users: Array,
-        positions: Array,
-        times: Array | None = None,
-        support: Array | None = None,
-        owners: tuple[Array, Array, Array] | None = None,
-    ) -> np.ndarray:
+        self, keys: Array, targets: Array, users: Array, positions: Array, times: Array | None = None,
+        support: Array | None = None, owners: tuple[Array, Array, Array] | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """Append entries.
 
         Args:
@@ -330,7 +301,7 @@ class MemoryBank:
     def set_target_vectors(self, vectors: Array) -> None:
         """Give the vectors of all items [V, H], which queries are compared with under `retrieve_by: target`."""
         with self._lock:
-            self._target_vectors = self._matrix("target vectors", vectors)
+            self.target_vectors = self._matrix("target vectors", vectors)
             if self.retrieve_by == "target":
                 self.version += 1
                 self._reset_index()
@@ -364,14 +335,9 @@ class MemoryBank:
     # -- search -----------------------------------------------------------------------------------------------------
 
     def search(
-        self,
-        queries: Array,
-        top_k: int,
-        users: Array | None,
-        positions: Array | None,
-        desc: str | None = None,
+        self, queries: Array, top_k: int, users: Array | None, positions: Array | None, desc: str | None = None,
         times: Array | None = None,
-    ) -> Neighbours:
+    ) -> Neighbours:  # fmt: skip
         """The `top_k` most similar entries that each query may see; the leakage guard bars the others.
 
         With the flat index the result is exact whatever is barred, and does not depend on how queries are batched:
@@ -432,9 +398,9 @@ class MemoryBank:
         """What queries are compared with, of the entries from `start` on."""
         if self.retrieve_by == "sequence":
             return self.keys[start:]
-        if self._target_vectors is None or len(self._target_vectors) <= self.targets.max(initial=0):
+        if self.target_vectors is None or len(self.target_vectors) <= self.targets.max(initial=0):
             raise ValueError("retrieve_by: target needs the vectors of all items; call set_target_vectors first.")
-        vectors = self._target_vectors[self.targets[start:]]
+        vectors = self.target_vectors[self.targets[start:]]
         vectors[self.gone[start:]] = 0
         return vectors
 
@@ -450,7 +416,12 @@ class MemoryBank:
                 self._vectors.append(vectors)
         vectors = self._vectors.values
         if self._index is None and self._stored is not None:
-            self._index = self._restored(vectors)
+            try:
+                self._index = restore(*self._stored, vectors, self.ivf_probes)
+            except ValueError as error:
+                raise CheckpointError(f"{self._path} is damaged: {error}. Delete it and build it again.") from None
+            self._index.remove(np.flatnonzero(self.gone[: len(self._index)]))
+            self._stored = None
         stale = self._index is None or self._index.kind != resolve_kind(self.index, size) or self._index.outgrown(size)
         if self._index is None or stale:
             self._index = make_index(self.index, vectors, self.ivf_lists, self.ivf_probes, self.seed)
@@ -465,17 +436,6 @@ class MemoryBank:
             needed = entries[rare], owners[rare], first[rare]
             self._guard = LeakageGuard(self.users, self.positions, needed, self.gone.copy(), self.times, self.scope)
         return GuardedSearch(self._index, vectors, self._longest, self._guard)
-
-    def _restored(self, vectors: np.ndarray) -> Index:
-        """The index of a stored bank."""
-        assert self._stored is not None
-        try:
-            index = restore(*self._stored, vectors, self.ivf_probes)
-        except ValueError as error:
-            raise CheckpointError(f"{self._path} is damaged: {error}. Delete it and build it again.") from None
-        index.remove(np.flatnonzero(self.gone[: len(index)]))
-        self._stored = None
-        return index
 
     def _matrix(self, name: str, values: Array) -> np.ndarray:
         """`values` as finite float32 [rows, H]."""

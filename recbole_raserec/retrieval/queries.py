@@ -18,6 +18,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from recbole_raserec.data import PackedWindows, Patterns, SequenceDataset, SequenceStore, mine_patterns, pad_rows
 from recbole_raserec.distributed import current
@@ -56,10 +57,10 @@ class Queries:
     positions: np.ndarray
     targets: np.ndarray
     times: Optional[np.ndarray]
-    h: torch.Tensor
+    h: Tensor
     longest: int = 0
-    ids: Optional[torch.Tensor] = None
-    mask: Optional[torch.Tensor] = None
+    ids: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
 
     def __post_init__(self) -> None:
         self._width = int(self.positions.max()) + 1 if len(self.positions) else 1
@@ -80,7 +81,7 @@ class Queries:
         self.ids = group.joined_rows(ids, own, rows).to(self.h.device)
         self.mask = group.joined_rows(mask, own, rows).to(self.h.device)
 
-    def find(self, users: torch.Tensor, positions: torch.Tensor) -> Optional[torch.Tensor]:
+    def find(self, users: Tensor, positions: Tensor) -> Optional[Tensor]:
         """Rows that hold the given windows, int64 [B], or None when one of them is not here."""
         if self.ids is None or not len(self):
             return None
@@ -91,7 +92,7 @@ class Queries:
             return None
         return torch.from_numpy(self._order[slots])
 
-    def rows(self, rows: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def rows(self, rows: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, H], ids [B, K] and mask [B, K] of the given rows."""
         assert self.ids is not None
         assert self.mask is not None
@@ -122,15 +123,9 @@ def encode_split(backbone: Backbone, dataset: SequenceDataset, device: Any, desc
 
 
 def encode_windows(
-    backbone: Backbone,
-    store: SequenceStore,
-    users: np.ndarray,
-    positions: np.ndarray,
-    longest: int,
-    device: Any,
-    desc: Optional[str] = None,
-    owners: Optional[np.ndarray] = None,
-) -> torch.Tensor:
+    backbone: Backbone, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
+    desc: Optional[str] = None, owners: Optional[np.ndarray] = None,
+) -> Tensor:  # fmt: skip
     """The backbone's vectors of windows.
 
     Args:
@@ -150,19 +145,18 @@ def encode_windows(
         return _encode_shared(backbone, store, users, positions, longest, device, desc)
     lengths = np.minimum(positions, longest)
     starts = store.offsets[users] + positions - lengths
-    return _encode_runs(
-        backbone, store.items, starts, lengths, users if owners is None else owners, longest, device, desc
-    )
+    owners = users if owners is None else owners
+    return _encode_runs(backbone, store.items, starts, lengths, owners, longest, device, desc)
 
 
 def _encode_runs(
     backbone: Backbone, items: np.ndarray, starts: np.ndarray, lengths: np.ndarray, users: np.ndarray, longest: int,
     device: Any, desc: Optional[str] = None,
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """The backbone's vectors [N, H] of runs of the flat array `items`."""
     width = None if backbone.trims else longest
 
-    def encode(rows: np.ndarray) -> torch.Tensor:
+    def encode(rows: np.ndarray) -> Tensor:
         item_seq = pad_rows(items, starts[rows], lengths[rows], width)
         return backbone.encode(*(torch.from_numpy(x).to(device) for x in (item_seq, lengths[rows], users[rows])))
 
@@ -173,7 +167,7 @@ def _encode_runs(
 def _encode_shared(
     backbone: Backbone, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
     desc: Optional[str],
-) -> torch.Tensor:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """`encode_windows` for a model with costly passes, one of which gives the vectors after every item.
 
     The windows are those of packed training: of a history longer than `longest` a vector rests on the last
@@ -188,7 +182,7 @@ def _encode_shared(
     batches = [np.concatenate([windows.row[a:b] for a, b in zip(bounds[part], bounds[part + 1])]) for part in parts]
     left = iter(parts)
 
-    def encode(rows: np.ndarray) -> torch.Tensor:
+    def encode(rows: np.ndarray) -> Tensor:
         part = next(left)  # the windows of these rows
         starts, length = store.offsets[windows.user[part]] + windows.start[part], windows.length[part]
         item_seq = torch.from_numpy(pad_rows(store.items, starts, length)).to(device)
@@ -234,7 +228,7 @@ class PairBuilder:
         targets, users, positions = (x[self._chosen] for x in (queries.targets, queries.users, queries.positions))
         self.rows = Rows(targets, users, positions, times)
 
-    def keys(self, backbone: Optional[Backbone], queries: Queries) -> torch.Tensor:
+    def keys(self, backbone: Optional[Backbone], queries: Queries) -> Tensor:
         """The keys [N, H], under the backbone that encoded `queries`."""
         return queries.h[torch.from_numpy(self._chosen).to(queries.h.device)]
 
@@ -262,19 +256,16 @@ class PatternBuilder:
         items, offsets = store.until(users, positions)
         longest = span if max_length is None else min(span, max_length + 1)
         least = min(min_length + 1, longest)
-        self.patterns: Patterns = mine_patterns(
-            items, offsets, span, min_support, least, longest, desc=desc, occurrences=True
-        )
-        assert self.patterns.occurrences is not None
-        owners = self.patterns.occurrences
+        mined: Patterns = mine_patterns(items, offsets, span, min_support, least, longest, desc=desc, occurrences=True)
+        assert mined.occurrences is not None
+        self.patterns, owners = mined, mined.occurrences
         times = None
         if store.times is not None:
             times = _when_frequent(owners, store.times[store.offsets[owners[1]] + owners[2]], min_support)
-        size, lengths = len(self.patterns), self.patterns.lengths()
-        targets = self.patterns.items[self.patterns.offsets[1:] - 1] if size else np.zeros(0, dtype=np.int64)
-        self.rows = Rows(targets, np.full(size, -1), lengths - 1, times, self.patterns.support, owners)
+        targets = mined.items[mined.offsets[1:] - 1] if len(mined) else np.zeros(0, dtype=np.int64)
+        self.rows = Rows(targets, np.full(len(mined), -1), mined.lengths() - 1, times, mined.support, owners)
 
-    def keys(self, backbone: Backbone, queries: Queries) -> torch.Tensor:
+    def keys(self, backbone: Backbone, queries: Queries) -> Tensor:
         """The keys [N, H]: the backbone's encodings of the patterns without their last items."""
         items, starts, lengths = self.patterns.items, self.patterns.offsets[:-1], self.rows.positions
         users = np.zeros(len(lengths), dtype=np.int64)
@@ -312,7 +303,7 @@ class RegeneratedBuilder:
             times = np.full(len(users), store.times[store.offsets[own_users] + own_positions].max(initial=-np.inf))
         self.rows = Rows(targets[keep], users, last[users], times)
 
-    def keys(self, backbone: Backbone, queries: Queries) -> torch.Tensor:
+    def keys(self, backbone: Backbone, queries: Queries) -> Tensor:
         """The keys [N, H]: the backbone's encodings of the prefixes."""
         device = queries.h.device
         return encode_windows(backbone, self._store, *self._windows, self._longest, device, owners=self.rows.users)
@@ -370,9 +361,7 @@ class NeighbourCache:
         mark = _hash(queries, memory)
         found = group.from_first(lambda: self._read(mark, len(queries), len(memory), top_k))
         if found is not None:
-            device = queries.h.device
-            queries.ids = found.clamp(min=0).to(device)
-            queries.mask = (found >= 0).to(device)
+            queries.ids, queries.mask = found.clamp(min=0).to(queries.h.device), (found >= 0).to(queries.h.device)
             return
         searched = max(top_k, self.least)
         queries.search(memory, searched, desc)
@@ -384,7 +373,7 @@ class NeighbourCache:
             self._prune()
         queries.ids, queries.mask = queries.ids[:, :top_k].contiguous(), queries.mask[:, :top_k].contiguous()
 
-    def _read(self, mark: str, rows: int, entries: int, top_k: int) -> Optional[torch.Tensor]:
+    def _read(self, mark: str, rows: int, entries: int, top_k: int) -> Optional[Tensor]:
         """Ids [rows, top_k], -1 where there is none; None: not here."""
         for path in sorted(self.directory.glob(f"{mark}-*.safetensors")):
             stored = path.stem.rpartition("-")[2]
@@ -412,7 +401,7 @@ class NeighbourCache:
                 path.unlink()
 
 
-def _digest(ids: torch.Tensor) -> str:
+def _digest(ids: Tensor) -> str:
     return hashlib.sha256(ids.contiguous().numpy().data).hexdigest()
 
 

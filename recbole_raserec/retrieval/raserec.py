@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
+from torch import Tensor
 
 from recbole_raserec.config import Config
 from recbole_raserec.data import POSITION
@@ -19,7 +20,7 @@ from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
 
-Vectors = tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]
+Vectors = tuple[Tensor, Tensor, Optional[Tensor]]
 
 
 class RaSeRec(SequentialRecommender):
@@ -48,8 +49,8 @@ class RaSeRec(SequentialRecommender):
         knn: whether the kNN head is there.
     """
 
-    knn_share: torch.Tensor
-    knn_tau: torch.Tensor
+    knn_share: Tensor
+    knn_tau: Tensor
 
     def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Backbone):
         super().__init__(config, dataset)
@@ -83,19 +84,15 @@ class RaSeRec(SequentialRecommender):
 
     # -- encoding and retrieval -------------------------------------------------------------------------------------
 
-    def encode(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def encode(self, item_seq: Tensor, item_seq_len: Tensor, user: Optional[Tensor] = None) -> Tensor:
         """The backbone's user vectors [B, H], see `Backbone.encode`."""
         return self.backbone.encode(item_seq, item_seq_len, user)
 
-    def item_vectors(self) -> torch.Tensor:
+    def item_vectors(self) -> Tensor:
         """Item vectors as they enter the dot product, [V, H]."""
         return self.backbone.item_vectors()
 
-    def neighbours(
-        self, h: torch.Tensor, user: Any = None, position: Any = None, time: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def neighbours(self, h: Tensor, user: Any = None, position: Any = None, time: Any = None) -> tuple[Tensor, Tensor]:
         """Admissible memories of each row.
 
         Args:
@@ -113,7 +110,7 @@ class RaSeRec(SequentialRecommender):
         ids, mask = torch.from_numpy(found.ids), torch.from_numpy(found.mask)
         return ids.clamp(min=0).to(h.device), mask.to(h.device)
 
-    def augment(self, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def augment(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Mix what was retrieved into the user vectors.
 
         Args:
@@ -131,14 +128,13 @@ class RaSeRec(SequentialRecommender):
         return self.ram(h, keys, values, mask, bias)
 
     def forward(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None, position: Any = None,
-        time: Any = None,
-    ) -> torch.Tensor:  # fmt: skip
+        self, item_seq: Tensor, item_seq_len: Tensor, user: Any = None, position: Any = None, time: Any = None
+    ) -> Tensor:
         """Augmented user vectors h~ [B, H]; arguments as of `encode` and `neighbours`."""
         h = self.encode(item_seq, item_seq_len, user)
         return self.augment(h, *self.neighbours(h, user, position, time))
 
-    def entries(self, ids: torch.Tensor) -> Vectors:
+    def entries(self, ids: Tensor) -> Vectors:
         """What the memory holds under some ids.
 
         Args:
@@ -165,7 +161,7 @@ class RaSeRec(SequentialRecommender):
             frequency = self.frequency_weight * counts.log()
         return torch.from_numpy(keys).to(device), torch.from_numpy(targets.astype(np.int64)).to(device), frequency
 
-    def neighbour_similarity(self, h: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def neighbour_similarity(self, h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Targets of the memories, and their keys' similarity with h: [B, K] each."""
         keys, targets, _ = self.entries(ids)  # [B, K, H], [B, K]
         if self.memory.similarity == "cosine":
@@ -174,14 +170,14 @@ class RaSeRec(SequentialRecommender):
 
     # -- the memory -------------------------------------------------------------------------------------------------
 
-    def remember(self, keys: torch.Tensor, rows: Rows) -> None:
+    def remember(self, keys: Tensor, rows: Rows) -> None:
         """Add entries with these keys [N, H] to the memory."""
         self.memory.add(
             keys.cpu().numpy(), rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners
         )
         self._memory_changed()
 
-    def refresh_memory(self, keys: torch.Tensor) -> None:
+    def refresh_memory(self, keys: Tensor) -> None:
         """Replace the memory's keys [N, H] after the backbone changed."""
         self.memory.set_keys(keys.cpu().numpy())
         self._memory_changed()
@@ -206,7 +202,7 @@ class RaSeRec(SequentialRecommender):
 
     # -- RecBole's interface ----------------------------------------------------------------------------------------
 
-    def retrieved(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def retrieved(self, interaction: Any) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, H] of the rows, ids and mask [B, K] of their memories: looked up, or encoded and searched."""
         user, position = interaction[self.USER_ID], interaction[POSITION]
         for known in self.known.values():
@@ -218,7 +214,7 @@ class RaSeRec(SequentialRecommender):
         time = interaction[self.time_field] if self.time_field in interaction.columns else None
         return (h, *self.neighbours(h, user, position, time))
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """Cross-entropy of h~ over all items (report, loss L)."""
         if self.frozen:
             h, ids, mask = self.retrieved(interaction)
@@ -248,7 +244,7 @@ class RaSeRec(SequentialRecommender):
             self.augment(*self.retrieved(interaction)), self.item_vectors(), self.backbone.item_bias()
         )  # fmt: skip
 
-    def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+    def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores of all items, [B, V]; with the kNN head logarithms of the mixed probabilities."""
         h, ids, mask = self.retrieved(interaction)
         mixed = self.augment(h, ids, mask) if self.augments else h
@@ -258,7 +254,7 @@ class RaSeRec(SequentialRecommender):
         targets, similarity = self.neighbour_similarity(h, ids)
         return interpolate(found, targets, similarity, mask, float(self.knn_share), float(self.knn_tau))
 
-    def predict(self, interaction: Any) -> torch.Tensor:
+    def predict(self, interaction: Any) -> Tensor:
         """Scores of one item a row, that of the field `item_id`: [B]; as `full_sort_predict` gives them."""
         items = interaction[self.ITEM_ID]
         if self.knn:
@@ -269,4 +265,4 @@ class RaSeRec(SequentialRecommender):
 
 
 def _numpy(values: Any) -> Any:
-    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+    return values.cpu().numpy() if isinstance(values, Tensor) else values
