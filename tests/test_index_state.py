@@ -216,7 +216,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_state_that_does_not_fit_is_refused(wrong, tmp_path):
-    """As a foreign file with sound checksums could hold it."""
+    """As a file from elsewhere with sound checksums could hold it."""
     refused(bank_of("ivfpq"), tmp_path, *WRONG[wrong])
 
 

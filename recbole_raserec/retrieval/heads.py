@@ -10,14 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from recbole_raserec.config import Config
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import FastDropout
 
@@ -168,7 +167,7 @@ class RetrievalModule(nn.Module):
         ConfigError: `ram_heads` does not divide H.
     """
 
-    def __init__(self, config: Union[Config, Mapping[str, Any]], size: int):
+    def __init__(self, config: Mapping[str, Any], size: int):
         super().__init__()
         if size % config["ram_heads"]:
             raise ConfigError(
