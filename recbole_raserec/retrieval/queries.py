@@ -76,7 +76,7 @@ class Queries:
         group, rows = current(), len(self)
         own = group.every(rows)
         times = None if self.times is None else self.times[own]
-        found = memory.search(self.h[own].cpu().numpy(), top_k, self.users[own], self.positions[own], desc, times)
+        found = memory.search(self.h[own], top_k, self.users[own], self.positions[own], desc, times)
         ids, mask = torch.from_numpy(np.maximum(found.ids, 0)), torch.from_numpy(found.mask)
         self.ids = group.joined_rows(ids, own, rows).to(self.h.device)
         self.mask = group.joined_rows(mask, own, rows).to(self.h.device)

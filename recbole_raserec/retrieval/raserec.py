@@ -104,9 +104,7 @@ class RaSeRec(SequentialRecommender):
         Returns:
             ids int64 [B, K], 0 where there is none, and mask bool [B, K], True where there is one.
         """
-        found = self.memory.search(
-            h.detach().cpu().numpy(), self.top_k, _numpy(user), _numpy(position), times=_numpy(time)
-        )
+        found = self.memory.search(h, self.top_k, user, position, times=time)
         ids, mask = torch.from_numpy(found.ids), torch.from_numpy(found.mask)
         return ids.clamp(min=0).to(h.device), mask.to(h.device)
 
@@ -172,14 +170,12 @@ class RaSeRec(SequentialRecommender):
 
     def remember(self, keys: Tensor, rows: Rows) -> None:
         """Add entries with these keys [N, H] to the memory."""
-        self.memory.add(
-            keys.cpu().numpy(), rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners
-        )
+        self.memory.add(keys, rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners)
         self._memory_changed()
 
     def refresh_memory(self, keys: Tensor) -> None:
         """Replace the memory's keys [N, H] after the backbone changed."""
-        self.memory.set_keys(keys.cpu().numpy())
+        self.memory.set_keys(keys)
         self._memory_changed()
 
     def use_memory(self, memory: MemoryBank) -> None:
@@ -197,7 +193,7 @@ class RaSeRec(SequentialRecommender):
 
     def _memory_changed(self) -> None:
         if self.memory.retrieve_by == "target":
-            self.memory.set_target_vectors(self.item_vectors().detach().cpu().numpy())
+            self.memory.set_target_vectors(self.item_vectors())
         self.known.clear()
 
     # -- RecBole's interface ----------------------------------------------------------------------------------------
@@ -262,7 +258,3 @@ class RaSeRec(SequentialRecommender):
         h = self.augment(*self.retrieved(interaction))
         found, bias = (h * self.item_vectors()[items]).sum(dim=1), self.backbone.item_bias()  # [B]
         return found if bias is None else found + bias[items]
-
-
-def _numpy(values: Any) -> Any:
-    return values.cpu().numpy() if isinstance(values, Tensor) else values
