@@ -37,6 +37,7 @@ from recbole_raserec.storage.files import (
     write_json,
     write_tensors,
 )
+from recbole_raserec.storage.locks import descriptor, locked, try_lock
 
 __all__ = [
     "ARRAYS",
@@ -50,11 +51,13 @@ __all__ = [
     "STATE",
     "data_fingerprint",
     "dense_tensors",
+    "descriptor",
     "fingerprint",
     "live_parts",
     "load_optimizer",
     "load_weights",
     "lock_file",
+    "locked",
     "one_at_a_time",
     "optimizer_tensors",
     "part_of",
@@ -69,6 +72,7 @@ __all__ = [
     "save_parts",
     "sha256",
     "sync_directory",
+    "try_lock",
     "version_of",
     "write_arrays",
     "write_checkpoint",
