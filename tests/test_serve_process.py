@@ -118,7 +118,7 @@ def test_killed_while_it_is_updated(planted_run, tmp_path, start):
         stored = [again.items[n] for n in again.stored([user])[0]]
         assert stored[: len(chosen)] == chosen
         assert len(stored) - len(chosen) in (0, 3)  # the last one may have been journaled, and not answered
-        memory, number = again.model.memory, again._user_number[user]
+        memory, number = again.model.memory, again.live.numbers[user]
         assert sorted(memory.positions[memory.users == number].tolist()) == list(range(1, len(stored)))
     for user in late:
         assert [again.items[n] for n in again.stored([user])[0]] == items[:200]
