@@ -84,7 +84,7 @@ setup(
     package_dir={"recbole_raserec.properties": "properties"},
     package_data={
         "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml", "tune/*.yaml"],
-        "recbole_raserec.serving": ["*.css", "*.js"],
+        "recbole_raserec.serving": ["*.css", "*.j2", "*.js"],
     },
     ext_modules=[kernels(name) for name in INSTRUCTIONS],
     entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli.main:main"]},

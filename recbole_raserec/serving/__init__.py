@@ -18,10 +18,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_checkpoint":
-        from recbole_raserec.serving import loading as module
-    elif name == "Recommender":
-        from recbole_raserec.serving import recommender as module
-    else:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{'recommender' if name == 'Recommender' else 'loading'}"), name)

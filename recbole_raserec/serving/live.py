@@ -294,7 +294,9 @@ class LiveMemory:
         # No more of a prefix than is read: whole ones of a long history would take its length squared.
         prefixes = [grown[user][max(position - read, 0) : position] for user, position, _, _ in rows]
         owners = np.array([numbers[user] for user, *_ in rows], dtype=np.int64)
-        keys = self._keys(prefixes, owners) if rows else None
+        positions, targets = (np.array([row[n] for row in rows], dtype=np.int64) for n in (1, 2))
+        times = np.array([math.nan if time is None else time for *_, time in rows])
+        keys = self._keys(prefixes, owners) if rows else np.empty((0, 0), np.float32)
         new = [user for user in grown if numbers[user] >= len(self.users)]
         with self.lock.write():
             for user in new:
@@ -305,8 +307,7 @@ class LiveMemory:
                 histories.append(numbers[user], np.array(items[before:], dtype=np.int32))
                 np.add.at(self.catalogue.counts, items[before:], 1)
             if self._memory is not None and rows:
-                times = [math.nan if time is None else time for *_, time in rows]
-                self._memory.add(keys, [row[2] for row in rows], owners.tolist(), [row[1] for row in rows], times)
+                self._memory.add(keys, targets, owners, positions, times)
         return Update(len(events), len(rows), len(new), 0)
 
     def _forget(self, user: str) -> int:
