@@ -218,6 +218,11 @@ class LiveMemory:
         """Changes that only the journal has."""
         return self.applied - self._saved
 
+    @property
+    def n_memories(self) -> int:
+        """Memories that can be retrieved; 0 of a model without any."""
+        return 0 if self._memory is None else int(len(self._memory) - self._memory.gone.sum())
+
     def numbers_of(self, users: Iterable[str]) -> np.ndarray:
         """Internal ids int64 [N] of external ones; 0 where a user is unknown."""
         return np.array([self.numbers.get(user, 0) for user in users], dtype=np.int64)
@@ -331,7 +336,7 @@ class LiveMemory:
         def encode(rows: np.ndarray) -> torch.Tensor:
             return found.model.encode(*found.batch([prefixes[row] for row in rows], users[rows]))
 
-        out = torch.empty(len(prefixes), found.model.memory.keys.shape[1])
+        out = torch.empty(len(prefixes), found.model.memory.hidden_size)
         batches = batches_by_length(np.zeros(len(prefixes), dtype=np.int64), rows=BATCH)  # in the order of the events
         return encode_in_batches(found.model, encode, batches, out).numpy()
 
