@@ -63,13 +63,12 @@ class ReadWriteLock:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._readers = self._waiting = 0
-        self._writing = False
 
     @contextlib.contextmanager
     def read(self) -> Iterator[None]:
         """Hold it with other readers."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._writing and not self._waiting)
+            self._condition.wait_for(lambda: not self._waiting)
             self._readers += 1
         try:
             yield
@@ -80,17 +79,14 @@ class ReadWriteLock:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[None]:
-        """Hold it alone."""
+        """Hold it alone: with the condition's own lock, without which no reader enters."""
         with self._condition:
             self._waiting += 1
-            self._condition.wait_for(lambda: not self._writing and not self._readers)
+            self._condition.wait_for(lambda: not self._readers)
             self._waiting -= 1
-            self._writing = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writing = False
+            try:
+                yield
+            finally:
                 self._condition.notify_all()
 
 

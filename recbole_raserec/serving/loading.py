@@ -80,20 +80,9 @@ class Checkpoint:
     parts: Path
 
     @cached_property
-    def device(self) -> torch.device:
-        """Of the weights."""
-        return torch.device(self.options["device"])
-
-    @cached_property
     def longest(self) -> int:
         """The model reads the last that many items of a history."""
         return int(self.options["MAX_ITEM_LIST_LENGTH"])
-
-    @cached_property
-    def _width(self) -> Optional[int]:
-        """Columns of a batch; None: as many as its longest history."""
-        cut = self.model.backbone.trims if isinstance(self.model, RaSeRec) else trims(self.model)
-        return None if cut else self.longest
 
     def batch(self, histories: Sequence[Sequence[int]], users: np.ndarray) -> tuple[torch.Tensor, ...]:
         """What the model reads of B histories, none of them empty.
@@ -105,8 +94,10 @@ class Checkpoint:
         Returns:
             item_seq [B, L], item_seq_len [B] and the users [B], int64, on the model's device.
         """
-        item_seq, lengths = pad_lists([row[-self.longest :] for row in histories], self._width)
-        return tuple(torch.from_numpy(part).to(self.device) for part in (item_seq, lengths, users))
+        model, longest = self.model, self.longest
+        cut = model.backbone.trims if isinstance(model, RaSeRec) else trims(model)
+        batch = *pad_lists([row[-longest:] for row in histories], None if cut else longest), users
+        return tuple(torch.from_numpy(part).to(self.options["device"]) for part in batch)
 
 
 def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -> Checkpoint:

@@ -170,14 +170,11 @@ class Recommender:
     def score(
         self, sequences: Any = None, candidates: Ids = None, users: Ids = None, strict: bool = False
     ) -> np.ndarray:
-        """The scores by which `recommend` ranks.
+        """The scores by which `recommend` ranks; the other arguments are those of it.
 
         Args:
-            sequences: as of `recommend`.
             candidates: external ids of the items to score, C of them; None: all in the order of `items` without the
                 padding, its first.
-            users: as of `recommend`.
-            strict: as of `recommend`.
 
         Returns:
             float32 [N, C].
@@ -195,12 +192,7 @@ class Recommender:
 
     @torch.no_grad()
     def encode(self, sequences: Any = None, users: Ids = None, strict: bool = False) -> np.ndarray:
-        """User vectors as they enter the dot product with the items'.
-
-        Args:
-            sequences: as of `recommend`.
-            users: as of `recommend`.
-            strict: as of `recommend`.
+        """User vectors as they enter the dot product with the items'; arguments are those of `recommend`.
 
         Returns:
             float32 [N, H], zeros for an empty history.
@@ -214,7 +206,12 @@ class Recommender:
             if not len(filled):
                 continue
             with self.live.lock.read():
-                part = self._user_vectors(self._interaction(query, filled))
+                interaction = self._interaction(query, filled)
+                if isinstance(self.model, RaSeRec):
+                    part = self.model.augment(*self.model.retrieved(interaction))
+                else:
+                    names = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN, self.model.USER_ID
+                    part = self._backbone.encode(*(interaction[name] for name in names))
             if vectors is None:
                 vectors = np.zeros((len(query.rows), part.shape[1]), np.float32)
             vectors[filled] = part.cpu().numpy()
@@ -279,14 +276,7 @@ class Recommender:
         return self.live.histories
 
     def stored(self, users: Iterable[str]) -> list[np.ndarray]:
-        """Stored histories by internal item ids, oldest item first.
-
-        Args:
-            users: external ids.
-
-        Returns:
-            an array int64 [n] for each; empty for an unknown user.
-        """
+        """Stored histories of users by external ids: an array int64 [n] of internal item ids each, oldest first."""
         return [self.histories.of(number).astype(np.int64) for number in self.live.numbers_of(users)]
 
     @property
@@ -300,15 +290,12 @@ class Recommender:
         return self.live.unsaved
 
     def update(self, events: Any, strict: bool = False) -> Update:
-        """Take up new interactions: they end the histories of their users and join the memory; the next call uses them.
+        """Take up new interactions: they end their users' histories and join the memory; the next call uses them.
 
         Args:
             events: (user, item) or (user, item, time) each, in the order they happened; mappings with these keys; or a
                 pandas or polars DataFrame with the log's columns. Users may be new, items may not.
             strict: an unknown item is an error, and nothing is taken up; otherwise it is dropped, and counted.
-
-        Returns:
-            what was taken up.
 
         Raises:
             InputError: an event is none of these.
@@ -321,24 +308,18 @@ class Recommender:
         return dataclasses.replace(done, dropped=len(unknown))
 
     def forget(self, user: Any) -> int:
-        """Forget a user: id, history and memories, the ones in files with the next `save`.
+        """Forget a user: id, history and memories, the ones in files with the next `save`; the number of memories.
 
         Args:
             user: external id; an unknown one changes nothing.
-
-        Returns:
-            the number of memories removed.
         """
         return self.live.forget(as_id(user, "user"))
 
     def save(self, directory: Union[str, Path, None] = None) -> Path:
-        """Write users, histories and memory, as a whole, into the checkpoint directory; or all of it into another one.
+        """Write users, histories and memory, as a whole, into the checkpoint, or all of it into another directory.
 
         Args:
             directory: None: the one it was loaded from, whose journal is emptied then.
-
-        Returns:
-            the directory.
         """
         target = Path(directory) if directory is not None else self.live.directory
         self.live.save(target)
@@ -397,7 +378,7 @@ class Recommender:
                 with self.live.lock.read():
                     found = self._all_scores(self._interaction(query, filled))
             if len(filled) < stop - start:
-                counts = torch.from_numpy(self.catalogue.counts).float().to(self._checkpoint.device)
+                counts = torch.from_numpy(self.catalogue.counts).float().to(self.options["device"])
                 known, found = found, counts.repeat(stop - start, 1)
                 if len(filled):
                     found[torch.from_numpy(filled - start)] = known
@@ -437,12 +418,6 @@ class Recommender:
             return wrap_backbone(self.model, self.options, self._checkpoint.vocabulary)
         except ValueError as error:
             raise InputError(f"{self.name} has no user and item vectors to give: {error}") from None
-
-    def _user_vectors(self, interaction: Interaction) -> torch.Tensor:
-        if isinstance(self.model, RaSeRec):
-            return self.model.augment(*self.model.retrieved(interaction))
-        names = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN, self.model.USER_ID
-        return self._backbone.encode(*(interaction[name] for name in names))
 
 
 def _positive(name: str, value: Any) -> int:

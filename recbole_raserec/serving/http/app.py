@@ -106,12 +106,7 @@ class Service:
 
 
 def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI:
-    """The application; `app.state.service` is its `Service`.
-
-    Args:
-        recommender: a `Recommender`, which should keep a journal.
-        settings: limits and token.
-    """
+    """The application of a `Recommender`, which should keep a journal; `app.state.service` is its `Service`."""
     settings = settings or Settings()
     service, metrics = Service(recommender, settings), Metrics(recommender)
     requests = messages.request_models(settings, (recommender.items[1:4] * 3)[:3] or ["item"])
@@ -131,27 +126,29 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
                 401, "token", "send the server's token as Authorization: Bearer TOKEN.", {"WWW-Authenticate": "Bearer"}
             )
 
-    async def run(pool: ThreadPoolExecutor, call: Callable[..., Any], *values: Any) -> Response:
-        return await asyncio.get_running_loop().run_in_executor(pool, call, *values)
-
-    def asked(request: Request, body: bytes) -> Any:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    async def run(pool: ThreadPoolExecutor, request: Request, call: Callable[[Any], Any]) -> Response:
+        """The answer of `call` to a request, which is checked and answered in a thread of `pool`."""
+        body, kind = await request.body(), request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Problem(415, "media_type", "send JSON, with the header Content-Type: application/json.")
-        return messages.parse(requests[request.url.path], body, settings)
+
+        def work() -> Response:
+            found = call(messages.parse(requests[request.url.path], body, settings))
+            return found if isinstance(found, Response) else JSONResponse(found)
+
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     @app.post("/recommend", **_described("RecommendRequest", messages.Rankings))
     async def recommend(request: Request) -> Response:
         """The k best items for each history."""
 
-        def call(body: bytes) -> Response:
-            found = recommender.recommend(**dict(asked(request, body)))
-            rows = zip(
-                found.items, (row.tolist() for row in found.scores), found.dropped.tolist(), found.popular.tolist()
-            )
-            return JSONResponse({"results": [dict(zip(messages.Ranking.model_fields, row)) for row in rows]})
+        def call(wanted: Any) -> Any:
+            found = recommender.recommend(**dict(wanted))
+            scores = (row.tolist() for row in found.scores)
+            rows = zip(found.items, scores, found.dropped.tolist(), found.popular.tolist())
+            return {"results": [dict(zip(messages.Ranking.model_fields, row)) for row in rows]}
 
-        return await run(service.readers, call, await request.body())
+        return await run(service.readers, request, call)
 
     @app.post("/explain", **_described("ExplainRequest", Explanation, page=True))
     async def explain(
@@ -161,42 +158,36 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
         """Why the k best items are recommended: JSON, or a page where `Accept` has text/html."""
         html = format == "html" or (format is None and "text/html" in request.headers.get("accept", ""))
 
-        def call(body: bytes) -> Response:
-            found = recommender.explain(**dict(asked(request, body)))
-            if not html:
-                return Response(found.to_json(), media_type="application/json")
-            return Response(
-                found.to_html(), media_type="text/html",
-                headers={"Content-Security-Policy": CSP, "Referrer-Policy": "no-referrer", "Vary": "Accept"},
-            )  # fmt: skip
+        def call(wanted: Any) -> Response:
+            found = recommender.explain(**dict(wanted))
+            if html:
+                headers = {"Content-Security-Policy": CSP, "Referrer-Policy": "no-referrer", "Vary": "Accept"}
+                return Response(found.to_html(), media_type="text/html", headers=headers)
+            return Response(found.to_json(), media_type="application/json")
 
-        return await run(service.readers, call, await request.body())
+        return await run(service.readers, request, call)
 
     @app.post("/update", **_described("UpdateRequest", messages.Updated, changes=Depends(permitted)))
     async def update(request: Request) -> Response:
         """Take up new interactions. When this answers 200 they are on the disk."""
 
-        def call(body: bytes) -> Response:
-            wanted = asked(request, body)
+        def call(wanted: Any) -> Any:
             done = recommender.update([dict(event) for event in wanted.events], wanted.strict)
             metrics.events.inc(done.events)
-            return JSONResponse(vars(done))
+            return vars(done)
 
-        return await run(service.writer, call, await request.body())
+        return await run(service.writer, request, call)
 
     @app.post("/forget", **_described("ForgetRequest", messages.Forgotten, changes=Depends(permitted)))
     async def forget(request: Request) -> Response:
         """Forget a user: at once in all answers, in the files with the next save."""
-
-        def call(body: bytes) -> Response:
-            return JSONResponse({"memories": recommender.forget(asked(request, body).user)})
-
-        return await run(service.writer, call, await request.body())
+        return await run(service.writer, request, lambda wanted: {"memories": recommender.forget(wanted.user)})
 
     @app.post("/save", **_described(None, messages.Saved, changes=Depends(permitted)))
     async def save() -> Response:
         """Save now what is in the journal only."""
-        return await run(service.writer, lambda: JSONResponse({"changes": service.save()}))
+        changes = await asyncio.get_running_loop().run_in_executor(service.writer, service.save)
+        return JSONResponse({"changes": changes})
 
     @app.get("/health", response_model=messages.Health)
     async def health() -> Response:
