@@ -83,11 +83,8 @@ class Reason:
     """A recommended item.
 
     Attributes:
-        item: which it is.
         rank: from 1 on, among the items not in the history.
         score: the sum of `backbone` and `retrieval`; a probability with the kNN head, see `Explanation`.
-        backbone: what the backbone gives.
-        retrieval: what retrieval gives.
         rank_without_memory: as `rank`, of the backbone alone.
         score_without_memory: of the backbone alone.
         effects: for each memory what the score loses without it.
@@ -108,14 +105,9 @@ class Explanation:
     """The items recommended for a history and their reasons.
 
     Attributes:
-        model: its name.
-        dataset: its name, if that is known.
         unit: what scores are: `score` (the dot product), or `probability` with the kNN head.
         alpha: weight of the backbone's own vector.
-        history: oldest item first.
-        dropped: unknown items that were left out of it.
-        memories: that were retrieved.
-        items: best first.
+        dropped: unknown items that were left out of the history.
     """
 
     model: str

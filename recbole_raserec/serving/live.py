@@ -158,7 +158,7 @@ class Journal:
     def clear(self) -> None:
         """Drop all records: what they changed is stored elsewhere."""
         with replacing(self.path) as part:
-            Path(part).write_bytes(b"")
+            part.write_bytes(b"")
         self._file.close()
         self._open()
 
@@ -192,7 +192,7 @@ class LiveMemory:
         self.users, self.applied = list(checkpoint.users), checkpoint.applied
         self.numbers = {name: number for number, name in enumerate(self.users) if number and name != FORGOTTEN}
         self.lock = ReadWriteLock()
-        self._memory = checkpoint.model.memory if isinstance(checkpoint.model, RaSeRec) else None
+        self._memory: Any = checkpoint.model.memory if isinstance(checkpoint.model, RaSeRec) else None
         self._changing = threading.Lock()
         self._saved = self.applied
         self._journal: Optional[Journal] = None
@@ -275,40 +275,34 @@ class LiveMemory:
 
     def _apply(self, events: Sequence[Event]) -> Update:
         histories, options, item_numbers = self.histories, self.checkpoint.options, self.checkpoint.vocabulary.numbers
-        shortest = options["memory_min_length"] or 1
-        longest = options["memory_max_length"] or math.inf
-        read = self.checkpoint.longest
-        grown: dict[str, list[int]] = {}
+        shortest, longest = options["memory_min_length"] or 1, options["memory_max_length"] or math.inf
+        new: list[str] = []
         numbers: dict[str, int] = {}
-        rows: list[tuple[str, int, int, Optional[float]]] = []  # user, position, target, time
-        known = len(self.users)
+        grown: dict[str, list[int]] = {}
+        prefixes: list[list[int]] = []
+        rows: list[tuple[int, int, int, float]] = []  # target, user, position, time
         for user, item, time in events:
             if user not in grown:
-                numbers[user] = self.numbers.get(user, 0)
-                if not numbers[user]:
-                    numbers[user] = known
-                    known += 1
-                grown[user] = histories.of(numbers[user]).tolist()
-            if self._memory is not None and shortest <= len(grown[user]) <= longest:
-                rows.append((user, len(grown[user]), item_numbers[item], time))
-            grown[user].append(item_numbers[item])
-        # No more of a prefix than is read: whole ones of a long history would take its length squared.
-        prefixes = [grown[user][max(position - read, 0) : position] for user, position, _, _ in rows]
-        owners = np.array([numbers[user] for user, *_ in rows], dtype=np.int64)
-        positions, targets = (np.array([row[n] for row in rows], dtype=np.int64) for n in (1, 2))
-        times = np.array([math.nan if time is None else time for *_, time in rows])
-        keys = self._keys(prefixes, owners) if rows else np.empty((0, 0), np.float32)
-        new = [user for user in grown if numbers[user] >= len(self.users)]
+                number = self.numbers.get(user, len(self.users) + len(new))
+                new += [user] if number >= len(self.users) else []
+                numbers[user], grown[user] = number, histories.of(number).tolist()
+            history, target = grown[user], item_numbers[item]
+            if self._memory is not None and shortest <= len(history) <= longest:
+                # No more of a prefix than is read: whole ones of a long history would take its length squared.
+                prefixes.append(history[-self.checkpoint.longest :])
+                rows.append((target, numbers[user], len(history), math.nan if time is None else time))
+            history.append(target)
+        targets, users, positions, times = map(np.array, zip(*rows)) if rows else [np.empty(0, np.int64)] * 4
+        keys = self._keys(prefixes, users) if rows else None
         with self.lock.write():
-            for user in new:
-                self.numbers[user] = numbers[user]
-                self.users.append(user)
+            self.numbers.update({user: numbers[user] for user in new})
+            self.users += new
             for user, items in grown.items():
-                before = len(histories.of(numbers[user]))
-                histories.append(numbers[user], np.array(items[before:], dtype=np.int32))
-                np.add.at(self.catalogue.counts, items[before:], 1)
-            if self._memory is not None and rows:
-                self._memory.add(keys, targets, owners, positions, times)
+                added = items[len(histories.of(numbers[user])) :]
+                histories.append(numbers[user], np.array(added, dtype=np.int32))
+                np.add.at(self.catalogue.counts, added, 1)
+            if keys is not None:
+                self._memory.add(keys, targets, users, positions, times)
         return Update(len(events), len(rows), len(new), 0)
 
     def _forget(self, user: str) -> int:
