@@ -18,7 +18,7 @@ from recbole_raserec.config import get_model, trims
 from recbole_raserec.data import pad_lists
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.recommendation import wrap_backbone
-from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec, raserec_class
+from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec
 from recbole_raserec.storage import BEST, MEMORY, live_parts, load_weights, read_ids, read_manifest, read_weights
 
 
@@ -124,7 +124,7 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
         if name == "RaSeRec":
             inner = Options(manifest["backbone_options"], device=target)
             base = get_model(inner["model"])(inner, vocabulary)
-            model = raserec_class(options)(options, vocabulary, wrap_backbone(base, inner, vocabulary))
+            model = RaSeRec(options, vocabulary, wrap_backbone(base, inner, vocabulary))
             memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
         else:
             model = get_model(name)(options, vocabulary)
