@@ -9,13 +9,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.splits import Splits
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.storage import HISTORIES, ITEMS, read_arrays, read_json, write_arrays, write_json
 
@@ -123,8 +122,8 @@ class Catalogue:
         return cls(np.array(counts, dtype=np.int64), titles, histories)
 
 
-def catalogue_of(splits: Splits, config: Config) -> Catalogue:
-    """The catalogue of a prepared data set."""
+def catalogue_of(splits: Any, config: Config) -> Catalogue:
+    """The catalogue of a prepared data set, its `Splits`."""
     dataset = splits.train._dataset
     dataset = getattr(dataset, "original", None) or dataset  # regenerated rows are no user's history
     parts = [dataset, splits.valid._dataset, splits.test._dataset]

@@ -2,8 +2,8 @@
 
 from recbole_raserec.retrieval.heads import neighbour_weights
 from recbole_raserec.retrieval.memory import MemoryBank
-from recbole_raserec.retrieval.raserec import RaSeRec
-from recbole_raserec.retrieval.stage import TRAINING_BUFFERS, fine_tune
+from recbole_raserec.retrieval.raserec import TRAINING_BUFFERS, RaSeRec
+from recbole_raserec.retrieval.stage import fine_tune
 
 __all__ = [
     "TRAINING_BUFFERS",

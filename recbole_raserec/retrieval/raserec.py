@@ -20,6 +20,9 @@ from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
 
+#: Buffers of a training model that a finished checkpoint does not need.
+TRAINING_BUFFERS = ("known_ids", "known_mask")
+
 Vectors = tuple[Tensor, Tensor, Optional[Tensor]]
 
 

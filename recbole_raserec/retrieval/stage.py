@@ -27,12 +27,9 @@ from recbole_raserec.retrieval.queries import (
     Rows,
     encode_split,
 )
-from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.retrieval.raserec import TRAINING_BUFFERS, RaSeRec
 from recbole_raserec.storage import fingerprint, version_of
 from recbole_raserec.training import Hooks, Outcome, Trial, run_stage
-
-#: Buffers of a training model that a finished checkpoint does not need.
-TRAINING_BUFFERS = ("known_ids", "known_mask")
 
 #: Memories from which the module's starting scale is taken.
 CALIBRATION = 20_000

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recbole_raserec.serving.loading import load_checkpoint
+    from recbole_raserec.serving.live import load_checkpoint
     from recbole_raserec.serving.recommender import Recommender
 
 __all__ = [
@@ -22,4 +22,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{'recommender' if name == 'Recommender' else 'loading'}"), name)
+    return getattr(import_module(f"{__name__}.{'recommender' if name == 'Recommender' else 'live'}"), name)

@@ -29,8 +29,7 @@ from recbole_raserec.recommendation import Backbone, wrap_backbone
 from recbole_raserec.retrieval import RaSeRec
 from recbole_raserec.serving.explain import Explanation, explain
 from recbole_raserec.serving.inputs import Recommendations, as_events, as_id, as_ids, as_sequences
-from recbole_raserec.serving.live import LiveMemory, Update, lock_directory
-from recbole_raserec.serving.loading import Checkpoint, load_checkpoint
+from recbole_raserec.serving.live import Checkpoint, LiveMemory, Update, load_checkpoint, lock_directory
 from recbole_raserec.storage import read_manifest
 
 #: Bytes of scores held at a time.
