@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from recbole_raserec.serving.http.messages import Problem
 from recbole_raserec.serving.http.settings import Settings, log, log_error
@@ -107,13 +107,9 @@ class Limits:
             raise self._too_large(size)
 
         async def read() -> bytes:
-            body, more = bytearray(), True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
+            body = bytearray()
+            async for part in Request(scope, receive).stream():
+                body += part
                 if len(body) > self.settings.max_body:
                     raise self._too_large(None)
             return bytes(body)
