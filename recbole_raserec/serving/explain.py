@@ -169,10 +169,10 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
         scores[np.unique(query.rows[0])] = -torch.inf
     best = whole.topk(min(k, int(whole.isfinite().sum()))).indices
     effects: list[torch.Tensor] = []  # without one memory after the other, as many at a time as memory allows
-    for places in kept.split(max(1, SCORE_BYTES // (32 * len(whole)))):
-        without = mask.repeat(len(places), 1)
-        without[torch.arange(len(places)), places] = False
-        parts = _parts(model, h.expand(len(places), -1), ids.expand(len(places), -1), without)
+    for columns in kept.split(max(1, SCORE_BYTES // (32 * len(whole)))):
+        without = mask.repeat(len(columns), 1)
+        without[torch.arange(len(columns)), columns] = False
+        parts = _parts(model, h.expand(len(columns), -1), ids.expand(len(columns), -1), without)
         effects += list(whole[best] - parts.sum(dim=1)[:, best])
     attention, similarity = _attention(model, h, ids, mask)
 
@@ -182,27 +182,26 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     reasons = []
     for rank, number in enumerate(best.tolist(), start=1):
         backbone, retrieval = both[0, :, number].tolist()
-        value = float(alone[number])
-        lost = [float(effect[rank - 1]) for effect in effects]
-        rank_alone = 1 + int((alone > value).sum())
-        score = backbone + retrieval
-        reasons.append(Reason(item(number), rank, score, backbone, retrieval, rank_alone, value, lost))
+        value, lost = float(alone[number]), [float(effect[rank - 1]) for effect in effects]
+        before = 1 + int((alone > value).sum())
+        reasons.append(Reason(item(number), rank, backbone + retrieval, backbone, retrieval, before, value, lost))
     memories = []
-    for place in kept.tolist():
-        entry = int(ids[0, place])
+    for column in kept.tolist():
+        entry = int(ids[0, column])
         user, position = int(model.memory.users[entry]), int(model.memory.positions[entry])
         stored = recommender.catalogue.histories
         prefix = stored.of(user)[max(position - SHOWN, 0) : position] if stored is not None and user > 0 else []
         memories.append(Memory(
-            entry, item(int(model.memory.targets[entry])), float(similarity[0, place]), float(attention[0, place]),
+            entry, item(int(model.memory.targets[entry])), float(similarity[0, column]), float(attention[0, column]),
             recommender.users[user] if user > 0 else None, int(model.memory.support[entry]),
             [item(int(number)) for number in prefix],
         ))  # fmt: skip
     unit = "probability" if model.knn else "score"
     alpha = float(model.ram.alpha.clamp(0, 1)) if model.augments else 1.0
-    history = [item(int(number)) for number in query.rows[0]]
-    name, dataset, dropped = recommender.name, recommender.dataset, int(query.dropped[0])
-    return Explanation(name, dataset, unit, alpha, history, dropped, memories, reasons)
+    return Explanation(
+        recommender.name, recommender.dataset, unit, alpha, [item(int(number)) for number in query.rows[0]],
+        int(query.dropped[0]), memories, reasons,
+    )  # fmt: skip
 
 
 def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -210,11 +209,8 @@ def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -
     table, bias = model.item_vectors().double().t(), model.backbone.item_bias()
     mixed = model.augment(h, ids, mask).double() if model.augments else h.double()
     some = mask.any(dim=1, keepdim=True)
-    alpha = (
-        torch.where(some, model.ram.alpha.clamp(0, 1).double(), 1.0)
-        if model.augments
-        else torch.ones_like(some).double()
-    )
+    share = model.ram.alpha.clamp(0, 1).double() if model.augments else 1.0
+    alpha = torch.where(some, share, 1.0).double()
     own = alpha * h.double()
     backbone, retrieval = own @ table, (mixed - own) @ table  # [B, V]
     if bias is not None:

@@ -84,7 +84,7 @@ class Recommender:
         self.name, self.dataset, self.fingerprint = manifest["model"], manifest.get("dataset"), manifest["fingerprint"]
         self.live = LiveMemory(checkpoint, catalogue, Path(directory))
         self.items, self.titles, self.users = checkpoint.vocabulary.items, catalogue.titles, self.live.users
-        self.longest = checkpoint.longest
+        self.longest, self.device = checkpoint.longest, torch.device(self.options["device"])
         self._checkpoint, self._number = checkpoint, checkpoint.vocabulary.numbers
         self._names = [self.options[name] for name in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
 
@@ -377,7 +377,7 @@ class Recommender:
                 with self.live.lock.read():
                     found = self._all_scores(self._interaction(query, filled))
             if len(filled) < stop - start:
-                counts = torch.from_numpy(self.catalogue.counts).float().to(self.options["device"])
+                counts = torch.from_numpy(self.catalogue.counts).float().to(self.device)
                 known, found = found, counts.repeat(stop - start, 1)
                 if len(filled):
                     found[torch.from_numpy(filled - start)] = known
@@ -403,8 +403,8 @@ class Recommender:
 
     def _take_best(self, found: torch.Tensor, k: int, items: list[list[str]], values: list[np.ndarray]) -> None:
         """Add to `items` and `values` the k best of each row [B, V], without those of minus infinity."""
-        best, place = found.topk(min(k, found.shape[1]), dim=1)
-        for row, numbers in zip(best.cpu().numpy(), place.cpu().numpy()):
+        best = found.topk(min(k, found.shape[1]), dim=1)
+        for row, numbers in zip(best.values.cpu().numpy(), best.indices.cpu().numpy()):
             count = int(np.isfinite(row).sum())
             items.append([self.items[number] for number in numbers[:count]])
             values.append(row[:count].astype(np.float32))

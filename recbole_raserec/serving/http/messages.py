@@ -100,15 +100,15 @@ class Health(BaseModel):
     unsaved: int = Field(description="changes that are in the journal only")
 
 
-#: Exceeding a list's length or `le` at these places is exceeding a limit: place -> option.
+#: Exceeding a list's length or `le` at these paths is exceeding a limit: path -> option.
 LIMITS = {
     ("sequences",): "max_sequences", ("users",): "max_sequences", ("sequences", 0): "max_history",
     ("sequence",): "max_history", ("candidates",): "max_candidates", ("exclude",): "max_candidates",
     ("events",): "max_events", ("k",): "max_k",
 }  # fmt: skip
 
-#: Members of requests. Behind them an error's place has pydantic's names for what an id may be.
-MEMBERS = {name for place in LIMITS for name in place} | {"user", "item", "time", "strict", "exclude_seen"}
+#: Members of requests. Behind them an error's path has pydantic's names for what an id may be.
+MEMBERS = {name for path in LIMITS for name in path} | {"user", "item", "time", "strict", "exclude_seen"}
 
 
 def request_models(settings: Settings, items: list[str]) -> dict[str, Any]:
@@ -190,9 +190,9 @@ def _problem(error: dict[str, Any], settings: Settings) -> Problem:
         return Problem(400, "malformed", f"the body is no JSON: {context.get('error', error['msg'])}.")
     if kind == "extra_forbidden":
         return Problem(422, "invalid", f"{str(error['loc'][-1])!r:.80} is no member of this request; leave it out.")
-    place = [part for part in error["loc"] if isinstance(part, int) or part in MEMBERS]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or "the body"
-    option = LIMITS.get(tuple(0 if isinstance(part, int) else part for part in place))
+    path = [part for part in error["loc"] if isinstance(part, int) or part in MEMBERS]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the body"
+    option = LIMITS.get(tuple(0 if isinstance(part, int) else part for part in path))
     allowed = context.get("max_length" if kind == "too_long" else "le")
     if option and kind in ("too_long", "less_than_equal") and allowed == getattr(settings, option):
         value = context.get("actual_length") if kind == "too_long" else error["input"]
@@ -202,7 +202,7 @@ def _problem(error: dict[str, Any], settings: Settings) -> Problem:
             422, "limit", f"{where} {known}, and {allowed} is the most: ask for less at a time, or start the server "
             f"with a larger --{option}.", limit=option, value=value, allowed=allowed,
         )  # fmt: skip
-    if len(place) < len(error["loc"]):
+    if len(path) < len(error["loc"]):
         return Problem(
             422, "invalid", f"{where} is no id; ids are text of 1 to {ID_LENGTH} characters or whole numbers."
         )

@@ -54,12 +54,12 @@ def serve(
         )  # fmt: skip
         # uvicorn raises the signal that ended it once more, for what handled it before: nothing, here.
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-        place = f"serving {recommender.name} ({recommender.dataset}) at {_address(listening)}"
+        line = f"serving {recommender.name} ({recommender.dataset}) at {_address(listening)}"
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: Any = None) -> None:
                 await super().startup(sockets=sockets)
-                print(place, flush=True)  # only now are connections taken
+                print(line, flush=True)  # only now are connections taken
 
         try:
             app.state.service.start()
