@@ -114,7 +114,7 @@ def test_bad_lines_are_counted_and_the_first_is_named(convert):
     good = "".join(f"u{n},i,5,{n}\n" for n in range(400))
     summary, table = convert(good[: good.index("u7,")] + "u,i\nu,i,5,soon\n\nNA,i,5,3\n" + good[good.index("u7,") :])
     assert summary.bad_lines == 3
-    assert summary.first_bad == "line 8: 2 column(s) only"
+    assert summary.first_bad == "line 8: rating or time is missing or not a number: '', ''"
     assert len(table) == 400
     assert "line 8" in summary.text()
 
