@@ -119,6 +119,26 @@ def test_bad_lines_are_counted_and_the_first_is_named(convert):
     assert "line 8" in summary.text()
 
 
+@pytest.mark.parametrize("header", ["", "user,item,note,timestamp\n"])
+def test_the_bad_line_is_named_behind_blank_lines_and_line_breaks_in_quotes(convert, header):
+    good = "".join(f"u{n},i,3,{n}\n" for n in range(200))
+    summary, table = convert(header + 'u,i,"3\r\n",1\n\n  \n' + "v,i,3,soon\n" + good, user_col="1", item_col="2")
+    assert (summary.bad_lines, len(table)) == (1, 201)
+    assert summary.first_bad.startswith(f"line {6 if header else 5}: ")
+
+
+@pytest.mark.parametrize("sep", ["::", ", ", "¦", "\x1f"])
+def test_any_separator_whatever_else_stands_in_the_line(convert, sep):
+    lines = [sep.join(("u", f"i{n}", "3", str(n), "more")) for n in range(50)] + [sep.join(("u", "j", "3", "later"))]
+    summary, table = convert("\n".join(lines), sep=sep, max_bad=0.1)
+    assert (len(table), summary.first_bad.partition(":")[0]) == (50, "line 51")
+
+
+def test_nul_is_taken_for_a_wrong_encoding(convert):
+    summary, _ = convert(b"a\x00b,i,3,1\n" + b"u,i,3,2\n" * 200)
+    assert "(--encoding)" in summary.first_bad
+
+
 def test_too_many_bad_lines_are_an_error_unless_tolerated(convert):
     text = "u,i,5,1\nu,j,5,2\noops\nu,k,5,3\n"
     with pytest.raises(DatasetError, match=r"1 of 4 lines .*line 3.*--max_bad=0.25"):

@@ -13,51 +13,12 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Optional
 
 import numpy as np
 
 from recbole_raserec.data.preparation.atomic import write_inter
-from recbole_raserec.data.preparation.readers import FORMATS, read
+from recbole_raserec.data.preparation.readers import FORMATS, Options, read
 from recbole_raserec.errors import ConfigError, DatasetError
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of `recbole-raserec prepare`, by their names on the command line.
-
-    Attributes:
-        input: the raw file, plain or gzip.
-        format: "sequences", "ratings" or "amazon"; see `readers.read`, also for `sep`, `header` and the columns.
-        output: directory of the data sets (`data_path` of a run).
-        name: name of the data set.
-        k_core: keep the k-core only, after `drop_duplicates`; 0 or 1: everything.
-        drop_duplicates: keep only the first interaction of a user with an item.
-        overwrite: replace an existing file.
-        max_bad: largest tolerated share of bad lines.
-        encoding: of the input.
-    """
-
-    input: str
-    format: str
-    output: str
-    name: str
-    user_col: Optional[str] = None
-    item_col: Optional[str] = None
-    rating_col: Optional[str] = None
-    time_col: Optional[str] = None
-    sep: Optional[str] = None
-    header: Optional[bool] = None
-    k_core: int = 0
-    drop_duplicates: bool = False
-    overwrite: bool = False
-    max_bad: float = 0.01
-    encoding: str = "utf-8"
-
-    def columns(self) -> dict[str, str]:
-        """The columns chosen, by role."""
-        chosen = {"user": self.user_col, "item": self.item_col, "rating": self.rating_col, "time": self.time_col}
-        return {role: value for role, value in chosen.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +68,7 @@ def prepare(options: Options) -> Summary:
     """
     target = _checked_target(options)
     source = options.input
-    log, lines, bad, first_bad = read(
-        source, options.format, options.encoding, options.sep, options.columns(), options.header
-    )
+    log, lines, bad, first_bad = read(options)
     if not len(log.users):
         why = f"{bad:,} bad lines; first: {first_bad}" if bad else "it is empty"
         raise DatasetError(f"{source} holds no interaction in the format {options.format} ({why}).")
@@ -168,7 +127,7 @@ def _checked_target(options: Options) -> Path:
         problems.append(f"--sep={options.sep}: JSON lines have no separator; leave it out.")
     if form != "ratings" and options.header is not None:
         problems.append(f"--header / --no_header: the format {form} has no header; leave it out.")
-    for role, value in options.columns().items():
+    for role, value in options.columns.items():
         if form == "sequences":
             problems.append(f"--{role}_col={value}: the format sequences has no columns; leave it out.")
         elif value == "":

@@ -1,9 +1,9 @@
 """Raw recommendation files into interactions.
 
-Tables (format `ratings`) are read by pandas in chunks. It counts rows, not lines: a second pass over the file, made only
-when something is wrong, finds the line. Two formats are read by hand: `sequences`, whose lines differ in length, and
-`amazon`, because `pandas.read_json` turns integer ids beside a missing one into floats, and names no line when one is no
-JSON.
+Tables (format `ratings`) are read by pandas in chunks. It counts rows, not lines: a second pass over the file, made
+only when something is wrong, finds the line. Two formats are read by hand: `sequences`, whose lines differ in length,
+and `amazon`, because `pandas.read_json` turns integer ids beside a missing one into floats, and names no line when one
+is no JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import dataclasses
 import datetime
 import gzip
 import io
@@ -20,7 +21,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, TextIO
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 import pandas as pd
@@ -56,7 +57,54 @@ _ROWS = 1 << 17  # records between two steps of the progress bar
 
 #: Line, user, item, rating (None: none), time. Without a user the line is no record, and the item is the reason.
 Record = tuple[int, Optional[str], str, Any, Any]
-Columns = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of `recbole-raserec prepare`, by their names on the command line.
+
+    Attributes:
+        input: the raw file, plain or gzip.
+        format: "sequences": one user a line, `user item item ...`; the time is the position in the user's history,
+            which a later line of the user continues. "ratings": one interaction a line. "amazon": one JSON a line.
+        output: directory of the data sets (`data_path` of a run).
+        name: name of the data set.
+        user_col: The user's column, by name or by position from 1 (amazon: key). None: found by its name in the header;
+            without a header it is the first, and item, rating and time are the next.
+        item_col: the same of the item.
+        rating_col: the same of the rating; "none": there is no such column.
+        time_col: the same of the time; "none": the order of the lines is the order in time.
+        sep: Separator, one or more characters. None: any white space (sequences), the first of `:: tab , ; |` in the
+            first line (ratings).
+        header: whether the first line names the columns; None: it does if its time column is no time.
+        k_core: keep the k-core only, after `drop_duplicates`; 0 or 1: everything.
+        drop_duplicates: keep only the first interaction of a user with an item.
+        overwrite: replace an existing file.
+        max_bad: largest tolerated share of bad lines.
+        encoding: of the input.
+    """
+
+    input: str
+    format: str
+    output: str
+    name: str
+    user_col: Optional[str] = None
+    item_col: Optional[str] = None
+    rating_col: Optional[str] = None
+    time_col: Optional[str] = None
+    sep: Optional[str] = None
+    header: Optional[bool] = None
+    k_core: int = 0
+    drop_duplicates: bool = False
+    overwrite: bool = False
+    max_bad: float = 0.01
+    encoding: str = "utf-8"
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns chosen, by role."""
+        chosen = {role: getattr(self, f"{role}_col") for role in ROLES}
+        return {role: value for role, value in chosen.items() if value is not None}
 
 
 class Reading(NamedTuple):
@@ -75,36 +123,20 @@ class Reading(NamedTuple):
     first_bad: str
 
 
-def read(
-    source: str, form: str, encoding: str = "utf-8", sep: Optional[str] = None,
-    columns: Optional[Columns] = None, header: Optional[bool] = None,
-) -> Reading:  # fmt: skip
-    """Read a raw file, plain or gzip.
-
-    Args:
-        source: path of the file.
-        form: One of `FORMATS`. "sequences": one user a line, `user item item ...`; the time is the position in the
-            user's history, and a user met again continues it. "ratings": one interaction a line. "amazon": one JSON
-            object a line.
-        encoding: of the file.
-        sep: Separator, one or more characters. None: any white space (sequences), the first of `:: tab , ; |` in the
-            first line (ratings).
-        columns: For "user", "item", "rating", "time" a column's name or position from 1 (ratings), or a key (amazon);
-            "none" for rating or time: there is none, and the order of the lines stands for the time. What is absent is
-            found by its name in the header, and without a header is user, item, rating, time in columns 1 to 4.
-        header: whether the first line names the columns; None: it does if its time column is no time.
+def read(options: Options) -> Reading:
+    """Read a raw file.
 
     Raises:
         DatasetError: The file cannot be read, a column cannot be found, a quote is never closed, or an atomic file
             cannot hold a user or item.
     """
-    found, chosen, refused = _Found(), columns or {}, False
+    source, found, refused = options.input, _Found(), False
     try:
-        with _opened(source, encoding) as (stream, advance):
-            if form == "ratings":
-                frames = _tables(stream, sep, chosen, header)
+        with _opened(options) as (stream, advance):
+            if options.format == "ratings":
+                frames = _tables(stream, options)
             else:
-                frames = _frames(_sequences(stream, sep) if form == "sequences" else _amazon(stream, chosen))
+                frames = _frames((_sequences if options.format == "sequences" else _amazon)(stream, options))
             try:
                 for frame in frames:
                     found.add(frame)
@@ -112,9 +144,9 @@ def read(
             except _Refused as error:
                 found.first, refused = error.args, True
         first = found.first
-        if first and form == "ratings":
-            with _opened(source, encoding) as (stream, _):
-                first = _line_of(first[0], stream, sep, chosen, header), first[1]
+        if first and options.format == "ratings":
+            with _opened(options) as (stream, _):
+                first = _line_of(first[0], stream, options), first[1]
         where = f"line {first[0]}: {first[1]}" if first else ""
         if refused:
             raise DatasetError(where)
@@ -144,15 +176,15 @@ class _Text(io.TextIOWrapper):
 
 
 @contextlib.contextmanager
-def _opened(source: str, encoding: str) -> Iterator[tuple[_Text, Callable[[], Any]]]:
+def _opened(options: Options) -> Iterator[tuple[_Text, Callable[[], Any]]]:
     """The text of a plain or gzip file, and a function that moves the progress bar to where the reading is."""
-    encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-    with open(source, "rb") as raw, contextlib.ExitStack() as stack:
+    encoding = "utf-8-sig" if codecs.lookup(options.encoding).name == "utf-8" else options.encoding
+    with open(options.input, "rb") as raw, contextlib.ExitStack() as stack:
         compressed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
         data: Any = stack.enter_context(gzip.GzipFile(fileobj=raw)) if compressed else raw
         text = stack.enter_context(_Text(data, encoding, errors="replace", newline=""))
-        size, label = os.fstat(raw.fileno()).st_size, f"Reading {Path(source).name}"
+        size, label = os.fstat(raw.fileno()).st_size, f"Reading {Path(options.input).name}"
         bar = stack.enter_context(tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None, delay=1))
         yield text, lambda: bar.update(raw.tell() - bar.n)
 
@@ -218,8 +250,8 @@ def _frames(records: Iterator[Record]) -> Iterator[pd.DataFrame]:
         yield pd.DataFrame(batch, columns=["line", *ROLES])
 
 
-def _sequences(stream: TextIO, sep: Optional[str]) -> Iterator[Record]:
-    positions: dict[str, int] = {}
+def _sequences(stream: _Text, options: Options) -> Iterator[Record]:
+    sep, positions = options.sep, dict[str, int]()
     for number, line in enumerate(stream, start=1):
         fields = line.split() if sep is None else [field.strip() for field in line.rstrip("\r\n").split(sep)]
         if not fields or fields == [""]:
@@ -233,7 +265,8 @@ def _sequences(stream: TextIO, sep: Optional[str]) -> Iterator[Record]:
             yield number, user, item, None, position
 
 
-def _amazon(stream: TextIO, columns: Columns) -> Iterator[Record]:
+def _amazon(stream: _Text, options: Options) -> Iterator[Record]:
+    columns = options.columns
     keys = {role: (columns[role],) if columns.get(role) else AMAZON_KEYS[role] for role in ROLES}
     for number, line in enumerate(stream, start=1):
         if not line.strip():
@@ -256,12 +289,12 @@ def _amazon(stream: TextIO, columns: Columns) -> Iterator[Record]:
             yield number, found["user"], found["item"], found["rating"], found["time"]
 
 
-def _tables(stream: _Text, sep: Optional[str], chosen: Columns, header: Optional[bool]) -> Iterator[pd.DataFrame]:
+def _tables(stream: _Text, options: Options) -> Iterator[pd.DataFrame]:
     """The rows of a table; in the place of the line stands the number of the row, from 0."""
-    sep, header, names = _form(stream, sep, chosen, header)
+    sep, header, names = _form(stream, options)
     if not names:  # an empty file
         return
-    columns = _positions(names, chosen, header)
+    columns = _positions(names, options.columns, header)
     if not header:
         stream.seek(0)
     stream.sep = sep
@@ -271,34 +304,31 @@ def _tables(stream: _Text, sep: Optional[str], chosen: Columns, header: Optional
     )  # fmt: skip
     try:
         for chunk in chunks:
-            frame = {role: chunk[columns[role]] if role in columns else None for role in ROLES}
-            frame["line"] = chunk.index
-            if "time" not in columns:
-                frame["time"] = chunk.index + 1 + header
-            yield pd.DataFrame(frame)
+            frame: dict[str, Any] = {role: chunk[columns[role]] if role in columns else None for role in ROLES}
+            order = {} if "time" in columns else {"time": chunk.index + 1 + header}
+            yield pd.DataFrame({**frame, **order, "line": chunk.index})
     except pd.errors.ParserError:
         raise _Refused(-1, "a quote is opened here and never closed; close or remove it.") from None
 
 
-def _form(stream: TextIO, sep: Optional[str], chosen: Columns, header: Optional[bool]) -> tuple[str, bool, list[str]]:
+def _form(stream: _Text, options: Options) -> tuple[str, bool, list[str]]:
     """Separator, whether the first line is a header, and its fields; the stream is left behind that line."""
-    first = stream.readline()
+    first, header = stream.readline(), options.header
     if first and not first.strip():
         raise DatasetError("the first line is blank: expected interactions, or the names of the columns.")
-    sep = sep or next((mark for mark in SEPARATORS if mark in first), ",")
+    sep = options.sep or next((mark for mark in SEPARATORS if mark in first), ",")
     fields = next(csv.reader([first], delimiter=sep)) if len(sep) == 1 else first.split(sep) if first else []
     names = [name.strip().split(":", 1)[0].strip() for name in fields]
-    return sep, _looks_like_header(names, chosen) if header is None else header, names
+    return sep, _looks_like_header(names, options.columns) if header is None else header, names
 
 
-def _line_of(row: int, stream: TextIO, sep: Optional[str], chosen: Columns, header: Optional[bool]) -> int:
+def _line_of(row: int, stream: _Text, options: Options) -> int:
     """The line of a row of a table; of the last row for -1."""
-    sep, header, _ = _form(stream, sep, chosen, header)
+    sep, header, _ = _form(stream, options)
     stream.seek(0)
-    limit, line = csv.field_size_limit(1 << 30), 1
+    limit, line, lines = csv.field_size_limit(1 << 30), 1, []
     try:
         reader: Any = csv.reader(stream, delimiter=sep) if len(sep) == 1 else None
-        lines = []
         for fields in reader or ([text] for text in stream):
             if len(fields) > 1 or "".join(fields).strip():  # pandas leaves out blank lines
                 lines.append(line)
@@ -335,7 +365,7 @@ def parse_time(text: str) -> float:
     return (date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)).timestamp()
 
 
-def _looks_like_header(names: list[str], chosen: Columns) -> bool:
+def _looks_like_header(names: list[str], chosen: dict[str, str]) -> bool:
     """The first line names the columns when names are asked for or recognised, or when its time column is no time."""
     if any(value.lower() != NONE and not value.isdigit() for value in chosen.values()):
         return True
@@ -351,7 +381,7 @@ def _looks_like_header(names: list[str], chosen: Columns) -> bool:
     return False
 
 
-def _positions(names: list[str], chosen: Columns, header: bool) -> dict[str, int]:
+def _positions(names: list[str], chosen: dict[str, str], header: bool) -> dict[str, int]:
     """Position (from 0) of each column that there is, by its role."""
     listed = f"the header names {', '.join(names)}" if header else f"{len(names)} columns and no header"
     found: dict[str, int] = {}
