@@ -312,12 +312,16 @@ def _tables(stream: _Text, options: Options) -> Iterator[pd.DataFrame]:
 
 
 def _form(stream: _Text, options: Options) -> tuple[str, bool, list[str]]:
-    """Separator, whether the first line is a header, and its fields; the stream is left behind that line."""
+    """Separator, whether the first line is a header, and its fields; the stream is left behind it."""
     first, header = stream.readline(), options.header
     if first and not first.strip():
         raise DatasetError("the first line is blank: expected interactions, or the names of the columns.")
     sep = options.sep or next((mark for mark in SEPARATORS if mark in first), ",")
-    fields = next(csv.reader([first], delimiter=sep)) if len(sep) == 1 else first.split(sep) if first else []
+    try:
+        rows = csv.reader(itertools.chain([first], stream), delimiter=sep) if len(sep) == 1 else [first.split(sep)]
+        fields = next(iter(rows)) if first else []
+    except csv.Error as error:
+        raise DatasetError(f"the first line cannot be read: {error}.") from None
     names = [name.strip().split(":", 1)[0].strip() for name in fields]
     return sep, _looks_like_header(names, options.columns) if header is None else header, names
 
