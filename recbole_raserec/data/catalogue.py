@@ -29,7 +29,7 @@ class Histories:
     """Items of each user in the order of time.
 
     Args:
-        offsets: int64 [U + 1]. items: int [N]; user u has ``items[offsets[u]:offsets[u + 1]]``.
+        offsets: int64 [U + 1]. items: int [N]; user u has `items[offsets[u]:offsets[u + 1]]`.
     """
 
     def __init__(self, offsets: np.ndarray, items: np.ndarray):
@@ -69,7 +69,7 @@ class Histories:
 
     @classmethod
     def load(cls, directory: Path, n_users: int, n_items: int) -> Histories:
-        """Read what :meth:`save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             CheckpointError: missing, damaged, or of other users or items.
@@ -144,7 +144,7 @@ def catalogue_of(splits: Splits, config: Any) -> Catalogue:
 def read_titles(path: Path, tokens: list[str]) -> Optional[list[str]]:
     """Names of the items `tokens` from an atomic item file; None without the file or a column of names.
 
-    The column is the first whose name contains ``title``, else ``name``. An item that the file lacks has its id.
+    The column is the first whose name contains `title`, else `name`. An item that the file lacks has its id.
     """
     if not path.is_file():
         return None

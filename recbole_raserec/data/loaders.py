@@ -29,16 +29,16 @@ SAME_TARGET_ROWS = SAME_TARGET + "rows"
 class BucketLoader(TrainDataLoader):
     """RecBole's TrainDataLoader with length-bucketed batches.
 
-    An epoch is a uniform permutation of the rows, cut into blocks of :data:`BLOCK` batches; within a block rows are
+    An epoch is a uniform permutation of the rows, cut into blocks of `BLOCK` batches; within a block rows are
     sorted by window length, cut into batches, and the batches are put into random order. Every row is seen once an
     epoch. With RecBole's `transform: mask_itemseq` (BERT4Rec), whose loss is a mean over the masked items of a batch, a
     batch holds a constant number of items that can be masked instead of a constant number of rows: otherwise those of
     short windows would weigh many times more, and a batch of the shortest has none. What cannot count there is left
-    out, see :func:`counted_masks`. Needs a :class:`~recbole_raserec.data.dataset.SequenceDataset`, whose `trim` it
+    out, see `counted_masks`. Needs a `SequenceDataset`, whose `trim` it
     switches on.
 
     Args:
-        same_target: add to each batch, under the prefix :data:`SAME_TARGET`, the window of another row with the same
+        same_target: add to each batch, under the prefix `SAME_TARGET`, the window of another row with the same
             target item, drawn uniformly (the row itself where it is the only one). DuoRec's supervised view.
     """
 
@@ -81,7 +81,7 @@ class BucketLoader(TrainDataLoader):
                 yield parts[batch]
 
     def _by_maskable(self, block: np.ndarray) -> list[np.ndarray]:
-        """`block` in batches of as many maskable items as :attr:`step` rows have on average, short windows mixed."""
+        """`block` in batches of as many maskable items as `step` rows have on average, short windows mixed."""
         assert self._maskable is not None
         block = block[np.argsort(np.maximum(self._lengths[block], SHORT), kind="stable")]
         budget = max(self._maskable.mean() * self.step, 1.0)
@@ -113,9 +113,9 @@ class BucketLoader(TrainDataLoader):
 
 def counted_masks(batch: Interaction, config: Any) -> Interaction:
     """A masked batch without what RecBole's BERT4Rec multiplies by 0: windows in which no item but the first is masked,
-    and the places of ``MASK_INDEX`` [B, M] (and the items at them) that no window uses.
+    and the places of `MASK_INDEX` [B, M] (and the items at them) that no window uses.
 
-    RecBole fills M up to ``mask_ratio`` times the longest window, and scores all items at each of the B x M places.
+    RecBole fills M up to `mask_ratio` times the longest window, and scores all items at each of the B x M places.
     Without the dropout of the encoder the loss is the same.
     """
     counted = batch[config["MASK_INDEX"]] > 0  # [B, M]
@@ -179,16 +179,16 @@ class PackedWindows:
 
     A sequence of at most `max_length` inputs is one window. A longer one is cut into windows of `max_length` inputs
     that overlap by half; a later window predicts only what the ones before did not, so that every target but those of
-    the first window sees at least ``max_length // 2`` earlier items. (RecBole's windows slide by one: there each
+    the first window sees at least `max_length // 2` earlier items. (RecBole's windows slide by one: there each
     target sees `max_length` items, at that many times the cost.)
 
     Args:
         store: sequences. users, positions: training rows [N]; a target's index in its user's history.
 
     Attributes:
-        user, start, length: int64 [W]; window w reads ``length`` items of ``user`` from index ``start``.
+        user, start, length: int64 [W]; window w reads `length` items of `user` from index `start`.
         row: int64 [N], training rows ordered by window and position; offsets: int64 [W + 1] into it.
-        column: int64 [N], column of its window at which row ``row[k]`` is predicted.
+        column: int64 [N], column of its window at which row `row[k]` is predicted.
     """
 
     def __init__(self, store: SequenceStore, users: np.ndarray, positions: np.ndarray, max_length: int):
@@ -219,8 +219,8 @@ class PackedPlan:
     """Which targets the rows of one epoch's batches predict.
 
     Attributes:
-        window, length: int64 [R]; row r reads the first ``length`` inputs of window ``window``.
-        offsets: int64 [R + 1]; row r predicts ``slots[offsets[r]:offsets[r + 1]]``, places in `PackedWindows.row`.
+        window, length: int64 [R]; row r reads the first `length` inputs of window `window`.
+        offsets: int64 [R + 1]; row r predicts `slots[offsets[r]:offsets[r + 1]]`, places in `PackedWindows.row`.
         slots: int64 [N].
     """
 
@@ -255,9 +255,9 @@ class PackedLoader(BucketLoader):
     """Batches of packed windows with about `train_batch_size` targets each, whatever the length of the histories.
 
     (With a fixed number of windows a batch and a mean loss, targets of long histories would weigh many times less.)
-    Each epoch deals the targets of a window out to `packed_copies` rows anew, see :func:`plan_epoch`: the targets of
+    Each epoch deals the targets of a window out to `packed_copies` rows anew, see `plan_epoch`: the targets of
     one sequence then fall into different batches, as they do with one window per target.
-    A batch holds ``item_id_list`` [U, L], ``item_length`` [U] and :data:`PACKED_TARGETS` [U, L]; with `same_target`
+    A batch holds `item_id_list` [U, L], `item_length` [U] and `PACKED_TARGETS` [U, L]; with `same_target`
     also a window per target, in row-major order of the targets; where rows have weights, those of the targets [U, L].
 
     Args:

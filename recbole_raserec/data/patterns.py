@@ -1,7 +1,7 @@
 """Frequent sequential patterns within a span, counted exactly: the ground of regeneration and of a pattern memory.
 
 A pattern is a tuple of items; it occurs in a sequence where its items stand in that order, other items between them or
-not, the last at most ``alpha - 1`` places behind the first. Its support is the number of sequences in which it occurs
+not, the last at most `alpha - 1` places behind the first. Its support is the number of sequences in which it occurs
 (DR4SR, arXiv 2405.17795: sliding window alpha = 5, threshold beta = 2).
 
 Patterns are grown by their last item. All occurrences of one length are arrays; a pattern one item longer is a pair
@@ -29,10 +29,10 @@ class Patterns:
 
     Attributes:
         items: int64, the items of all patterns one after the other.
-        offsets: int64 [P + 1]; pattern p is ``items[offsets[p]:offsets[p + 1]]``.
+        offsets: int64 [P + 1]; pattern p is `items[offsets[p]:offsets[p + 1]]`.
         support: int64 [P], sequences it occurs in.
         occurrences: of each pattern and each sequence it occurs in, ascending: pattern, sequence, and the place in the
-            sequence at which it is first complete, int64 arrays of ``support.sum()`` rows; None unless asked for.
+            sequence at which it is first complete, int64 arrays of `support.sum()` rows; None unless asked for.
     """
 
     items: np.ndarray
@@ -63,13 +63,13 @@ def mine_patterns(
 
     Args:
         items: int [N], the sequences one after the other; ids from 0 on.
-        offsets: int [S + 1]; sequence s is ``items[offsets[s]:offsets[s + 1]]``.
+        offsets: int [S + 1]; sequence s is `items[offsets[s]:offsets[s + 1]]`.
         alpha: places a pattern may span, its first and last item included.
         beta: least number of sequences.
         min_length, max_length: items of a pattern; `max_length` None: `alpha`.
         memory_mb: MiB that the candidates may take at a time, the result and the sequences not counted.
         desc: show a progress bar with this label.
-        occurrences: whether to note the sequences, see :class:`Patterns`.
+        occurrences: whether to note the sequences, see `Patterns`.
 
     Raises:
         ValueError: an argument is out of range.

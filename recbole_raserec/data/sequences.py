@@ -57,8 +57,8 @@ def pad_lists(rows: Sequence[Sequence[int]], width: Optional[int] = None) -> tup
 class SequenceStore:
     """Every user's items in time order.
 
-    Items of user `u` are ``items[offsets[u]:offsets[u + 1]]``. Ids are RecBole's internal ones: 0 is padding, users
-    run over ``1 .. n_users - 1``, items over ``1 .. n_items - 1``.
+    Items of user `u` are `items[offsets[u]:offsets[u + 1]]`. Ids are RecBole's internal ones: 0 is padding, users
+    run over `1 .. n_users - 1`, items over `1 .. n_items - 1`.
 
     Args:
         users: int array [N], non-decreasing (rows sorted by user, then time).
@@ -106,7 +106,7 @@ class SequenceStore:
         return self.items[kept], np.concatenate([[0], np.cumsum(size)])
 
     def windows(self, users: np.ndarray, positions: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the model sees before ``items[offsets[users] + positions]``: the last `max_length` earlier items.
+        """What the model sees before `items[offsets[users] + positions]`: the last `max_length` earlier items.
 
         Args:
             users: [B]; positions: [B], index of the target in its user's own history (so the prefix has that length).
