@@ -1,4 +1,4 @@
-"""Plots of figures that lie beside them as JSON. They need matplotlib (``pip install 'recbole-raserec[plots]'``)."""
+"""Plots of figures that lie beside them as JSON. They need matplotlib (`pip install 'recbole-raserec[plots]'`)."""
 
 from __future__ import annotations
 
@@ -169,6 +169,6 @@ def _write(figure: Any, path: str | os.PathLike) -> None:
 
 
 def plot_beside(path: str | os.PathLike, suffix: str = "") -> Path:
-    """Where the plot of a JSON file goes: the same name, `suffix` added, ending in ``.png``."""
+    """Where the plot of a JSON file goes: the same name, `suffix` added, ending in `.png`."""
     path = Path(path)
     return path.with_name(f"{path.stem}{suffix}.png")

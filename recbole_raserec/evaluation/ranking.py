@@ -36,7 +36,7 @@ SeenPairs = tuple[np.ndarray, np.ndarray]
 
 
 def scores(h: torch.Tensor, item_vectors: torch.Tensor, item_bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """The score of each item for each user vector: ``h @ item_vectors.T (+ item_bias)``.
+    """The score of each item for each user vector: `h @ item_vectors.T (+ item_bias)`.
 
     Args:
         h: user vectors [B, H].
@@ -111,7 +111,7 @@ def rank_in_chunks(
         memory_mb: upper bound in MiB for the buffers (option `eval_memory_mb`).
 
     Returns:
-        (kept, removed): 1-based ranks, int64 [N] on the CPU, as :func:`target_ranks` counts them.
+        (kept, removed): 1-based ranks, int64 [N] on the CPU, as `target_ranks` counts them.
 
     Raises:
         ConfigError: `memory_mb` does not hold the scores of a single query.

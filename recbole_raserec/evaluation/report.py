@@ -1,139 +1,137 @@
-"""Results for people (tables for the terminal and for Markdown) and for programs (a JSON record)."""
+"""Results for people (tables in text, Markdown, LaTeX and CSV) and for programs (a JSON record)."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-import os
 import platform
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from logging import getLogger
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, TypedDict
 
+import pandas as pd
 from recbole.utils import ModelType
+from tabulate import LATEX_ESCAPE_RULES, DataRow, Line, TableFormat, tabulate
 
-from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics
+from recbole_raserec.config import Config
+from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics, Options
 from recbole_raserec.evaluation.ranks import write_ranks
 from recbole_raserec.kernels import loaded, peak_memory_mb
-from recbole_raserec.storage import write_json
+from recbole_raserec.storage import plain, write_json
 
 PROTOCOL_TITLES = {
     SEEN_KEPT: "seen items kept in the ranking (RecBole's way for sequential models)",
     SEEN_REMOVED: "seen items removed from the ranking",
 }
-IMPROVEMENT = "improvement"
 ABSENT = "-"
+#: Columns of a terminal that the text of a comparison may take.
+WIDTH = 120
 _METRIC_TITLES = {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP"}
 _DISTRIBUTIONS = {
     "recbole_raserec": ("recbole-raserec",),
-    "recbole": ("recbole",),
-    "torch": ("torch",),
-    "numpy": ("numpy",),
-    "scipy": ("scipy",),
-    "pandas": ("pandas",),
+    **{name: (name,) for name in ("recbole", "torch", "numpy", "scipy", "pandas")},
     "faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11"),
 }
+_TEXT = TableFormat(Line("", "-", "--", ""), None, None, None, DataRow("", "  ", ""), DataRow("", "  ", ""), 0, None)
 
 Results = Mapping[str, Metrics]  # protocol -> {"recall@10": value, ...}
+Rows = list[list[str]]  # the first row is the head
+Content = Mapping[str, Any]  # of `compare.json`
 
 
-def comparison_table(
-    base: Results,
-    ours: Results,
-    names: Sequence[str] = ("SASRec", "RaSeRec"),
-    *,
-    style: str = "text",
-    width: int = 80,
-    digits: int = 4,
-) -> str:
-    """Base, ours and the improvement in percent: one block for each protocol, named in words.
-
-    Args:
-        base, ours: metrics by protocol, with the same protocols and metrics.
-        names: what the two rows are called.
-        style: "text" for the terminal or "markdown".
-        width: columns of the terminal; metrics that do not fit go into a second band of the same block.
-        digits: digits after the point of the metrics.
-
-    Raises:
-        ValueError: the two do not have the same protocols and metrics, or the style is unknown.
-    """
-    return _table([(names[0], base), (names[1], ours)], True, style, width, digits)
-
-
-def stages_table(results: Mapping[str, Results], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
-    """One row for each stage of the pipeline, and the improvement of the last over the first in percent.
-
-    Raises:
-        ValueError: the rows do not have the same protocols and metrics, or the style is unknown.
-    """
-    return _table(list(results.items()), True, style, width, digits)
-
-
-def results_table(results: Mapping[str, Results], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
-    """One row a model, one block a protocol; `results` is {model: {protocol: metrics}}, one model or more.
-
-    Raises:
-        ValueError: the models do not have the same protocols and metrics, or the style is unknown.
-    """
-    return _table(list(results.items()), False, style, width, digits)
-
-
-def record_table(record: Mapping[str, Any], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
-    """The test figures of a record of :func:`result_record`, in the table that fits it."""
-    metrics, name = record["metrics"], record["backbone"] or record["model"]
-    if "stages" in metrics:
-        rows = {stage.replace("base", name): phases["test"] for stage, phases in metrics["stages"].items()}
-        return stages_table(rows, style=style, width=width, digits=digits)
-    if "ours" not in metrics:
-        return results_table({name: metrics["base"]["test"]}, style=style, width=width, digits=digits)
-    pair = metrics["base"]["test"], metrics["ours"]["test"]
-    return comparison_table(*pair, (name, record["model"]), style=style, width=width, digits=digits)
-
-
-def improvement(base: float, ours: float) -> float | None:
-    """Improvement of `ours` over `base` in percent; None where there is no base to improve on."""
-    return None if base == 0 or not math.isfinite(base) or not math.isfinite(ours) else 100 * (ours - base) / base
-
-
-def result_record(
-    *,
-    model: str,
-    dataset: str,
-    seed: int,
-    metrics: Mapping[str, Any],
-    protocol: Mapping[str, Any],
-    seconds: Mapping[str, float],
-    backbone: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    parameters: Mapping[str, int] | None = None,
-    peak_memory_mb: float | None = None,
-    curves: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+class Record(TypedDict, total=False):
     """Everything a result needs to be understood and repeated, ready for JSON.
 
-    Args:
-        model, backbone, dataset, seed: of the run; no backbone for a baseline.
+    Attributes:
+        model: of the run.
+        backbone: what the model retrieves with; None for a baseline.
+        dataset: of the run.
+        seed: of the run.
         metrics: {"base" | "ours": {"valid" | "test": {protocol: {"recall@10": value}}}}; a baseline has only "base".
-            Where both are there, "improvement_percent" is added to the record for each phase they share.
-        protocol: what the figures mean, see :func:`protocol_description`.
+        improvement_percent: of "ours" over "base", by phase, protocol and metric, where both are there.
+        protocol: what the figures mean, see `protocol_description`.
         seconds: wall time of each stage.
-        options: the options of the run that differ from the defaults, or all of them.
         parameters: {"base" | "ours": learned numbers of the model}.
         peak_memory_mb: largest memory of the process, MiB; None where that cannot be told.
         curves: {"base" | "ours": validation values and training losses by epoch}.
+        versions: see `versions`.
+        options: of the run.
     """
+
+    model: str
+    backbone: Optional[str]
+    dataset: str
+    seed: int
+    metrics: Mapping[str, Any]
+    improvement_percent: dict[str, dict[str, dict[str, Optional[float]]]]
+    protocol: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    parameters: Mapping[str, int]
+    peak_memory_mb: Optional[float]
+    curves: Mapping[str, Any]
+    versions: dict[str, Optional[str]]
+    options: Mapping[str, Any]
+
+
+def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, seconds: float) -> Record:
+    """Write and print the figures of a run.
+
+    Args:
+        config: of the run.
+        stages: the outcome of each stage, from the base to the whole pipeline.
+        regeneration: the outcome of stage i, or None.
+        seconds: wall time of the run.
+    """
+    base, *more = stages.values()
+    retrieves = config["model"] == "RaSeRec"
+    ends = {"base": base, "ours": more[-1]} if more else {"base": base}
+    metrics = {name: outcome.metrics for name, outcome in ends.items()}
+    times = {"recommendation": base.seconds}
+    if retrieves and more:
+        times["retrieval"] = more[-1].seconds
+    if regeneration is not None:
+        metrics["stages"] = {name: outcome.metrics for name, outcome in stages.items()}
+        times["regeneration"] = regeneration.seconds
+        times["recommendation_regenerated"] = stages["base + (i)"].seconds
+    record = result_record(
+        model=config["model"],
+        backbone=base.name if retrieves else None,
+        dataset=config["dataset"],
+        seed=config["seed"],
+        metrics=metrics,
+        protocol=protocol_description(
+            config,
+            validation_in_history=config["MODEL_TYPE"] == ModelType.SEQUENTIAL,
+            validation_in_memory=retrieves,
+        ),
+        seconds={**times, "this_run": seconds},
+        options=config.explain(),
+        parameters={name: outcome.parameters for name, outcome in ends.items()},
+        peak_memory_mb=peak_memory_mb(),
+        curves={name: outcome.curve for name, outcome in ends.items()},
+    )
+    if config["ranks_file"]:
+        ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
+        write_ranks(config["ranks_file"], ranks, base.splits.vocabulary()["users"], base.splits.seen)
+    if config["result_file"]:
+        write_json(config["result_file"], record)
+    print("\n" + record_table(record))
+    if config["result_file"]:
+        getLogger().info(f"Figures written to {config['result_file']}")
+    getLogger().info(f"Checkpoint: {[*ends.values()][-1].directory}")
+    return record
+
+
+def result_record(
+    *, model: str, dataset: str, seed: int, metrics: Mapping[str, Any], protocol: Mapping[str, Any],
+    seconds: Mapping[str, float], backbone: Optional[str] = None, options: Optional[Mapping[str, Any]] = None,
+    parameters: Optional[Mapping[str, int]] = None, peak_memory_mb: Optional[float] = None,
+    curves: Optional[Mapping[str, Any]] = None,
+) -> Record:  # fmt: skip
+    """A record of its fields; improvement and versions are added."""
+    record: Record = {"model": model, "backbone": backbone, "dataset": dataset, "seed": seed, "metrics": metrics}
     base, ours = metrics.get("base"), metrics.get("ours")
-    record: dict[str, Any] = {
-        "model": model,
-        "backbone": backbone,
-        "dataset": dataset,
-        "seed": seed,
-        "metrics": metrics,
-    }
     if base is not None and ours is not None:
         record["improvement_percent"] = {
             phase: {
@@ -151,16 +149,11 @@ def result_record(
     record["curves"] = curves or {}
     record["versions"] = versions()
     record["options"] = options or {}
-    return _plain(record)
-
-
-def write_result(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, atomically."""
-    write_json(path, _plain(record))
+    return plain(record)
 
 
 def protocol_description(
-    config: Any, *, validation_in_history: bool = True, validation_in_memory: bool = False
+    config: Options, *, validation_in_history: bool = True, validation_in_memory: bool = False
 ) -> dict[str, Any]:
     """In words and options, how the figures of a run came about.
 
@@ -200,7 +193,45 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _table(results: Sequence[tuple[str, Results]], compare: bool, style: str, width: int, digits: int) -> str:
+def improvement(base: float, ours: float) -> Optional[float]:
+    """Improvement of `ours` over `base` in percent; None where there is no base to improve on."""
+    return None if base == 0 or not math.isfinite(base) or not math.isfinite(ours) else 100 * (ours - base) / base
+
+
+def _rounded(value: Optional[float], digits: int) -> Optional[float]:
+    return None if value is None else round(value, digits)
+
+
+# ------------------------------------------------------------------------------------------------- tables of one run
+
+
+def record_table(record: Record, *, style: str = "text", width: int = 80, digits: int = 4) -> str:
+    """The test figures of a record: of each stage, or of the base and the model over it, or of a baseline."""
+    metrics, name = record["metrics"], record["backbone"] or record["model"]
+    if "stages" in metrics:
+        rows = [(stage.replace("base", name), phases["test"]) for stage, phases in metrics["stages"].items()]
+    else:
+        names = {"base": name, "ours": record["model"]}
+        rows = [(names[which], phases["test"]) for which, phases in metrics.items()]
+    return results_table(rows, len(rows) > 1, style=style, width=width, digits=digits)
+
+
+def results_table(
+    results: Sequence[tuple[str, Results]], compare: bool = False, *, style: str = "text", width: int = 80,
+    digits: int = 4,
+) -> str:  # fmt: skip
+    """One row a model and one block a protocol, named in words.
+
+    Args:
+        results: name and metrics by protocol of each model; the protocols and metrics are the same.
+        compare: add the improvement of the last over the first in percent.
+        style: "text" for the terminal, or "markdown".
+        width: columns of the terminal; metrics that do not fit go into a second band of the same block.
+        digits: digits after the point.
+
+    Raises:
+        ValueError: The models do not have the same protocols and metrics, or the style is unknown.
+    """
     if style not in ("text", "markdown"):
         raise ValueError(f"style is {style!r}; it must be 'text' or 'markdown'.")
     protocols, metrics = _shared_keys(results)
@@ -210,7 +241,7 @@ def _table(results: Sequence[tuple[str, Results]], compare: bool, style: str, wi
         rows += [[name, *(f"{of[protocol][key]:.{digits}f}" for key in metrics)] for name, of in results]
         if compare:
             base, ours = results[0][1][protocol], results[-1][1][protocol]
-            rows.append([IMPROVEMENT, *(percent(improvement(base[key], ours[key])) for key in metrics)])
+            rows.append(["improvement", *(percent(improvement(base[key], ours[key])) for key in metrics)])
         title = PROTOCOL_TITLES.get(protocol, protocol)
         blocks.append(markdown_block(title, rows) if style == "markdown" else text_block(title, rows, width))
     return "\n\n".join(blocks)
@@ -229,29 +260,27 @@ def _shared_keys(results: Sequence[tuple[str, Results]]) -> tuple[list[str], lis
     return protocols, first[1][protocols[0]] if protocols else []
 
 
-def text_block(title: str, rows: list[list[str]], width: int) -> str:
+def text_block(title: str, rows: Rows, width: int) -> str:
     """Rows under a title, first column to the left, the others to the right, in bands no wider than `width`."""
-    name_width = max(len(row[0]) for row in rows)
-    widths = [max(len(row[column]) for row in rows) + 2 for column in range(1, len(rows[0]))]
-    bands: list[list[int]] = [[]]
-    for column, needed in enumerate(widths, start=1):
-        taken = name_width + sum(widths[other - 1] for other in bands[-1])
-        if bands[-1] and taken + needed > width:
-            bands.append([])
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
+    bands: list[list[int]] = [[0]]
+    for column in range(1, len(widths)):
+        if len(bands[-1]) > 1 and sum(widths[other] for other in (*bands[-1], column)) - 2 > width:
+            bands.append([0])
         bands[-1].append(column)
-    lines = [title]
-    for band in bands:
-        lines.append("-" * (name_width + sum(widths[column - 1] for column in band)))
-        for row in rows:
-            lines.append(row[0].ljust(name_width) + "".join(row[column].rjust(widths[column - 1]) for column in band))
-    return "\n".join(lines)
+    parts = [[[row[column] for column in band] for row in rows] for band in bands]
+    return "\n".join([title, *(tabulate(part, tablefmt=_TEXT, **_aligned(part)) for part in parts)])
 
 
-def markdown_block(title: str, rows: list[list[str]]) -> str:
-    """Rows, the first of them the head, as a Markdown table under a bold title."""
+def markdown_block(title: str, rows: Rows) -> str:
+    """Rows as a Markdown table under a bold title; by hand, unpadded, so that a new figure changes one line."""
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     ruler = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join([f"**{title}**", "", *("| " + " | ".join(row) + " |" for row in [head, ruler, *body])])
+
+
+def _aligned(rows: Rows) -> dict[str, Any]:
+    return {"colalign": ("left", *["right"] * (len(rows[0]) - 1)), "disable_numparse": True}
 
 
 def metric_title(key: str) -> str:
@@ -261,37 +290,11 @@ def metric_title(key: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A signed percentage, :data:`ABSENT` for None."""
+    """A signed percentage, `ABSENT` for None."""
     return ABSENT if value is None else f"{value:+.2f}%"
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
-
-
-def _plain(value: Any) -> Any:
-    """`value` in the types JSON has: numpy numbers as numbers, what is not finite as null, the rest as its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
-        return _plain(value.tolist())
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-# The tables of a comparison, each drawn from the content of ``compare.json``: text, Markdown, LaTeX and CSV.
-
-
-#: Columns of a terminal that the text table may take.
-WIDTH = 120
-
-Content = Mapping[str, Any]
-Rows = list[list[str]]
+# --------------------------------------------------------------------- tables of a comparison, from `compare.json`
 
 
 def text_table(content: Content) -> str:
@@ -309,7 +312,7 @@ def markdown_table(content: Content) -> str:
 
 
 def latex_table(content: Content) -> str:
-    r"""The same in LaTeX, one ``table`` each with the protocol in its caption; needs ``\usepackage{booktabs}``."""
+    r"""The same in LaTeX, one `table` each with the protocol in its caption; needs `\usepackage{booktabs}`."""
     return "\n\n".join(
         _latex(title, rows, notes)
         for name, data in content["datasets"].items()
@@ -319,20 +322,17 @@ def latex_table(content: Content) -> str:
 
 def csv_table(content: Content) -> str:
     """One line for each data set, protocol, model and metric, with the protocol spelled out in every line."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(_CSV)
+    lines = []
     for name, data in content["datasets"].items():
         for row in data["rows"]:
             for protocol, metrics in row["metrics"].items():
-                for metric, value in metrics.items():
-                    writer.writerow(_line(name, data, row, protocol, metric, value))
+                lines += [_line(name, data, row, protocol, metric, value) for metric, value in metrics.items()]
             if not row["metrics"]:
-                writer.writerow([name, "", row["model"], row["base"], "", *[""] * 8, 0, len(row["failed"])])
-    return stream.getvalue()
+                lines.append([name, "", row["model"], row["base"], *[""] * 9, 0, len(row["failed"]), *[""] * 10])
+    return pd.DataFrame(lines, columns=list(_CSV), dtype=object).to_csv(index=False, lineterminator="\n")
 
 
-#: How a comparison can be printed; ``json`` is the content itself.
+#: How a comparison can be printed; `json` is the content itself.
 STYLES: dict[str, Callable[[Content], str]] = {
     "text": text_table,
     "markdown": markdown_table,
@@ -492,66 +492,7 @@ def _p(value: Optional[float]) -> str:
 
 
 def _latex(title: str, rows: Rows, notes: list[str]) -> str:
-    head, *body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
-    caption = ". ".join(_escaped(note) for note in [title, *notes])
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}.}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", r"\toprule", head, r"\midrule", *body]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
-
-
-def _escaped(text: str) -> str:
-    for sign, code in _LATEX.items():
-        text = text.replace(sign, code)
-    return text
-
-
-#: The backslash first: the codes have some.
-_LATEX = {
-    "\\": r"\textbackslash ", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde ", "^": r"\textasciicircum ", "<": r"$<$", ">": r"$>$", "±": r"$\pm$",
-}  # fmt: skip
-
-
-def report_stages(config: Any, stages: Mapping[str, Any], data: Any, seconds: float) -> dict[str, Any]:
-    """Write and print the figures; `stages` from the base to the whole pipeline, `data` of stage i or None."""
-    base, *more = stages.values()
-    ours = more[-1] if more else None
-    times = {"recommendation": base.seconds}
-    metrics: dict[str, Any] = {"base": base.metrics}
-    if ours is not None:
-        metrics["ours"] = ours.metrics
-    if config["model"] == "RaSeRec" and ours is not None:
-        times["retrieval"] = ours.seconds
-    if data is not None:
-        times["regeneration"] = data.seconds
-        times["recommendation_regenerated"] = stages["base + (i)"].seconds
-        metrics["stages"] = {name: outcome.metrics for name, outcome in stages.items()}
-    times["this_run"] = seconds
-    sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-    record = result_record(
-        model=config["model"],
-        backbone=base.name if config["model"] == "RaSeRec" else None,
-        dataset=config["dataset"],
-        seed=config["seed"],
-        metrics=metrics,
-        protocol=protocol_description(
-            config, validation_in_history=sequential, validation_in_memory=config["model"] == "RaSeRec"
-        ),
-        seconds=times,
-        options=config.explain(),
-        parameters={name: outcome.parameters for name, outcome in (("base", base), ("ours", ours)) if outcome},
-        peak_memory_mb=peak_memory_mb(),
-        curves={name: outcome.curve for name, outcome in (("base", base), ("ours", ours)) if outcome},
-    )
-    if config["ranks_file"]:
-        users = base.splits.vocabulary()["users"]
-        ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
-        write_ranks(config["ranks_file"], ranks, users, base.splits.seen)
-    if config["result_file"]:
-        write_result(config["result_file"], record)
-    print("\n" + record_table(record))
-    logger = getLogger()
-    if config["result_file"]:
-        logger.info(f"Figures written to {config['result_file']}")
-    logger.info(f"Checkpoint: {(ours or base).directory}")
-    return record
+    caption = "".join(LATEX_ESCAPE_RULES.get(sign, sign) for sign in ". ".join([title, *notes]))
+    table = tabulate(rows, headers="firstrow", tablefmt="latex_booktabs", **_aligned(rows))
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}.}}", table, r"\end{table}"]
+    return "\n".join(lines).replace("±", r"$\pm$")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -224,16 +225,20 @@ def part_of(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's types."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+    """`value` in JSON's types: NumPy's as Python's, what is not finite as null, anything else as its text."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # scalars and arrays of NumPy and torch
+        return plain(value.tolist())
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(plain, value), key=str)
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 # What a result rests on, as short texts.
