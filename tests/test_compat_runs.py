@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 import torch
 
+from recbole_raserec.compat import apply
 from recbole_raserec.compat import patches as compat
 
-compat.apply()
+apply()
 
 
 N_USERS, N_ITEMS = 30, 25

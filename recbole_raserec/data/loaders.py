@@ -1,4 +1,5 @@
-"""Training batches whose rows are of like length, so that little is spent on padding."""
+"""Training batches: windows of like length together (`BucketLoader`), or all positions of a sequence in one causal pass
+that predicts every item of it (`PackedLoader`)."""
 
 from __future__ import annotations
 
@@ -11,19 +12,20 @@ import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
+from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.sequences import SequenceStore
 
 #: Batches that are sorted by length together. Each such block is a uniform random sample of the epoch.
 BLOCK = 64
-
 #: Windows up to this length are not told apart where a batch needs items to mask.
 SHORT = 5
-
+#: Prefix of the fields of same-target windows.
 SAME_TARGET = "same_target_"
-
 #: The rows of the batch (packed: of its targets) that have a same-target window, where not all do.
 SAME_TARGET_ROWS = SAME_TARGET + "rows"
+#: Field of a packed batch: target item of each position, 0 where none is predicted, [U, L].
+PACKED_TARGETS = "packed_targets"
 
 
 class BucketLoader(TrainDataLoader):
@@ -43,7 +45,7 @@ class BucketLoader(TrainDataLoader):
     """
 
     def __init__(
-        self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
+        self, config: Config, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
         same_target: bool = False,
     ):  # fmt: skip
         super().__init__(config, dataset, sampler, shuffle=shuffle)
@@ -111,7 +113,7 @@ class BucketLoader(TrainDataLoader):
         return made
 
 
-def counted_masks(batch: Interaction, config: Any) -> Interaction:
+def counted_masks(batch: Interaction, config: Config) -> Interaction:
     """A masked batch without what RecBole's BERT4Rec multiplies by 0: windows in which no item but the first is masked,
     and the places of `MASK_INDEX` [B, M] (and the items at them) that no window uses.
 
@@ -135,15 +137,13 @@ class SameTarget:
     """Rows grouped by target item: a CSR index, so that a partner is one random offset.
 
     Args:
-        targets: int array [N], target item of each row.
+        targets: target item of each row, int [N].
     """
 
     def __init__(self, targets: np.ndarray):
         self._order = np.argsort(targets, kind="stable")
-        sorted_targets = targets[self._order]
-        starts = np.searchsorted(sorted_targets, targets, side="left")
-        ends = np.searchsorted(sorted_targets, targets, side="right")
-        self._start, self._count = starts, ends - starts
+        self._start = np.searchsorted(targets[self._order], targets, side="left")
+        self._count = np.searchsorted(targets[self._order], targets, side="right") - self._start
         self._rank = np.empty(len(targets), dtype=np.int64)
         self._rank[self._order] = np.arange(len(targets))
 
@@ -160,18 +160,11 @@ class SameTarget:
 class RowLoader(BucketLoader):
     """Batches of the split's rows without their windows: user, target, position. For models that look vectors up."""
 
-    def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False):
+    def __init__(self, config: Config, dataset: Any, sampler: Any, shuffle: bool = False):
         super().__init__(config, dataset, sampler, shuffle, bucket=False)
 
     def collate_fn(self, index: Any) -> Interaction:
         return self._dataset.inter_feat[np.asarray(index)]
-
-
-# All-positions training: one causal pass over a user's sequence predicts every item of it.
-
-
-#: Field of a packed batch: target item of each position, 0 where none is predicted, [U, L].
-PACKED_TARGETS = "packed_targets"
 
 
 class PackedWindows:
@@ -183,12 +176,18 @@ class PackedWindows:
     target sees `max_length` items, at that many times the cost.)
 
     Args:
-        store: sequences. users, positions: training rows [N]; a target's index in its user's history.
+        store: the sequences.
+        users: user of each training row, [N].
+        positions: index of each row's target in its user's history, [N].
+        max_length: longest window.
 
     Attributes:
-        user, start, length: int64 [W]; window w reads `length` items of `user` from index `start`.
-        row: int64 [N], training rows ordered by window and position; offsets: int64 [W + 1] into it.
-        column: int64 [N], column of its window at which row `row[k]` is predicted.
+        user: whose items window w reads, int64 [W].
+        start: index of its first item, int64 [W].
+        length: how many items it reads, int64 [W].
+        row: training rows ordered by window and position, int64 [N].
+        offsets: the rows of window w are `row[offsets[w]:offsets[w + 1]]`; int64 [W + 1].
+        column: column of its window at which row `row[k]` is predicted, int64 [N].
     """
 
     def __init__(self, store: SequenceStore, users: np.ndarray, positions: np.ndarray, max_length: int):
@@ -219,9 +218,10 @@ class PackedPlan:
     """Which targets the rows of one epoch's batches predict.
 
     Attributes:
-        window, length: int64 [R]; row r reads the first `length` inputs of window `window`.
-        offsets: int64 [R + 1]; row r predicts `slots[offsets[r]:offsets[r + 1]]`, places in `PackedWindows.row`.
-        slots: int64 [N].
+        window: that row r reads, int64 [R].
+        length: how many inputs of it, from the first on; int64 [R].
+        offsets: row r predicts `slots[offsets[r]:offsets[r + 1]]`; int64 [R + 1].
+        slots: places in `PackedWindows.row`, int64 [N].
     """
 
     window: np.ndarray
@@ -255,7 +255,7 @@ class PackedLoader(BucketLoader):
     """Batches of packed windows with about `train_batch_size` targets each, whatever the length of the histories.
 
     (With a fixed number of windows a batch and a mean loss, targets of long histories would weigh many times less.)
-    Each epoch deals the targets of a window out to `packed_copies` rows anew, see `plan_epoch`: the targets of
+    Each epoch deals the targets of a window out to `packed_copies` rows again, see `plan_epoch`: the targets of
     one sequence then fall into different batches, as they do with one window per target.
     A batch holds `item_id_list` [U, L], `item_length` [U] and `PACKED_TARGETS` [U, L]; with `same_target`
     also a window per target, in row-major order of the targets; where rows have weights, those of the targets [U, L].
@@ -266,7 +266,7 @@ class PackedLoader(BucketLoader):
     """
 
     def __init__(
-        self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
+        self, config: Config, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
         same_target: bool = False, costs: Optional[np.ndarray] = None,
     ):  # fmt: skip
         super().__init__(config, dataset, sampler, shuffle, bucket, same_target)
@@ -284,8 +284,7 @@ class PackedLoader(BucketLoader):
         if self._tokens is None:
             return super().__len__()
         plan = plan_epoch(self._windows, 1)
-        order = np.argsort(plan.length, kind="stable")
-        return len(np.unique(self._numbers(plan, order)))
+        return len(np.unique(self._numbers(plan, np.argsort(plan.length, kind="stable"))))
 
     def _numbers(self, plan: PackedPlan, order: np.ndarray) -> np.ndarray:
         """Number of the batch that each row of `order` goes to."""

@@ -1,4 +1,4 @@
-"""Frequent sequential patterns within a span, counted exactly: the ground of regeneration and of a pattern memory.
+"""Frequent sequential patterns within a span, counted exactly, for regeneration and for a pattern memory.
 
 A pattern is a tuple of items; it occurs in a sequence where its items stand in that order, other items between them or
 not, the last at most `alpha - 1` places behind the first. Its support is the number of sequences in which it occurs
@@ -28,11 +28,11 @@ class Patterns:
     """Mined patterns, by length, then by their items.
 
     Attributes:
-        items: int64, the items of all patterns one after the other.
-        offsets: int64 [P + 1]; pattern p is `items[offsets[p]:offsets[p + 1]]`.
-        support: int64 [P], sequences it occurs in.
-        occurrences: of each pattern and each sequence it occurs in, ascending: pattern, sequence, and the place in the
-            sequence at which it is first complete, int64 arrays of `support.sum()` rows; None unless asked for.
+        items: of all patterns one after the other, int64.
+        offsets: pattern p is `items[offsets[p]:offsets[p + 1]]`; int64 [P + 1].
+        support: sequences it occurs in, int64 [P].
+        occurrences: of each pattern and each sequence it occurs in, ascending: pattern, sequence, and the position in
+            the sequence at which it is first complete, int64 arrays of `support.sum()` rows; None unless asked for.
     """
 
     items: np.ndarray
@@ -62,11 +62,12 @@ def mine_patterns(
     """All patterns of `min_length` to `max_length` items within a span of `alpha` that `beta` or more sequences hold.
 
     Args:
-        items: int [N], the sequences one after the other; ids from 0 on.
-        offsets: int [S + 1]; sequence s is `items[offsets[s]:offsets[s + 1]]`.
-        alpha: places a pattern may span, its first and last item included.
+        items: of the sequences one after the other, int [N]; ids from 0 on.
+        offsets: sequence s is `items[offsets[s]:offsets[s + 1]]`; int [S + 1].
+        alpha: positions a pattern may span, its first and last item included.
         beta: least number of sequences.
-        min_length, max_length: items of a pattern; `max_length` None: `alpha`.
+        min_length: least number of items of a pattern.
+        max_length: largest number of items of a pattern; None: `alpha`.
         memory_mb: MiB that the candidates may take at a time, the result and the sequences not counted.
         desc: show a progress bar with this label.
         occurrences: whether to note the sequences, see `Patterns`.
