@@ -9,10 +9,10 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from recbole.config import Config
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
-from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.sequences import SequenceStore
 
