@@ -41,37 +41,21 @@ Content = Mapping[str, Any]  # of `compare.json`
 
 
 class Record(TypedDict, total=False):
-    """Everything a result needs to be understood and repeated, ready for JSON.
-
-    Attributes:
-        model: of the run.
-        backbone: what the model retrieves with; None for a baseline.
-        dataset: of the run.
-        seed: of the run.
-        metrics: {"base" | "ours": {"valid" | "test": {protocol: {"recall@10": value}}}}; a baseline has only "base".
-        improvement_percent: of "ours" over "base", by phase, protocol and metric, where both are there.
-        protocol: what the figures mean, see `protocol_description`.
-        seconds: wall time of each stage.
-        parameters: {"base" | "ours": learned numbers of the model}.
-        peak_memory_mb: largest memory of the process, MiB; None where that cannot be told.
-        curves: {"base" | "ours": validation values and training losses by epoch}.
-        versions: see `versions`.
-        options: of the run.
-    """
+    """Everything a result needs to be understood and repeated, ready for JSON."""
 
     model: str
-    backbone: Optional[str]
+    backbone: Optional[str]  # what the model retrieves with; None for a baseline
     dataset: str
     seed: int
-    metrics: Mapping[str, Any]
-    improvement_percent: dict[str, dict[str, dict[str, Optional[float]]]]
-    protocol: Mapping[str, Any]
-    seconds: Mapping[str, float]
-    parameters: Mapping[str, int]
-    peak_memory_mb: Optional[float]
-    curves: Mapping[str, Any]
+    metrics: Mapping[str, Any]  # {"base" | "ours": {"valid" | "test": Results}}; a baseline has only "base"
+    improvement_percent: dict[str, dict[str, dict[str, Optional[float]]]]  # of "ours" over "base", as `metrics`
+    protocol: Mapping[str, Any]  # what the figures mean, see `protocol_description`
+    seconds: Mapping[str, float]  # wall time of each stage
+    parameters: Mapping[str, int]  # {"base" | "ours": learned numbers of the model}
+    peak_memory_mb: Optional[float]  # largest memory of the process, MiB
+    curves: Mapping[str, Any]  # {"base" | "ours": validation values and training losses by epoch}
     versions: dict[str, Optional[str]]
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # of the run
 
 
 def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, seconds: float) -> Record:
@@ -299,16 +283,12 @@ def percent(value: float | None) -> str:
 
 def text_table(content: Content) -> str:
     """For the terminal: a block for each data set and protocol, one for the costs, and what the figures mean."""
-
-    def listed(notes: list[str]) -> str:
-        return "\n".join(textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes)
-
-    return _page(content, lambda title, rows: text_block(title, rows, WIDTH), listed)
+    return _page(content, lambda title, rows: text_block(title, rows, WIDTH), _wrapped)
 
 
 def markdown_table(content: Content) -> str:
     """The same in Markdown."""
-    return _page(content, markdown_block, lambda notes: "\n".join(f"- {note}" for note in notes))
+    return _page(content, markdown_block, lambda note: f"- {note}")
 
 
 def latex_table(content: Content) -> str:
@@ -361,15 +341,19 @@ def _line(name: str, data: Content, row: Content, protocol: str, metric: str, va
     return [*line, row["validation_in_history"], row["validation_in_memory"]]
 
 
-def _page(content: Content, block: Callable[[str, Rows], str], listed: Callable[[list[str]], str]) -> str:
+def _page(content: Content, block: Callable[[str, Rows], str], listed: Callable[[str], str]) -> str:
     parts = []
     for name, data in content["datasets"].items():
         for title, rows, notes in _blocks(name, data):
-            parts += [block(title, rows), listed(notes)]
+            parts += [block(title, rows), "\n".join(map(listed, notes))]
     if "command" in content:
         made_with = ", ".join(f"{name} {version}" for name, version in content["versions"].items() if version)
-        parts.append(listed([f"made by `{content['command']}`", f"with {made_with}"]))
+        parts.append("\n".join(map(listed, (f"made by `{content['command']}`", f"with {made_with}"))))
     return "\n\n".join(parts)
+
+
+def _wrapped(note: str) -> str:
+    return textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _blocks(name: str, data: Content) -> Iterator[tuple[str, Rows, list[str]]]:
@@ -390,15 +374,9 @@ def _blocks(name: str, data: Content) -> Iterator[tuple[str, Rows, list[str]]]:
         cells = [_seeds(row), ABSENT if count is None else f"{count:,}"]
         cells += [_spread(row[each], 1) for each in ("training_seconds", "wall_seconds")]
         costs.append([row["model"], *cells, _spread(row["peak_memory_mb"], 0)])
-    yield (
-        f"{name}: cost of a run",
-        costs,
-        [
-            "training s: of what the row adds to its base, over all its starts; "
-            "wall s, peak MiB: of the row's run, which finds its base trained; without runs that were interrupted",
-            *notes["failed"],
-        ],
-    )
+    note = "training s: of what the row adds to its base, over all its starts; "
+    note += "wall s, peak MiB: of the row's run, which finds its base trained; without runs that were interrupted"
+    yield f"{name}: cost of a run", costs, [note, *notes["failed"]]
 
 
 def _validation(name: str, rows: list[Content]) -> Iterator[tuple[str, Rows, list[str]]]:
@@ -411,11 +389,8 @@ def _validation(name: str, rows: list[Content]) -> Iterator[tuple[str, Rows, lis
     for row in rows:
         of = row["validation"]
         table.append([row["model"], *(_spread(of.get(protocol, {}).get(metric), 4) for protocol in protocols)])
-    yield (
-        f"{name}: validation",
-        table,
-        ["of the weights that were kept; options are chosen by these, not by the test's"],
-    )
+    note = "of the weights that were kept; options are chosen by these, not by the test's"
+    yield f"{name}: validation", table, [note]
 
 
 def _model(row: Content, protocol: str, metrics: list[str]) -> Rows:
@@ -438,34 +413,26 @@ def _notes(data: Content) -> dict[str, list[str]]:
     missing = [f"failed: {row['model']}, seed {', '.join(row['failed'])}" for row in data["rows"] if row["failed"]]
     if of is None:
         return {"failed": missing}
-    by_flag = {
-        flag: [row["model"] for row in data["rows"] if row[flag]]
+    history, memory = (
+        ", ".join(row["model"] for row in data["rows"] if row[flag]) or "none"
         for flag in ("validation_in_history", "validation_in_memory")
-    }
+    )
     shared = [f"split {_split(of)}; {data['users']} users tested", f"ranking: {of['ranking']}"]
+    spread = "mean ± standard deviation over the seeds"
+    seeds = sorted({row["pairs"]["seeds"] for row in data["rows"] if row.get("pairs")})
+    if seeds:
+        spread += "; p: paired t-test against the base, over users (seeds averaged: "
+        spread += f"{' or '.join(map(str, seeds))}) and over seeds, Holm's correction over all of this table"
     later = [
         f"ties: {of['ties']}",
-        f"validation items in the history that the test reads: {_names(by_flag['validation_in_history'])}; "
-        f"validation pairs in the memory: {_names(by_flag['validation_in_memory'])}",
+        f"validation items in the history that the test reads: {history}; validation pairs in the memory: {memory}",
+        spread,
     ]
-    pairs = [row["pairs"] for row in data["rows"] if row.get("pairs")]
-    if pairs:
-        seeds = sorted({pair["seeds"] for pair in pairs})
-        later.append(
-            "mean ± standard deviation over the seeds; p: paired t-test against the base, over users (seeds averaged: "
-            f"{' or '.join(map(str, seeds))}) and over seeds, Holm's correction over all of this table"
-        )
-    else:
-        later.append("mean ± standard deviation over the seeds")
     notes = {
         protocol: [*shared, f"{title}; seen is {of['seen_means']}", *later, *missing]
         for protocol, title in of["seen_items"].items()
     }
     return {**notes, "failed": missing}
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names) if names else "none"
 
 
 def _split(protocol: Content) -> str:

@@ -40,12 +40,8 @@ class Summary:
     def text(self) -> str:
         """For the terminal, ending with the command to run next."""
         folder, name = self.path.parent.parent, self.path.parent.name
-        lines = [
-            f"Wrote {self.path}",
-            f"  users         {self.users:>12,}",
-            f"  items         {self.items:>12,}",
-            f"  interactions  {self.interactions:>12,}   (read: {self.read:,})",
-        ]
+        lines = [f"Wrote {self.path}", f"  users         {self.users:>12,}", f"  items         {self.items:>12,}"]
+        lines.append(f"  interactions  {self.interactions:>12,}   (read: {self.read:,})")
         if self.bad_lines:
             lines.append(f"  bad lines     {self.bad_lines:>12,}   left out; first: {self.first_bad}")
         if self.duplicates_dropped:
@@ -73,11 +69,9 @@ def prepare(options: Options) -> Summary:
         why = f"{bad:,} bad lines; first: {first_bad}" if bad else "it is empty"
         raise DatasetError(f"{source} holds no interaction in the format {options.format} ({why}).")
     if bad > options.max_bad * lines:
-        raise DatasetError(
-            f"{source}: {bad:,} of {lines:,} lines are no interactions in the format {options.format} (first: "
-            f"{first_bad}). Check --format, --sep and the columns, or tolerate such lines with "
-            f"--max_bad={math.ceil(1000 * bad / lines) / 1000}."
-        )
+        what = f"{bad:,} of {lines:,} lines are no interactions in the format {options.format} (first: {first_bad})"
+        remedy = f"tolerate such lines with --max_bad={math.ceil(1000 * bad / lines) / 1000}"
+        raise DatasetError(f"{source}: {what}. Check --format, --sep and the columns, or {remedy}.")
     total = len(log.users)
     log = log.take(np.lexsort((log.times, log.users)))  # stable: equal times keep the order of the input
     pairs = log.users.astype(np.int64) * len(log.item_tokens) + log.items
@@ -92,19 +86,11 @@ def prepare(options: Options) -> Summary:
         write_inter(log, target)
     except OSError as error:
         raise DatasetError(f"{target.absolute()} cannot be written: {error}.") from None
+    kept, users, items = len(log.users), len(np.unique(log.users)), len(np.unique(log.items))
     return Summary(
-        path=target,
-        users=len(np.unique(log.users)),
-        items=len(np.unique(log.items)),
-        interactions=len(log.users),
-        read=total,
-        bad_lines=bad,
-        first_bad=first_bad,
-        repeated=total - len(earliest),
-        duplicates_dropped=total - unfiltered,
-        k_core=options.k_core,
-        k_core_dropped=unfiltered - len(log.users),
-    )
+        target, users, items, kept, read=total, bad_lines=bad, first_bad=first_bad, repeated=total - len(earliest),
+        duplicates_dropped=total - unfiltered, k_core=options.k_core, k_core_dropped=unfiltered - kept,
+    )  # fmt: skip
 
 
 def _checked_target(options: Options) -> Path:
@@ -154,12 +140,12 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
     does not depend on the order of the rows. Cost: O(N) a pass, and each pass sees only what the last one left.
 
     Args:
-        users: int array [N], ids from 0.
-        items: int array [N], ids from 0.
+        users: ids from 0, int [N].
+        items: ids from 0, int [N].
         k: smallest number of rows; 0 and 1 keep everything.
 
     Returns:
-        bool array [N], True for the rows kept. All False when there is no k-core.
+        The rows kept, bool [N]; all False when there is no k-core.
     """
     rows = np.arange(len(users))
     while k > 1 and len(rows):
