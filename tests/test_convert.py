@@ -42,6 +42,11 @@ def test_amazon_ratings_without_header_sorted_by_time_ties_in_input_order(conver
     ]
 
 
+def test_quotes_hold_separators_and_quotes(convert):
+    _, table = convert('"Doe, Ann","say ""hi""",5,1\n"Doe, Ann",j"k,5,2\n')
+    assert rows(table) == [("Doe, Ann", 'say "hi"', 5, 1), ("Doe, Ann", 'j"k', 5, 2)]
+
+
 def test_movielens_double_colon(convert):
     summary, table = convert("1::1193::5::978300760\r\n1::661::3::978302109\r\n")
     assert rows(table) == [("1", "1193", 5, 978300760), ("1", "661", 3, 978302109)]

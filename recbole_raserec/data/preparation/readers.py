@@ -163,15 +163,16 @@ def read(options: Options) -> Reading:
 
 
 class _Text(io.TextIOWrapper):
-    """Text as pandas can read it: `sep`, which may have several characters, as `_MARK`; NUL, which would end a field,
-    as U+FFFD, which stands for what is not in the encoding."""
+    """Text as pandas can read it: a separator of several bytes, `long_sep`, as `_MARK`; NUL, which would end a field, as
+    U+FFFD, which stands for what is not in the encoding."""
 
-    sep = _MARK
+    long_sep = ""
 
     def read(self, size: Optional[int] = -1, /) -> str:
-        text = super().read(size) + self.readline()  # whole lines, so that no separator is cut
-        if self.sep != _MARK:
-            text = text.replace(_MARK, "\ufffd").replace(self.sep, _MARK)
+        text = super().read(size)
+        if self.long_sep:
+            text += self.readline()  # whole lines, so that no separator is cut
+            text = text.replace(_MARK, "\ufffd").replace(self.long_sep, _MARK)
         return text.replace("\x00", "\ufffd")
 
 
@@ -297,9 +298,9 @@ def _tables(stream: _Text, options: Options) -> Iterator[pd.DataFrame]:
     columns = _positions(names, options.columns, header)
     if not header:
         stream.seek(0)
-    stream.sep = sep
+    stream.long_sep = sep if len(sep.encode()) > 1 else ""
     chunks = pd.read_csv(
-        stream, sep=_MARK, header=None, names=range(len(names)), usecols=sorted(columns.values()), index_col=False,
+        stream, sep=_MARK if stream.long_sep else sep, header=None, names=range(len(names)), usecols=sorted(columns.values()), index_col=False,
         quoting=csv.QUOTE_MINIMAL if len(sep) == 1 else csv.QUOTE_NONE, dtype=object, na_filter=False, chunksize=_ROWS,
     )  # fmt: skip
     try:
