@@ -115,9 +115,9 @@ class BucketLoader(TrainDataLoader):
 
 def counted_masks(batch: Interaction, config: Config) -> Interaction:
     """A masked batch without what RecBole's BERT4Rec multiplies by 0: windows in which no item but the first is masked,
-    and the places of `MASK_INDEX` [B, M] (and the items at them) that no window uses.
+    and the positions of `MASK_INDEX` [B, M] (and the items at them) that no window uses.
 
-    RecBole fills M up to `mask_ratio` times the longest window, and scores all items at each of the B x M places.
+    RecBole fills M up to `mask_ratio` times the longest window, and scores all items at each of the B x M positions.
     Without the dropout of the encoder the loss is the same.
     """
     counted = batch[config["MASK_INDEX"]] > 0  # [B, M]
@@ -221,7 +221,7 @@ class PackedPlan:
         window: that row r reads, int64 [R].
         length: how many inputs of it, from the first on; int64 [R].
         offsets: row r predicts `slots[offsets[r]:offsets[r + 1]]`; int64 [R + 1].
-        slots: places in `PackedWindows.row`, int64 [N].
+        slots: positions in `PackedWindows.row`, int64 [N].
     """
 
     window: np.ndarray

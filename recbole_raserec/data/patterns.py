@@ -1,7 +1,7 @@
 """Frequent sequential patterns within a span, counted exactly, for regeneration and for a pattern memory.
 
 A pattern is a tuple of items; it occurs in a sequence where its items stand in that order, other items between them or
-not, the last at most `alpha - 1` places behind the first. Its support is the number of sequences in which it occurs
+not, the last at most `alpha - 1` positions behind the first. Its support is the number of sequences in which it occurs
 (DR4SR, arXiv 2405.17795: sliding window alpha = 5, threshold beta = 2).
 
 Patterns are grown by their last item. All occurrences of one length are arrays; a pattern one item longer is a pair
@@ -115,7 +115,7 @@ class _Log:
     alpha: int
     beta: int
     n_items: int
-    frequent: Any = None  # bool [N], places whose item alone is frequent
+    frequent: Any = None  # bool [N], positions whose item alone is frequent
 
 
 def _parts(first: np.ndarray, starts: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -129,13 +129,13 @@ def _parts(first: np.ndarray, starts: np.ndarray, size: int) -> Iterator[np.ndar
 
 
 def _grow(log: _Log, starts: np.ndarray, min_length: int, max_length: int, occurrences: bool) -> Iterator[_Found]:
-    """What is found of each length, of the patterns that begin at `starts`, ascending places."""
+    """What is found of each length, of the patterns that begin at `starts`, ascending positions."""
     heads, state = np.unique(log.items[starts], return_inverse=True)
     patterns = heads[:, None]  # [P, m]
     start, end = starts, starts  # first and last place of each occurrence of a pattern; ascending by start
     for length in range(1, max_length + 1):
         if length > 1:
-            reach = np.minimum(start + log.alpha, log.ends[start]) - 1 - end  # places behind `end` within the span
+            reach = np.minimum(start + log.alpha, log.ends[start]) - 1 - end  # positions behind `end` within the span
             grown = np.repeat(np.arange(len(start)), reach)
             step = np.arange(len(grown)) - np.repeat(np.cumsum(reach) - reach, reach) + 1
             last = end[grown] + step
@@ -181,7 +181,7 @@ def _support(keys: np.ndarray, sequence: np.ndarray) -> tuple[np.ndarray, np.nda
 def _assemble(found: list[_Found], starts: np.ndarray | None) -> Patterns:
     """Everything in one order; `starts` [S + 1] of the sequences, when the occurrences are wanted."""
     empty = np.zeros(0, dtype=np.int64)
-    items, lengths, support, places, first = [empty], [empty], [empty], [(empty, empty, empty)], 0
+    items, lengths, support, positions, first = [empty], [empty], [empty], [(empty, empty, empty)], 0
     for length in sorted({part[0].shape[1] for part in found}):
         parts = [part for part in found if part[0].shape[1] == length]
         table, counts = (np.concatenate([part[which] for part in parts]) for which in (0, 1))
@@ -196,11 +196,11 @@ def _assemble(found: list[_Found], starts: np.ndarray | None) -> Patterns:
             pattern = np.concatenate([rank[part[2][0] + at] for part, at in zip(parts, begin)])
             sequence, end = (np.concatenate([part[2][which] for part in parts]) for which in (1, 2))
             turn = np.lexsort((sequence, pattern))
-            places.append((pattern[turn], sequence[turn], (end - starts[sequence])[turn]))
+            positions.append((pattern[turn], sequence[turn], (end - starts[sequence])[turn]))
         first += len(table)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     occurrences = None
     if starts is not None:
-        pattern, sequence, place = (np.concatenate([rows[which] for rows in places]) for which in range(3))
+        pattern, sequence, place = (np.concatenate([rows[which] for rows in positions]) for which in range(3))
         occurrences = pattern, sequence, place
     return Patterns(np.concatenate(items), offsets, np.concatenate(support), occurrences)

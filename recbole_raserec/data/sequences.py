@@ -31,10 +31,10 @@ def pad_rows(
         width = int(lengths.max()) if len(lengths) else 0
     columns = np.arange(width)
     inside = columns < np.asarray(lengths)[:, None]
-    places = np.where(inside, np.asarray(starts)[:, None] + columns, 0)
+    index = np.where(inside, np.asarray(starts)[:, None] + columns, 0)
     if not len(items):
         return np.full(inside.shape, fill, dtype=items.dtype)
-    rows = items[places]
+    rows = items[index]
     rows[~inside] = fill
     return rows
 

@@ -46,7 +46,7 @@ class Ragged:
     Attributes:
         items: of all sequences, int64 [T].
         offsets: sequence s is `items[offsets[s]:offsets[s + 1]]`, not empty; int64 [S + 1].
-        chosen: places in `items` whose outputs are wanted, ascending, int64 [N].
+        chosen: positions in `items` whose outputs are wanted, ascending, int64 [N].
         chosen_offsets: sequence s has `chosen[chosen_offsets[s]:chosen_offsets[s + 1]]`; int64 [S + 1].
         longest: length of the longest sequence.
     """
@@ -103,7 +103,7 @@ def encode(
     ragged: Ragged, architecture: Architecture, table: torch.Tensor, positions: torch.Tensor,
     weights: list[torch.Tensor], hidden_dropout: float = 0.0, attention_dropout: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Outputs of the last layer at the chosen places, [N, H].
+    """Outputs of the last layer at the chosen positions, [N, H].
 
     Args:
         ragged: the sequences.
@@ -123,10 +123,10 @@ def encode(
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= ragged.longest <= len(positions):
         raise IndexError(f"sequences must have 1 to {len(positions)} items.")
     if int(ragged.offsets[-1]) != len(ragged.items) or int(ragged.chosen_offsets[-1]) != len(ragged.chosen):
-        raise IndexError("offsets must end where the sequences and their chosen places do.")
+        raise IndexError("offsets must end where the sequences and their chosen positions do.")
     owner = torch.repeat_interleave(ragged.chosen_offsets.diff())
     if not ((ragged.chosen >= ragged.offsets[owner]) & (ragged.chosen < ragged.offsets[owner + 1])).all():
-        raise IndexError("chosen places must lie in their sequences.")
+        raise IndexError("chosen positions must lie in their sequences.")
     if len(ragged.items) and not 0 <= int(ragged.items.min()) <= int(ragged.items.max()) < len(table):
         raise IndexError(f"items must lie in [0, {len(table)}).")
     dropout = hidden_dropout, attention_dropout

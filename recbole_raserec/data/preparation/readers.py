@@ -163,8 +163,8 @@ def read(options: Options) -> Reading:
 
 
 class _Text(io.TextIOWrapper):
-    """Text as pandas can read it: a separator of several bytes, `long_sep`, as `_MARK`; NUL, which would end a field, as
-    U+FFFD, which stands for what is not in the encoding."""
+    """Text as pandas can read it: a separator of several bytes, `long_sep`, as `_MARK`; NUL, which would end a field,
+    as U+FFFD, which stands for what is not in the encoding."""
 
     long_sep = ""
 
@@ -300,7 +300,8 @@ def _tables(stream: _Text, options: Options) -> Iterator[pd.DataFrame]:
         stream.seek(0)
     stream.long_sep = sep if len(sep.encode()) > 1 else ""
     chunks = pd.read_csv(
-        stream, sep=_MARK if stream.long_sep else sep, header=None, names=range(len(names)), usecols=sorted(columns.values()), index_col=False,
+        stream, sep=_MARK if stream.long_sep else sep, header=None, names=range(len(names)),
+        usecols=sorted(columns.values()), index_col=False,
         quoting=csv.QUOTE_MINIMAL if len(sep) == 1 else csv.QUOTE_NONE, dtype=object, na_filter=False, chunksize=_ROWS,
     )  # fmt: skip
     try:
