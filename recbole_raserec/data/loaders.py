@@ -14,7 +14,7 @@ from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
 from recbole_raserec.data.dataset import WEIGHT
-from recbole_raserec.data.sequences import SequenceStore
+from recbole_raserec.data.sequences import SequenceStore, pad_rows
 
 #: Batches that are sorted by length together. Each such block is a uniform random sample of the epoch.
 BLOCK = 64
@@ -271,7 +271,8 @@ class PackedLoader(BucketLoader):
     ):  # fmt: skip
         super().__init__(config, dataset, sampler, shuffle, bucket, same_target)
         users, positions, self._row_targets = dataset.windows()
-        self._windows = PackedWindows(dataset.store, users, positions, dataset.max_item_list_len)
+        self._windows = windows = PackedWindows(dataset.store, users, positions, dataset.max_item_list_len)
+        self._begin = dataset.store.offsets[windows.user] + windows.start  # of each window in the store, [W]
         feat = dataset.inter_feat
         self._weights = feat[WEIGHT].numpy() if WEIGHT in feat.interaction else None
         self._copies = (config["packed_copies"] or 1) if shuffle else 1
@@ -291,9 +292,7 @@ class PackedLoader(BucketLoader):
         sizes = plan.sizes()[order]
         if self._tokens is None:
             return (np.cumsum(sizes) - 1) // self.step
-        windows, store = self._windows, self._dataset.store
-        window = plan.window[order]
-        start = store.offsets[windows.user[window]] + windows.start[window]
+        start = self._begin[plan.window[order]]
         tokens = self._tokens[start + plan.length[order]] - self._tokens[start]
         numbers, number, targets, total = [], 0, 0, 0
         for size, cost in zip(sizes.tolist(), tokens.tolist()):
@@ -322,14 +321,9 @@ class PackedLoader(BucketLoader):
     def collate_fn(self, index: Any) -> Interaction:
         windows, plan, dataset = self._windows, self._plan, self._dataset
         index = np.asarray(index)
-        window, length = plan.window[index], plan.length[index]
-        store = dataset.store
+        length = plan.length[index]
         # a row may stop short of its window's end: it begins where the window does
-        rows = store.offsets[windows.user[window]][:, None] + windows.start[window][:, None] + np.arange(length.max())
-        beyond = np.arange(length.max()) >= length[:, None]
-        rows[beyond] = 0
-        item_seq = store.items[rows]
-        item_seq[beyond] = 0
+        item_seq = pad_rows(dataset.store.items, self._begin[plan.window[index]], length)
         sizes = plan.offsets[index + 1] - plan.offsets[index]
         line = np.repeat(np.arange(len(index)), sizes)
         slot = plan.slots[np.repeat(plan.offsets[index] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())]
