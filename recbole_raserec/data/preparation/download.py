@@ -19,11 +19,11 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import yaml
 from tqdm import tqdm
 
+from recbole_raserec.config import Config
 from recbole_raserec.data.preparation.atomic import check_inter
 from recbole_raserec.errors import DatasetError
 
@@ -125,7 +125,7 @@ def inter_files(folder: str | os.PathLike, dataset: str, benchmark: Sequence[str
     return [Path(folder) / name for name in names]
 
 
-def ensure_dataset(config: Any) -> Path:
+def ensure_dataset(config: Config) -> Path:
     """Make sure that the run's data set is there and usable, downloading RecBole's copy if there is one.
 
     Args:
