@@ -15,7 +15,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
-from recbole_raserec.retrieval import KNNRaSeRec, neighbour_weights
+from recbole_raserec.retrieval import neighbour_weights
 
 #: Items of a memory's prefix that are shown.
 SHOWN = 5
@@ -173,8 +173,8 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
             recommender.users[user] if user > 0 else None, int(model.memory.support[entry]),
             [item(int(number)) for number in prefix],
         ))  # fmt: skip
-    unit = "probability" if isinstance(model, KNNRaSeRec) else "score"
-    alpha = 1.0 if isinstance(model, KNNRaSeRec) and not model.augments else float(model.ram.alpha.clamp(0, 1))
+    unit = "probability" if model.knn else "score"
+    alpha = float(model.ram.alpha.clamp(0, 1)) if model.augments else 1.0
     history = [item(int(number)) for number in query.rows[0]]
     name, dataset, dropped = recommender.name, recommender.dataset, int(query.dropped[0])
     return Explanation(name, dataset, unit, alpha, history, dropped, memories, reasons)
@@ -183,15 +183,18 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
 def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What backbone and retrieval give to each item: float64 [B, 2, V]; their sum is its score, or its probability."""
     table, bias = model.item_vectors().double().t(), model.backbone.item_bias()
-    augments = not isinstance(model, KNNRaSeRec) or model.augments
-    mixed = model.augment(h, ids, mask).double() if augments else h.double()
+    mixed = model.augment(h, ids, mask).double() if model.augments else h.double()
     some = mask.any(dim=1, keepdim=True)
-    alpha = torch.where(some, model.ram.alpha.clamp(0, 1).double(), 1.0) if augments else torch.ones_like(some).double()
+    alpha = (
+        torch.where(some, model.ram.alpha.clamp(0, 1).double(), 1.0)
+        if model.augments
+        else torch.ones_like(some).double()
+    )
     own = alpha * h.double()
     backbone, retrieval = own @ table, (mixed - own) @ table  # [B, V]
     if bias is not None:
         backbone = backbone + bias.double()
-    if not isinstance(model, KNNRaSeRec):
+    if not model.knn:
         return torch.stack([backbone, retrieval], dim=1)
     scores = backbone + retrieval
     targets, similarity = model.neighbour_similarity(h, ids)
@@ -209,6 +212,6 @@ def _attention(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tenso
         similarity = torch.cosine_similarity(h[:, None], compared, dim=2)
     else:
         similarity = (compared @ h[:, :, None]).squeeze(2)
-    if isinstance(model, KNNRaSeRec) and not model.augments:
+    if not model.augments:
         return neighbour_weights(model.neighbour_similarity(h, ids)[1], mask, float(model.knn_tau)), similarity
     return model.ram.attention(h, keys, model.item_vectors()[targets], mask, bias), similarity

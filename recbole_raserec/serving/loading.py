@@ -16,7 +16,7 @@ import torch
 from recbole_raserec.config import get_model
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.recommendation import wrap_backbone
-from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec, raserec_class
+from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec
 from recbole_raserec.storage import BEST, MEMORY, live_parts, load_weights, read_ids, read_manifest, read_weights
 
 
@@ -94,7 +94,7 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
         if name == "RaSeRec":
             inner = Options(manifest["backbone_options"], device=target)
             base = get_model(inner["model"])(inner, vocabulary)
-            model = raserec_class(options)(options, vocabulary, wrap_backbone(base, inner, vocabulary))
+            model = RaSeRec(options, vocabulary, wrap_backbone(base, inner, vocabulary))
             memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
         else:
             model = get_model(name)(options, vocabulary)
