@@ -78,7 +78,7 @@ def run(config: Any) -> dict[str, Any]:
     stages, data = run_stages(config)
     if not current().first:
         return {}
-    return report_stages(config, stages, data, time.perf_counter() - started)
+    return dict(report_stages(config, stages, data, time.perf_counter() - started))
 
 
 def run_stages(config: Any, trial: Optional[Trial] = None) -> tuple[dict[str, Outcome], Any]:

@@ -126,7 +126,9 @@ def test_latex_is_escaped_and_balanced(content):
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 4
     for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
         assert text.count(rule) == 4
-    bare = text.replace(r"\\", "").replace(r"\_", "").replace(r"\%", "").replace("$\\pm$", "").replace("$<$", "")
+    bare = text.replace(r"\\", "")
+    for escaped in (r"\_", r"\%", r"$\pm$", r"\ensuremath{<}"):
+        bare = bare.replace(escaped, "")
     assert not set("_%#$±<") & set(bare)
     tabulars = re.findall(r"\\begin\{tabular\}\{(l r*|lr*)\}(.*?)\\end\{tabular\}", text, re.S)
     assert len(tabulars) == 4

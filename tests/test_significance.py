@@ -16,8 +16,7 @@ from scipy.sparse import csr_matrix
 from recbole_raserec.comparison.figures import Row, Run, figures, spread
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.evaluation.protocols import PROTOCOLS, Ranks, metrics_from_ranks, query_metrics
-from recbole_raserec.evaluation.ranks import read_ranks, user_metrics, write_ranks
-from recbole_raserec.evaluation.significance import holm, paired_p
+from recbole_raserec.evaluation.ranks import holm, paired_p, read_ranks, user_metrics, write_ranks
 from recbole_raserec.kernels.allocator import peak_memory_mb
 from recbole_raserec.training.stage import DECIMALS
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from recbole_raserec import __version__
-from recbole_raserec.compat import mends
+from recbole_raserec.compat import all_patches
 
 #: What is reported, needed first.
 PACKAGES = (
@@ -49,7 +49,7 @@ class Check:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, GPU, faiss, kernels, mends and extras, JSON-able."""
+    """Versions, processor, GPU, faiss, kernels, patches and extras, JSON-able."""
     import faiss
     import torch
 
@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
         },
         "gpu": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
         "faiss": {"options": faiss.get_compile_options().strip(), "gpus": getattr(faiss, "get_num_gpus", lambda: 0)()},
-        "mends": {mend.name: {"active": mend.active, "reason": mend.reason} for mend in mends()},
+        "patches": {patch.name: {"active": patch.active, "reason": patch.reason} for patch in all_patches()},
     }
 
 
@@ -106,11 +106,11 @@ def text(found: dict[str, Any]) -> str:
         f"kernels   {kernels}",
         f"GPU       {gpus}",
         f"faiss     {faiss['options'] or 'no options'}, {faiss['gpus']} GPUs",
-        "mends of RecBole",
+        "patches of RecBole",
     ]
-    for name, mend in found["mends"].items():
-        reason = " ".join(mend["reason"].split()).split(". ")[0].rstrip(".")
-        line = f"{'active' if mend['active'] else 'not needed':<10} {name}: {reason}"
+    for name, patch in found["patches"].items():
+        reason = " ".join(patch["reason"].split()).split(". ")[0].rstrip(".")
+        line = f"{'active' if patch['active'] else 'not needed':<10} {name}: {reason}"
         lines += textwrap.wrap(line, 110, initial_indent="  ", subsequent_indent=" " * 13)
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from recbole_raserec.evaluation import grouped, holm, improvement, paired_p, read_ranks, user_metrics
 
-#: The two tests of :mod:`recbole_raserec.evaluation.significance`.
+#: The two tests of significance, see `recbole_raserec.evaluation.ranks`.
 TESTS = ("users", "seeds")
 
 
