@@ -1,9 +1,8 @@
 """The service over HTTP; needs the extra `serve`."""
 
-from recbole_raserec.serving.http.server import SERVE_HELP, add_serve, serve
+from recbole_raserec.serving.http.server import serve, serve_options
 
 __all__ = [
-    "SERVE_HELP",
-    "add_serve",
     "serve",
+    "serve_options",
 ]
