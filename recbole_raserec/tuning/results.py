@@ -13,7 +13,9 @@ import yaml
 
 from recbole_raserec.errors import MissingExtraError
 from recbole_raserec.evaluation import ABSENT, PROTOCOL_TITLES, plot_points, text_block
-from recbole_raserec.storage import plain, replacing, write_json
+from recbole_raserec.storage import plain, replacing
+from recbole_raserec.tuning.space import Space, option_of, options_of
+from recbole_raserec.tuning.study import values_of
 
 BEST, TRIALS, STUDY, PLOTS = "best.yaml", "trials.csv", "study.json", "plots"
 
@@ -27,22 +29,24 @@ _WIDTH = 100
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 
 
-def trial_record(trial: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def trial_record(trial: Any, space: Space) -> dict[str, Any]:
     """A trial that is over, ready for JSON.
 
     Args:
-        trial: Optuna's. options: as its run got them.
+        trial: Optuna's.
+        space: of the search.
 
     Returns:
-        `number`, `state`, `value` (of a complete trial: the metric of its best weights), `options`, `epochs`
-        ({epoch, from 1: the metric after it}), `seconds` (of the process that ended it) and, where it failed, `reason`.
+        `number`, `state`, `value` (of a complete trial: the metric of its best weights), `options` (by parameter),
+        `epochs` (`{epoch, from 1: the metric after it}`), `seconds` (of the process that ended it) and, where it
+        failed, `reason`.
     """
     state = STATES[trial.state.name]
     found = {
         "number": trial.number,
         "state": state,
         "value": trial.value if state == "complete" else None,
-        "options": dict(options),
+        "options": values_of(trial.params, space),
         "epochs": {str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())},
         "seconds": trial.user_attrs.get("seconds"),
     }
@@ -69,14 +73,9 @@ def write_trials(path: Path, trials: Sequence[Mapping[str, Any]], names: Sequenc
             writer.writerow([*cells, *options, trial.get("reason", "")])
 
 
-def write_study(path: Path, record: Mapping[str, Any]) -> None:
-    """The whole study as JSON."""
-    write_json(path, plain(record))
-
-
 def trials_table(record: Mapping[str, Any]) -> str:
     """The best trials of a study's record, and what became of the others."""
-    names = list(record["space"])
+    names = list(dict.fromkeys(map(option_of, record["space"])))
     maximize = record["direction"] == "maximize"
     complete = [trial for trial in record["trials"] if trial["state"] == "complete"]
     complete.sort(key=lambda trial: (-trial["value"] if maximize else trial["value"], trial["number"]))
@@ -85,7 +84,8 @@ def trials_table(record: Mapping[str, Any]) -> str:
         seconds = ABSENT if trial["seconds"] is None else f"{trial['seconds']:.0f}"
         last = max(map(int, trial["epochs"]), default=0)
         rows.append([str(trial["number"]), f"{trial['value']:.4f}", str(last), seconds])
-        rows[-1] += [str(_cell(trial["options"].get(name))) for name in names]
+        options = options_of(trial["options"])
+        rows[-1] += [str(_cell(options.get(name))) for name in names]
     counts = {state: sum(trial["state"] == state for trial in record["trials"]) for state in STATES.values()}
     title = (
         f"{record['study']}: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}; validation "
@@ -134,4 +134,4 @@ def _place(value: Any, entry: Mapping[str, Any]) -> Any:
 def _cell(value: Any, absent: str = "null") -> Any:
     if value is None:
         return absent
-    return json.dumps(value) if isinstance(value, bool) else value
+    return json.dumps(value) if isinstance(value, (bool, list)) else value

@@ -11,11 +11,12 @@ No trial reads a test pair. The best one is run to its end when all are over, an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import time
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
 from recbole.utils import init_logger
@@ -26,10 +27,22 @@ from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError, nearest, shown
 from recbole_raserec.evaluation import SEEN_KEPT, record_table, versions
 from recbole_raserec.quick_start import run, run_stages
-from recbole_raserec.storage import plain, read_json, write_json
+from recbole_raserec.storage import plain, read_json, try_lock, write_json
 from recbole_raserec.training import Trial
 from recbole_raserec.tuning import results
-from recbole_raserec.tuning.space import Space, check_space, find_space, grid, read_space
+from recbole_raserec.tuning.space import (
+    Space,
+    check_space,
+    described,
+    edges,
+    find_space,
+    grid,
+    option_of,
+    options_of,
+    optuna,
+    read_space,
+    values,
+)
 from recbole_raserec.tuning.study import (
     PRUNERS,
     SAMPLERS,
@@ -38,119 +51,18 @@ from recbole_raserec.tuning.study import (
     finished,
     importances,
     next_trial,
-    only_process,
     open_study,
-    optuna,
     pruner,
-    values_of,
 )
-
-# What a search is to do: its options and its space, checked as a whole before anything runs.
-
 
 #: Trials of a search whose number is not given.
 TRIALS = 30
 
-#: What a trial is run with unless the options say otherwise: thirty trainings need no progress bar each.
-_QUIET = {"show_progress": False, "state": "WARNING"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """A search whose options are checked.
-
-    Attributes:
-        config: the options that every trial shares. given: those of them that were given.
-        space: those that are searched. fixed: those of the space's file that were given, and therefore are not.
-        trials: in all. combinations: of the sampler "grid".
-    """
-
-    config: Any
-    given: dict[str, Any]
-    directory: Path
-    space: Space
-    fixed: list[str]
-    sampler: str
-    pruner: str
-    trials: int
-    combinations: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return f"{self.config['model']}-{self.config['dataset']}"
-
-    @property
-    def metric(self) -> str:
-        """The metric that stops the last stage's training early."""
-        return self.config["ram_valid_metric" if self.config["model"] == RETRIEVAL_MODEL else "valid_metric"]
-
-    def identity(self) -> dict[str, Any]:
-        """What has to stay the same for the trials to be comparable and the next ones to be drawn alike."""
-        shared = {k: v for k, v in self.config.training_options().items() if k not in self.space}
-        if self.config["regeneration"] or "regeneration" in self.space:  # a run keeps these in the data's fingerprint
-            shared.update({name: self.config[name] for name in REGENERATION if name not in self.space})
-        return {
-            "sampler": self.sampler,
-            "pruner": self.pruner,
-            "space": {name: parameter.described() for name, parameter in self.space.items()},
-            "options": plain(shared),
-        }
-
-
-def plan_search(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, build: Callable[[], Any]) -> Search:
-    """A search of what :func:`recbole_raserec.tuning.tune.tune_hyper_parameters` was given.
-
-    Args:
-        output, trials, space, sampler, pruner: as given. build: makes the configuration that every trial shares.
-
-    Raises:
-        ConfigError: options or space are wrong, all problems at once.
-    """
-    problems = [] if output else ["output: is not given; name the directory of the search: --output=DIR"]
-    if trials is not None and (type(trials) is not int or trials < 1):
-        problems.append(f"trials: {shown(trials)} is not an integer >= 1; write for example trials: {TRIALS}")
-    for name, value, known in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
-        if value not in known:
-            guess = nearest(value, known)
-            remedy = f"did you mean {guess}?" if guess else f"choose one of {', '.join(known)}"
-            problems.append(f"{name}: {shown(value)} is unknown; {remedy}")
-    try:
-        config = build()
-        check_run(config)
-        layout = layout_of(config.final_config_dict)
-        if layout.size > 1:
-            problems.append(f"nproc: {layout.size} processes share a run, but trials run in one; leave it out")
-    except ConfigError as error:
-        raise ConfigError(problems + error.problems) from None
-    searched: Space = {}
-    fixed: list[str] = []
-    combinations: list[dict[str, Any]] = []
-    try:
-        path = find_space(None if space is None else str(space), config["model"])
-    except ConfigError as error:
-        problems += error.problems
-    else:
-        searched, wrong = read_space(path)
-        fixed = [name for name in searched if name in config.external_config_dict]
-        searched = {name: parameter for name, parameter in searched.items() if name not in fixed}
-        if not searched and not wrong:
-            problems.append(f"space: every option of {path} is given, none is left to search; leave some out")
-        problems += [f"space: {problem}" for problem in wrong] + check_space(config, searched, path)
-        if sampler == "grid":
-            combinations, uncountable = grid(searched)
-            problems += uncountable
-    if problems:
-        raise ConfigError(problems)
-    number = trials or (len(combinations) if sampler == "grid" else TRIALS)
-    number = min(number, len(combinations)) if sampler == "grid" else number
-    own = ("model", "dataset", "config_files", "result_file")
-    given = {name: value for name, value in config.external_config_dict.items() if name not in own}
-    config = config.with_options({name: value for name, value in _QUIET.items() if name not in given})
-    return Search(config, given, Path(output), searched, fixed, sampler, pruner, number, combinations)
-
-
 #: The best trial's number, and the record of its run as `result_file` receives it.
 RECORD = "best.json"
+
+#: What a trial is run with unless the options say otherwise: thirty trainings need no progress bar each.
+_QUIET = {"show_progress": False, "state": "WARNING"}
 
 #: How a trial may end without an end of the search: its options do not go together, its training diverges, or its
 #: memory does not suffice.
@@ -163,56 +75,175 @@ def tune_hyper_parameters(
     config_file_list: Optional[list[str]] = None, config_dict: Optional[dict[str, Any]] = None,
     argv: Optional[list[str]] = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Search options by the validation metric, or go on with the search that `output` holds.
+    """Search options by the validation metric, or continue the search that `output` holds.
 
     An option that is given is not searched, whatever the space says of it.
 
     Args:
-        model, dataset, config_file_list, config_dict, argv: as of
-            :func:`recbole_raserec.quick_start.run_recbole_raserec`; the option `seed` is that of the sampler too.
+        model: as of `run_recbole_raserec`.
+        dataset: as of `run_recbole_raserec`.
         output: directory of the search; the study lives in it.
         trials: in all, those of an interrupted search included; default: 30, with the sampler "grid" all combinations.
         space: YAML file, or name of a shipped one; default: the shipped one of the model.
-        sampler: "tpe", "random", "grid" or "gp". pruner: "median", "halving" or "none".
+        sampler: "tpe", "random", "grid" or "gp".
+        pruner: "median", "halving" or "none".
+        config_file_list: as of `run_recbole_raserec`.
+        config_dict: as of `run_recbole_raserec`; the option `seed` is that of the sampler too.
+        argv: as of `run_recbole_raserec`.
 
     Returns:
-        what ``study.json`` holds.
+        what `study.json` holds.
 
     Raises:
         ConfigError: options or space are wrong, all problems at once, before anything runs; or `output` holds another
             search, or is in use.
         RaSeRecError: no trial came to its end.
-        DatasetError, CheckpointError: as that function does.
+        DatasetError: as of `run_recbole_raserec`.
+        CheckpointError: as of `run_recbole_raserec`.
     """
-    search = plan_search(
-        output, trials, space, sampler, pruner, lambda: Config(model, dataset, config_file_list, config_dict, argv)
-    )
-    with only_process(search.directory):
+    given = (model, dataset, config_file_list, config_dict, argv)
+    search = _plan(output, trials, space, sampler, pruner, given)
+    search.directory.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(search.directory / ".lock")
+    if lock is None:
+        problem = f"output: another process is searching in {search.directory}; wait for it, or end it"
+        raise ConfigError([problem])
+    with contextlib.ExitStack() as held:
+        held.callback(lock.release)
         return _search(search)
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """A search whose options are checked.
+
+    Attributes:
+        config: the options that every trial shares.
+        given: those of them that were given.
+        directory: of the study.
+        space: the parameters that are searched.
+        fixed: options of the space's file that were given, and therefore are not.
+        sampler: of `SAMPLERS`.
+        pruner: of `PRUNERS`.
+        trials: in all.
+        combinations: of the sampler "grid".
+    """
+
+    config: Config
+    given: dict[str, Any]
+    directory: Path
+    space: Space
+    fixed: list[str]
+    sampler: str
+    pruner: str
+    trials: int
+    combinations: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Of the study."""
+        return f"{self.config['model']}-{self.config['dataset']}"
+
+    @property
+    def metric(self) -> str:
+        """The metric that stops the last stage's training early."""
+        return self.config["ram_valid_metric" if self.config["model"] == RETRIEVAL_MODEL else "valid_metric"]
+
+    @property
+    def options(self) -> list[str]:
+        """The options that are searched."""
+        return list(dict.fromkeys(map(option_of, self.space)))
+
+    def identity(self) -> dict[str, Any]:
+        """What has to stay the same for the trials to be comparable and the next ones to be drawn alike."""
+        shared = {k: v for k, v in self.config.training_options().items() if k not in self.options}
+        if self.config["regeneration"] or "regeneration" in self.space:  # a run keeps these in the data's fingerprint
+            shared.update({name: self.config[name] for name in REGENERATION if name not in self.space})
+        return {
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+            "space": {name: described(distribution) for name, distribution in self.space.items()},
+            "options": plain(shared),
+        }
+
+    def uniform(self) -> dict[str, Any]:
+        """Of an option whose entries are searched one by one: its present value, where that is one for all entries."""
+        if self.sampler == "grid":
+            return {}
+        parts = {name: self.config[option_of(name)] for name in self.space if "[" in name}
+        return {name: value for name, value in parts.items() if value in (values(self.space[name]) or ())}
+
+
+def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given: tuple) -> Search:
+    """A search of what `tune_hyper_parameters` was given, or a ConfigError with all that is wrong."""
+    problems = [] if output else ["output: is not given; name the directory of the search: --output=DIR"]
+    if trials is not None and (type(trials) is not int or trials < 1):
+        problems.append(f"trials: {shown(trials)} is not an integer >= 1; write for example trials: {TRIALS}")
+    for name, value, known in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
+        if value not in known:
+            guess = nearest(value, known)
+            remedy = f"did you mean {guess}?" if guess else f"choose one of {', '.join(known)}"
+            problems.append(f"{name}: {shown(value)} is unknown; {remedy}")
+    try:
+        config = Config(*given)
+        check_run(config)
+        layout = layout_of(config.final_config_dict)
+        if layout.size > 1:
+            problems.append(f"nproc: {layout.size} processes share a run, but trials run in one; leave it out")
+    except ConfigError as error:
+        raise ConfigError(problems + error.problems) from None
+    options = config.external_config_dict
+    searched: Space = {}
+    fixed: list[str] = []
+    combinations: list[dict[str, Any]] = []
+    try:
+        path = find_space(None if space is None else str(space), config["model"])
+    except ConfigError as error:
+        problems += error.problems
+    else:
+        read, wrong = read_space(path)
+        fixed = [option for option in dict.fromkeys(map(option_of, read)) if option in options]
+        searched = {name: distribution for name, distribution in read.items() if option_of(name) not in fixed}
+        if not searched and not wrong:
+            problems.append(f"space: every option of {path} is given, none is left to search; leave some out")
+        problems += [f"space: {problem}" for problem in wrong] + check_space(config, searched, path)
+        if sampler == "grid":
+            combinations, uncountable = grid(searched)
+            problems += uncountable
+    if problems:
+        raise ConfigError(problems)
+    number = trials or (len(combinations) if sampler == "grid" else TRIALS)
+    number = min(number, len(combinations)) if sampler == "grid" else number
+    own = ("model", "dataset", "config_files", "result_file")
+    kept = {name: value for name, value in options.items() if name not in own}
+    config = config.with_options({name: value for name, value in _QUIET.items() if name not in kept})
+    return Search(config, kept, Path(output), searched, fixed, sampler, pruner, number, combinations)
 
 
 def _search(search: Search) -> dict[str, Any]:
     config = search.config
-    study = open_study(search.directory, search.name, bool(config["valid_metric_bigger"]), search.identity())
+    study = open_study(
+        search.directory, search.name, bool(config["valid_metric_bigger"]), search.identity(), search.uniform()
+    )
     study.pruner = pruner(search.pruner)
     init_logger(config)
     over = len(finished(study))
     if over < search.trials:
         ensure_dataset(config)
         print(
-            f"Searching {', '.join(search.space)} in {search.directory / STORAGE}: {search.trials} trials"
+            f"Searching {', '.join(search.options)} in {search.directory / STORAGE}: {search.trials} trials"
             + (f", {over} of them are over" if over else "")
             + (f"; given and therefore not searched: {', '.join(search.fixed)}" if search.fixed else ""),
             flush=True,
         )
     for _ in range(over, search.trials):
-        trial, options = next_trial(study, search.space, search.sampler, config["seed"], search.combinations)
-        _run_trial(search, study, trial, options)
+        trial, drawn = next_trial(study, search.space, search.sampler, config["seed"], search.combinations)
+        _run_trial(search, study, trial, drawn)
         gc.collect()
     return _report(search, study)
 
 
-def _run_trial(search: Search, study: Any, trial: Any, options: dict[str, Any]) -> None:
+def _run_trial(search: Search, study: Any, trial: Any, drawn: dict[str, Any]) -> None:
     """Run one trial and tell the study how it ended; an error that is no trial's own leaves it to be continued."""
     started = time.perf_counter()
     known = study.get_trials(deepcopy=False)[trial.number].intermediate_values
@@ -225,7 +256,7 @@ def _run_trial(search: Search, study: Any, trial: Any, options: dict[str, Any]) 
             raise optuna.TrialPruned
 
     try:
-        config = search.config.with_options(options)
+        config = search.config.with_options(options_of(drawn))
         check_run(config)
         stages, _ = run_stages(config, Trial(after_epoch, _deepest(search)))
         last = list(stages.values())[-1]
@@ -248,7 +279,7 @@ def _deepest(search: Search) -> int:
     """The most neighbours that any trial asks for."""
     if search.config["model"] != RETRIEVAL_MODEL:
         return 0
-    return max(search.space["top_k"].edges()) if "top_k" in search.space else search.config["top_k"]
+    return max(edges(search.space["top_k"])) if "top_k" in search.space else search.config["top_k"]
 
 
 def _same_data(search: Search, study: Any, fingerprint: str) -> None:
@@ -261,8 +292,8 @@ def _same_data(search: Search, study: Any, fingerprint: str) -> None:
 
 
 def _print_trial(search: Search, study: Any) -> None:
-    last = results.trial_record(finished(study)[-1], values_of(finished(study)[-1], search.space))
-    options = ", ".join(f"{name} {value}" for name, value in last["options"].items())
+    last = results.trial_record(finished(study)[-1], search.space)
+    options = ", ".join(f"{name} {value}" for name, value in options_of(last["options"]).items())
     figure = f"{search.metric} {last['value']:.4f}" if last["value"] is not None else last["state"]
     if last["state"] == "pruned":
         figure += f" after epoch {max(last['epochs'], key=int)}"
@@ -275,7 +306,7 @@ def _print_trial(search: Search, study: Any) -> None:
 
 def _report(search: Search, study: Any) -> dict[str, Any]:
     config, directory = search.config, search.directory
-    trials = [results.trial_record(trial, values_of(trial, search.space)) for trial in finished(study)]
+    trials = [results.trial_record(trial, search.space) for trial in finished(study)]
     ranked = best_first(study)
     if not ranked:
         reasons = list(dict.fromkeys(trial["reason"] for trial in trials if "reason" in trial))[:3]
@@ -284,13 +315,13 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
             + (f": {'; '.join(reasons)}" if reasons else "; all were pruned")
         )
     best = ranked[0]
-    chosen = trials[best.number]["options"]
+    chosen = options_of(trials[best.number]["options"])
     header = [
         f"The best of {len(trials)} trials of the study {search.name} (sampler {search.sampler}, pruner "
         f"{search.pruner}, seed {config['seed']}):",
         f"trial {best.number}, validation {search.metric} {best.value:.6f}, seen items "
         + ("kept in the ranking." if selection_protocol(config) == SEEN_KEPT else "removed from the ranking."),
-        f"Searched: {', '.join(search.space)}.",
+        f"Searched: {', '.join(search.options)}.",
     ]
     shared = {"model": config["model"], "dataset": config["dataset"], **search.given}
     results.write_best(directory / results.BEST, header, {**shared, **chosen})
@@ -312,7 +343,7 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
         "trials": trials,
     }
     results.write_trials(directory / results.TRIALS, trials, list(search.space))
-    results.write_study(directory / results.STUDY, record)
+    write_json(directory / results.STUDY, plain(record))
     results.draw(directory, record)
     print("\n" + results.trials_table(record))
     print(f"\nTest figures of trial {best.number}:")
