@@ -59,7 +59,7 @@ def _pairs(words: Sequence[str]) -> list[str]:
     """Words of a run, each as `--key=value`.
 
     Raises:
-        ConfigError: a word is no option, an option has no value, or one of `_NAMED` is empty or given twice and differs.
+        ConfigError: a word is no option, an option has no value, or one of `_NAMED` is empty or has two values.
     """
     found: list[str] = []
     named: dict[str, str] = {}

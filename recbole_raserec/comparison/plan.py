@@ -122,7 +122,7 @@ class Run:
         options: of the run, by name, without those that the comparison sets.
         name: of its files, with the fingerprint of all that decides its figures.
         base: name of the run of its base; None without one.
-        needs: names of the runs that train what it reuses, its base among them; they come first, where they are planned.
+        needs: names of the runs that train what it reuses, its base among them.
     """
 
     row: str
