@@ -18,6 +18,7 @@ from serve_helpers import AUTHORIZED, Server, fresh
 from recbole_raserec import Recommender
 from recbole_raserec.cli import main as cli
 from recbole_raserec.errors import CheckpointError, ConfigError
+from recbole_raserec.serving.http.server import SERVE_HELP
 from recbole_raserec.serving.http.settings import TOKEN_VARIABLE, Settings
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
@@ -163,24 +164,19 @@ def test_options(tmp_path, capsys, monkeypatch):
         assert cli.main(["serve", str(tmp_path), f"--port={taken.getsockname()[1]}"]) == 2
     assert "nothing can listen on" in capsys.readouterr().err
     assert cli.main(["serve", "--help"]) == 0
-    printed = capsys.readouterr().out
-    assert "--max_concurrent" in printed
-    assert "RECBOLE_RASEREC_TOKEN" in printed
+    assert "--max_concurrent" in capsys.readouterr().out
+    assert "RECBOLE_RASEREC_TOKEN" in SERVE_HELP
 
 
 def test_where_the_token_comes_from(tmp_path, monkeypatch):
     from recbole_raserec.serving.http import server as service
 
     (tmp_path / "t").write_text(" from-file\n")
-
-    def settings(*words):
-        given = cli.serve.make_context("serve", ["d", *words]).params
-        return service.settings_of(
-            **{name: given[name] for name in given.keys() - {"checkpoint", "host", "port", "device"}}
-        )
+    parser = cli._Parser(prog="recbole-raserec serve")
+    service.add_serve(parser)
 
     def token(*words):
-        return settings(*words).token
+        return service.settings_of(parser.parse_args(["d", *words])).token
 
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert token() is None
@@ -188,7 +184,7 @@ def test_where_the_token_comes_from(tmp_path, monkeypatch):
     assert token() == "from-variable"
     assert token(f"--token_file={tmp_path / 't'}") == "from-file"
     assert token(f"--token_file={tmp_path / 't'}", "--token=given") == "given"
-    assert "given" not in repr(settings("--token=given"))
+    assert "given" not in repr(service.settings_of(parser.parse_args(["d", "--token=given"])))
     with pytest.raises(ConfigError, match="printable"):
         Settings("a\nb")
 

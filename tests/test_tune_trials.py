@@ -16,7 +16,6 @@ from recbole_raserec.errors import RaSeRecError  # noqa: E402
 from recbole_raserec.quick_start import run_recbole_raserec  # noqa: E402
 from recbole_raserec.training.trainer import ResumableTrainer  # noqa: E402
 from recbole_raserec.tuning import study as study_module  # noqa: E402
-from recbole_raserec.tuning import tune  # noqa: E402
 from recbole_raserec.tuning.study import finished, next_trial, pruner  # noqa: E402
 
 # ------------------------------------------------------------------ pruned and failed trials
@@ -30,7 +29,7 @@ class SecondTrial(optuna.pruners.BasePruner):
 
 
 def test_nothing_of_a_pruned_trial_counts_as_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "pruner", lambda name: SecondTrial())
+    monkeypatch.setattr(study_module, "pruner", lambda name: SecondTrial())
     made = search(tmp_path, trials=2, ram_epochs=3)
     first, second = made.record["trials"]
     assert (first["state"], second["state"], second["value"]) == ("complete", "pruned", None)

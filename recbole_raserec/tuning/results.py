@@ -1,4 +1,4 @@
-"""What a search leaves behind: ``best.yaml``, ``trials.csv``, ``study.json``, plots, and a table for the terminal."""
+"""What a search leaves behind: `best.yaml`, `trials.csv`, plots, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 
@@ -19,11 +19,8 @@ from recbole_raserec.tuning.study import values_of
 
 BEST, TRIALS, STUDY, PLOTS = "best.yaml", "trials.csv", "study.json", "plots"
 
-#: Trials in the table.
-SHOWN = 10
-
-#: Columns of a table in the terminal.
-_WIDTH = 100
+#: Trials in the table, and its width in characters.
+_SHOWN, _WIDTH = 10, 100
 
 #: Optuna's names of how a trial ended -> ours.
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
@@ -69,7 +66,7 @@ def write_trials(path: Path, trials: Sequence[Mapping[str, Any]], names: Sequenc
         for trial in trials:
             options = [_cell(trial["options"][name]) if name in trial["options"] else "" for name in names]
             last = max(map(int, trial["epochs"]), default=0)
-            cells = [trial["number"], trial["state"], _cell(trial["value"], ""), last, _cell(trial["seconds"], "")]
+            cells = [trial["number"], trial["state"], trial["value"], last, trial["seconds"]]
             writer.writerow([*cells, *options, trial.get("reason", "")])
 
 
@@ -80,7 +77,7 @@ def trials_table(record: Mapping[str, Any]) -> str:
     complete = [trial for trial in record["trials"] if trial["state"] == "complete"]
     complete.sort(key=lambda trial: (-trial["value"] if maximize else trial["value"], trial["number"]))
     rows = [["trial", record["metric"], "epochs", "seconds", *names]]
-    for trial in complete[:SHOWN]:
+    for trial in complete[:_SHOWN]:
         seconds = ABSENT if trial["seconds"] is None else f"{trial['seconds']:.0f}"
         last = max(map(int, trial["epochs"]), default=0)
         rows.append([str(trial["number"]), f"{trial['value']:.4f}", str(last), seconds])
@@ -98,9 +95,8 @@ def trials_table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(directory: Path, record: Mapping[str, Any]) -> Optional[Path]:
-    """Plots of the value by trial and by each option; None where there is no matplotlib."""
-    folder = directory / PLOTS
+def draw(folder: Path, record: Mapping[str, Any]) -> None:
+    """Plots of the value by trial and by each option; none where there is no matplotlib."""
     maximize = record["direction"] == "maximize"
     by_trial: dict[str, list[tuple[Any, float]]] = {"complete": [], "pruned": []}
     by_option: dict[str, dict[str, list[tuple[Any, float]]]] = {
@@ -115,7 +111,8 @@ def draw(directory: Path, record: Mapping[str, Any]) -> Optional[Path]:
             continue
         by_trial[state].append((trial["number"], height))
         for name, entry in record["space"].items():
-            by_option[name][state].append((_place(trial["options"][name], entry), height))
+            value = trial["options"][name]
+            by_option[name][state].append((str(_cell(value)) if entry["type"] == "categorical" else value, height))
         if state == "complete":
             better = not best or (height > best[-1][1] if maximize else height < best[-1][1])
             best.append((trial["number"], height if better else best[-1][1]))
@@ -123,15 +120,7 @@ def draw(directory: Path, record: Mapping[str, Any]) -> Optional[Path]:
         plot_points(folder / "history.png", by_trial, "trial", record["metric"], steps={"best so far": best})
         for name, entry in record["space"].items():
             plot_points(folder / f"{name}.png", by_option[name], name, record["metric"], log=bool(entry.get("log")))
-        return folder
-    return None
 
 
-def _place(value: Any, entry: Mapping[str, Any]) -> Any:
-    return str(_cell(value)) if entry["type"] == "categorical" else value
-
-
-def _cell(value: Any, absent: str = "null") -> Any:
-    if value is None:
-        return absent
-    return json.dumps(value) if isinstance(value, (bool, list)) else value
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if value is None or isinstance(value, (bool, list)) else value

@@ -30,30 +30,9 @@ from recbole_raserec.quick_start import run, run_stages
 from recbole_raserec.storage import plain, read_json, try_lock, write_json
 from recbole_raserec.training import Trial
 from recbole_raserec.tuning import results
-from recbole_raserec.tuning.space import (
-    Space,
-    check_space,
-    described,
-    edges,
-    find_space,
-    grid,
-    option_of,
-    options_of,
-    optuna,
-    read_space,
-    values,
-)
-from recbole_raserec.tuning.study import (
-    PRUNERS,
-    SAMPLERS,
-    STORAGE,
-    best_first,
-    finished,
-    importances,
-    next_trial,
-    open_study,
-    pruner,
-)
+from recbole_raserec.tuning import space as spaces
+from recbole_raserec.tuning import study as studies
+from recbole_raserec.tuning.space import option_of, options_of, optuna
 
 #: Trials of a search whose number is not given.
 TRIALS = 30
@@ -132,7 +111,7 @@ class Search:
     config: Config
     given: dict[str, Any]
     directory: Path
-    space: Space
+    space: spaces.Space
     fixed: list[str]
     sampler: str
     pruner: str
@@ -162,7 +141,7 @@ class Search:
         return {
             "sampler": self.sampler,
             "pruner": self.pruner,
-            "space": {name: described(distribution) for name, distribution in self.space.items()},
+            "space": {name: spaces.described(distribution) for name, distribution in self.space.items()},
             "options": plain(shared),
         }
 
@@ -171,7 +150,7 @@ class Search:
         if self.sampler == "grid":
             return {}
         parts = {name: self.config[option_of(name)] for name in self.space if "[" in name}
-        return {name: value for name, value in parts.items() if value in (values(self.space[name]) or ())}
+        return {name: value for name, value in parts.items() if value in (spaces.values(self.space[name]) or ())}
 
 
 def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given: tuple) -> Search:
@@ -179,7 +158,7 @@ def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given
     problems = [] if output else ["output: is not given; name the directory of the search: --output=DIR"]
     if trials is not None and (type(trials) is not int or trials < 1):
         problems.append(f"trials: {shown(trials)} is not an integer >= 1; write for example trials: {TRIALS}")
-    for name, value, known in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
+    for name, value, known in (("sampler", sampler, studies.SAMPLERS), ("pruner", pruner, studies.PRUNERS)):
         if value not in known:
             guess = nearest(value, known)
             remedy = f"did you mean {guess}?" if guess else f"choose one of {', '.join(known)}"
@@ -193,22 +172,22 @@ def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
     options = config.external_config_dict
-    searched: Space = {}
+    searched: spaces.Space = {}
     fixed: list[str] = []
     combinations: list[dict[str, Any]] = []
     try:
-        path = find_space(None if space is None else str(space), config["model"])
+        path = spaces.find_space(None if space is None else str(space), config["model"])
     except ConfigError as error:
         problems += error.problems
     else:
-        read, wrong = read_space(path)
+        read, wrong = spaces.read_space(path)
         fixed = [option for option in dict.fromkeys(map(option_of, read)) if option in options]
         searched = {name: distribution for name, distribution in read.items() if option_of(name) not in fixed}
         if not searched and not wrong:
             problems.append(f"space: every option of {path} is given, none is left to search; leave some out")
-        problems += [f"space: {problem}" for problem in wrong] + check_space(config, searched, path)
+        problems += [f"space: {problem}" for problem in wrong] + spaces.check_space(config, searched, path)
         if sampler == "grid":
-            combinations, uncountable = grid(searched)
+            combinations, uncountable = spaces.grid(searched)
             problems += uncountable
     if problems:
         raise ConfigError(problems)
@@ -222,22 +201,22 @@ def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given
 
 def _search(search: Search) -> dict[str, Any]:
     config = search.config
-    study = open_study(
+    study = studies.open_study(
         search.directory, search.name, bool(config["valid_metric_bigger"]), search.identity(), search.uniform()
     )
-    study.pruner = pruner(search.pruner)
+    study.pruner = studies.pruner(search.pruner)
     init_logger(config)
-    over = len(finished(study))
+    over = len(studies.finished(study))
     if over < search.trials:
         ensure_dataset(config)
         print(
-            f"Searching {', '.join(search.options)} in {search.directory / STORAGE}: {search.trials} trials"
+            f"Searching {', '.join(search.options)} in {search.directory / studies.STORAGE}: {search.trials} trials"
             + (f", {over} of them are over" if over else "")
             + (f"; given and therefore not searched: {', '.join(search.fixed)}" if search.fixed else ""),
             flush=True,
         )
     for _ in range(over, search.trials):
-        trial, drawn = next_trial(study, search.space, search.sampler, config["seed"], search.combinations)
+        trial, drawn = studies.next_trial(study, search.space, search.sampler, config["seed"], search.combinations)
         _run_trial(search, study, trial, drawn)
         gc.collect()
     return _report(search, study)
@@ -260,7 +239,10 @@ def _run_trial(search: Search, study: Any, trial: Any, drawn: dict[str, Any]) ->
         check_run(config)
         stages, _ = run_stages(config, Trial(after_epoch, _deepest(search)))
         last = list(stages.values())[-1]
-        _same_data(search, study, last.splits.fingerprint)
+        if study.user_attrs.get("data", last.splits.fingerprint) != last.splits.fingerprint:
+            data = f"other data under the name {config['dataset']}"
+            raise CheckpointError(f"{search.directory} holds trials on {data}; name another directory.")
+        study.set_user_attr("data", last.splits.fingerprint)
         told["values"] = last.metrics["valid"][selection_protocol(config)][search.metric.lower()]
     except optuna.TrialPruned:
         told["state"] = optuna.trial.TrialState.PRUNED
@@ -279,35 +261,26 @@ def _deepest(search: Search) -> int:
     """The most neighbours that any trial asks for."""
     if search.config["model"] != RETRIEVAL_MODEL:
         return 0
-    return max(edges(search.space["top_k"])) if "top_k" in search.space else search.config["top_k"]
-
-
-def _same_data(search: Search, study: Any, fingerprint: str) -> None:
-    if study.user_attrs.get("data", fingerprint) != fingerprint:
-        raise CheckpointError(
-            f"{search.directory} holds trials on other data under the name {search.config['dataset']}; "
-            "name another directory."
-        )
-    study.set_user_attr("data", fingerprint)
+    return max(spaces.edges(search.space["top_k"])) if "top_k" in search.space else search.config["top_k"]
 
 
 def _print_trial(search: Search, study: Any) -> None:
-    last = results.trial_record(finished(study)[-1], search.space)
+    last = results.trial_record(studies.finished(study)[-1], search.space)
     options = ", ".join(f"{name} {value}" for name, value in options_of(last["options"]).items())
     figure = f"{search.metric} {last['value']:.4f}" if last["value"] is not None else last["state"]
     if last["state"] == "pruned":
         figure += f" after epoch {max(last['epochs'], key=int)}"
     if "reason" in last:
         figure += f" ({last['reason']})"
-    best = best_first(study)
+    best = studies.best_first(study)
     so_far = f"; best {best[0].value:.4f} (trial {best[0].number})" if best else ""
     print(f"trial {last['number']}: {figure}, {last['seconds']:.0f} s: {options}{so_far}", flush=True)
 
 
 def _report(search: Search, study: Any) -> dict[str, Any]:
     config, directory = search.config, search.directory
-    trials = [results.trial_record(trial, search.space) for trial in finished(study)]
-    ranked = best_first(study)
+    trials = [results.trial_record(trial, search.space) for trial in studies.finished(study)]
+    ranked = studies.best_first(study)
     if not ranked:
         reasons = list(dict.fromkeys(trial["reason"] for trial in trials if "reason" in trial))[:3]
         raise RaSeRecError(
@@ -338,13 +311,13 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
         "space": search.identity()["space"],
         "given": plain(search.given),
         "best": best.number,
-        "importances": importances(study),
+        "importances": studies.importances(study),
         "versions": {**versions(), "optuna": optuna.__version__},
         "trials": trials,
     }
     results.write_trials(directory / results.TRIALS, trials, list(search.space))
     write_json(directory / results.STUDY, plain(record))
-    results.draw(directory, record)
+    results.draw(directory / results.PLOTS, record)
     print("\n" + results.trials_table(record))
     print(f"\nTest figures of trial {best.number}:")
     _test(search, best.number, chosen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 import os
@@ -12,59 +13,62 @@ import time
 from pathlib import Path
 from typing import Any
 
-import click
-
 from recbole_raserec.errors import ConfigError, MissingExtraError, RaSeRecError
 from recbole_raserec.serving.http.service import Service
 from recbole_raserec.serving.http.settings import HELP, LOG, TOKEN_VARIABLE, Settings
 
+SERVE_HELP = f"""\
+The token is better in a file or in the variable {TOKEN_VARIABLE}: a command line is seen by every user of the
+machine and stays in the shell's history. A --token wins over a --token_file, and that over the variable. Without a
+token, update, forget and save are refused.
 
-def serve_options() -> list[click.Parameter]:
-    """The argument and the options of the command `serve`."""
-    file = click.Path(path_type=Path)
-    options: list[click.Parameter] = [
-        click.Argument(["checkpoint"], type=file, metavar="DIR"),
-        click.Option(["--host"], default="127.0.0.1", help="address to listen on (default: 127.0.0.1)"),
-        click.Option(["--port"], default=8000, metavar="N", help="(default: 8000; 0: any free one)"),
-        click.Option(["--token_file"], type=file, metavar="FILE", help="that holds the token of changing calls"),
-        click.Option(["--token"], metavar="TEXT", help="the token itself; see above"),
-        click.Option(["--device"], help="cpu, cuda, ... (default: a GPU if there is one)"),
-    ]
+examples:
+  recbole-raserec serve saved/RaSeRec-ml-100k-...
+  recbole-raserec serve saved/RaSeRec-ml-100k-... --port=9000 --token_file=token.txt --max_k=100"""
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """The options of ``serve``."""
+    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a finished run; its last line names it")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any free one)")
+    parser.add_argument("--token_file", type=Path, metavar="FILE", help="that holds the token of changing calls")
+    parser.add_argument("--token", metavar="TEXT", help="the token itself; see below")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     for field in dataclasses.fields(Settings):
         if field.name in HELP:
+            number: Any = type(field.default)
             default = "" if "default" in HELP[field.name] else f" (default: {field.default})"
-            words = HELP[field.name] + default
-            options.append(click.Option([f"--{field.name}"], default=field.default, metavar="N", help=words))
-    return options
+            parser.add_argument(
+                f"--{field.name}", type=number, metavar="N", default=field.default, help=HELP[field.name] + default
+            )
 
 
-def settings_of(token: str | None, token_file: Path | None, **limits: Any) -> Settings:
+def settings_of(args: argparse.Namespace) -> Settings:
     """The settings of the parsed options.
 
     Raises:
         ConfigError: a value is wrong, or there is no readable token in the file.
     """
-    if token is None and token_file is not None:
+    token = args.token
+    if token is None and args.token_file is not None:
         try:
-            token = token_file.read_text(encoding="utf-8").strip()
+            token = args.token_file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise ConfigError([f"token_file: {token_file} cannot be read ({error})."]) from None
+            raise ConfigError([f"token_file: {args.token_file} cannot be read ({error})."]) from None
     if token is None:
         token = os.environ.get(TOKEN_VARIABLE) or None
-    return Settings(token, **limits)
+    return Settings(token, **{name: getattr(args, name) for name in HELP})
 
 
-def serve(
-    checkpoint: Path, host: str, port: int, token_file: Path | None, token: str | None, device: str | None,
-    **limits: Any,
-) -> None:  # fmt: skip
-    """Run `serve` until SIGTERM or SIGINT: then running requests finish, and what changed is saved.
+def serve(args: argparse.Namespace) -> None:
+    """Run ``serve`` until SIGTERM or SIGINT: then running requests finish, and what changed is saved.
 
     Raises:
         RaSeRecError: an option is wrong, the address is taken, the checkpoint is not fit or in use by another process.
         MissingExtraError: the packages of the extra ``serve`` are not installed.
     """
-    settings = settings_of(token, token_file, **limits)
+    settings = settings_of(args)
     try:
         import uvicorn
 
@@ -76,9 +80,9 @@ def serve(
     from recbole_raserec.serving.recommender import Recommender
 
     _log_to_stderr()
-    listening = _bind(host, port)
+    listening = _bind(args.host, args.port)
     with listening:
-        recommender = Recommender.load(checkpoint, device, journal=True)
+        recommender = Recommender.load(args.checkpoint, args.device, journal=True)
         app = create_app(recommender, settings)
         service: Service = app.state.service
         config = uvicorn.Config(
