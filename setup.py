@@ -40,10 +40,13 @@ EXTRAS_REQUIRE = {
     "tune": ["optuna>=4.0"],
     "test": [
         *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20", *SERVE, "httpx>=0.27"),
-        *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20", "optuna>=4.0"),
+        *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20", "optuna>=4.0", "import-linter>=2.5"),
     ],
     "fuzz": ["schemathesis>=4.10"],  # wants Python 3.10
-    "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
+    "dev": [
+        *("ruff>=0.6", "mypy>=1.11", "import-linter>=2.5", "types-PyYAML", "types-tqdm", "types-setuptools"),
+        *("types-tabulate", "types-psutil"),
+    ],
 }
 
 SOURCES = Path("recbole_raserec/kernels/src")
@@ -81,7 +84,7 @@ setup(
     package_dir={"recbole_raserec.properties": "properties"},
     package_data={
         "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml", "tune/*.yaml"],
-        "recbole_raserec.serving": ["*.css", "*.js"],
+        "recbole_raserec.serving": ["*.css", "*.j2", "*.js"],
     },
     ext_modules=[kernels(name) for name in INSTRUCTIONS],
     entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli.main:main"]},

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from page_helpers import HOSTILE, example
 
 from recbole_raserec import Recommender
-from recbole_raserec.serving.page import RECENT, TOP, _asset, page
+from recbole_raserec.serving.explain import RECENT, TOP, _asset, page
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

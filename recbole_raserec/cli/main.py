@@ -304,13 +304,17 @@ def tune(context: click.Context, trials: str | None, config_files: list[str] | N
 
 
 class _Serve(click.Command):
-    """The command `serve`; its options are declared beside the service, which is imported when they are needed."""
+    """The command `serve`; its limits are declared beside the service, and imported when they are needed."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from recbole_raserec.serving.http import serve_options
+        from recbole_raserec.serving.http import Settings
 
-        self.params = self.params or serve_options()
-        return super().get_params(ctx)
+        *params, help_option = super().get_params(ctx)
+        for name, field in Settings.model_fields.items():
+            if name != "token":
+                text = field.description + ("" if "default" in field.description else f" (default: {field.default})")
+                params.append(click.Option([f"--{name}"], metavar="N", default=field.default, help=text))
+        return [*params, help_option]
 
 
 @app.command(
@@ -321,7 +325,16 @@ examples:
   recbole-raserec serve saved/RaSeRec-ml-100k-...
   recbole-raserec serve saved/RaSeRec-ml-100k-... --port=9000 --token_file=token.txt --max_k=100""",
 )
-def serve(**options: Any) -> None:
+@click.argument("checkpoint", type=click.Path(path_type=Path), metavar="DIR")
+@_option("--host", "NAME", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
+@_option("--port", "N", "(default: 8000; 0: any free one)", default=8000)
+@_option("--token_file", "FILE", "that holds the token of changing calls", type=click.Path(path_type=Path))
+@_option("--token", "TEXT", "the token itself; see above")
+@_option("--device", "NAME", "cpu, cuda, ... (default: a GPU if there is one)")
+def serve(
+    checkpoint: Path, host: str, port: int, token_file: Path | None, token: str | None, device: str | None,
+    **limits: Any,
+) -> None:  # fmt: skip
     """Serve a checkpoint over HTTP. DIR is a finished run; its last line names it.
 
     The token is better in a file or in the variable RECBOLE_RASEREC_TOKEN: a command line is seen by every user of the
@@ -330,7 +343,8 @@ def serve(**options: Any) -> None:
     """
     from recbole_raserec.serving import http
 
-    http.serve(**options)
+    settings = http.Settings(token=http.find_token(token, token_file), **limits)
+    http.serve(checkpoint, settings, host, port, device)
 
 
 @app.command(

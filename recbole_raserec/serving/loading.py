@@ -1,19 +1,21 @@
-"""The checkpoint directory: configuration, weights, memory and external ids; it reloads without the data set.
+"""A checkpoint directory as a model: weights, memory and ids, reloaded without the data set.
 
-Layout: ``checkpoint.json`` (format, model, options, figures), ``model.safetensors`` (weights), ``ids.json``
-(external user and item ids in the order of the internal ones), ``memory/`` (RaSeRec), ``items.json`` and ``histories/``
-(see :mod:`recbole_raserec.data.catalogue`). Nothing in it is pickle.
+The format is that of `recbole_raserec.storage.checkpoint`; nothing in it is pickle.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+import numpy as np
 import torch
 
-from recbole_raserec.config import get_model
+from recbole_raserec.config import get_model, trims
+from recbole_raserec.data import pad_lists
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.recommendation import wrap_backbone
 from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec, raserec_class
@@ -31,25 +33,31 @@ class Vocabulary:
     """Stands in for a data set where a model only asks how many users and items there are.
 
     Args:
-        options: names of the id fields. users, items: external ids; index 0 is padding.
+        options: names of the id fields.
+        users: external ids by internal ones; the first is that of the padding.
+        items: the same.
+
+    Attributes:
+        numbers: internal ids of the items by external ones.
     """
 
-    def __init__(self, options: Any, users: list[str], items: list[str]):
+    def __init__(self, options: Mapping[str, Any], users: list[str], items: list[str]):
         self.uid_field, self.iid_field = options["USER_ID_FIELD"], options["ITEM_ID_FIELD"]
-        self.tokens = {self.uid_field: users, self.iid_field: items}
+        self.users, self.items = users, items
+        self.numbers = {token: number for number, token in enumerate(items) if number}
         self.inter_feat = {self.iid_field: torch.empty(0, dtype=torch.int64)}  # no training rows here
 
     def num(self, field: str) -> int:
         """Number of ids of a field, padding included."""
-        return len(self.tokens[field])
+        return len({self.uid_field: self.users, self.iid_field: self.items}[field])
 
     @property
     def user_num(self) -> int:
-        return self.num(self.uid_field)
+        return len(self.users)
 
     @property
     def item_num(self) -> int:
-        return self.num(self.iid_field)
+        return len(self.items)
 
 
 @dataclasses.dataclass
@@ -57,8 +65,10 @@ class Checkpoint:
     """A reloaded checkpoint: the model in evaluation mode with its weights and memory, its options, its ids.
 
     Attributes:
-        vocabulary: ids the model was trained with. users: all user ids, those of later updates too.
-        applied: number of the last journaled change that the saved parts hold. parts: where ids and memory lie.
+        vocabulary: ids the model was trained with.
+        users: all user ids, those of later updates too.
+        applied: number of the last journaled change that the saved parts hold.
+        parts: directory of ids and memory.
     """
 
     model: Any
@@ -69,8 +79,28 @@ class Checkpoint:
     applied: int
     parts: Path
 
+    @cached_property
+    def longest(self) -> int:
+        """The model reads the last that many items of a history."""
+        return int(self.options["MAX_ITEM_LIST_LENGTH"])
 
-def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
+    def batch(self, histories: Sequence[Sequence[int]], users: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """What the model reads of B histories, none of them empty.
+
+        Args:
+            histories: internal ids of items, oldest first.
+            users: int64 [B].
+
+        Returns:
+            item_seq [B, L], item_seq_len [B] and the users [B], int64, on the model's device.
+        """
+        model, longest = self.model, self.longest
+        cut = model.backbone.trims if isinstance(model, RaSeRec) else trims(model)
+        batch = *pad_lists([row[-longest:] for row in histories], None if cut else longest), users
+        return tuple(torch.from_numpy(part).to(self.options["device"]) for part in batch)
+
+
+def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -> Checkpoint:
     """Reload a finished run without its data set.
 
     Args:
@@ -78,8 +108,8 @@ def load_checkpoint(directory: Any, device: Optional[str] = None) -> Checkpoint:
         device: for the weights; the default is a GPU if there is one, else the CPU.
 
     Raises:
-        CheckpointError: a part is missing, damaged, foreign, or of another run; or the model reads more of the data set
-            than the number of its users and items, so that it cannot be rebuilt without it.
+        CheckpointError: a part is missing, damaged, or of another run; or the model reads more of the data set than
+            the number of its users and items, so that it cannot be rebuilt without it.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
