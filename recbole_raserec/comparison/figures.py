@@ -31,7 +31,7 @@ class Finished:
     ranks: Path
     continued: bool = False
 
-    def _last(self, part: str, default: Any = None) -> Any:
+    def last(self, part: str, default: Any = None) -> Any:
         """The part of the record of what is beyond the base, or of the base where there is nothing else."""
         of = self.record.get(part, {})
         return of.get("ours", of.get("base", default))
@@ -39,22 +39,7 @@ class Finished:
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """`{protocol: {metric: value}}` of the test."""
-        return self._last("metrics")["test"]
-
-    @property
-    def validation(self) -> dict[str, dict[str, float]]:
-        """`{protocol: {metric: value}}` of the validation, of the weights that were kept."""
-        return self._last("metrics").get("valid", {})
-
-    @property
-    def parameters(self) -> Optional[int]:
-        """Learned numbers."""
-        return self._last("parameters")
-
-    @property
-    def curve(self) -> dict[str, Any]:
-        """Losses and validation values by epoch; empty in records of earlier versions."""
-        return self._last("curves", {})
+        return self.last("metrics")["test"]
 
     @property
     def training_seconds(self) -> float:
@@ -135,9 +120,9 @@ def _row(row: Row) -> dict[str, Any]:
         "base": row.base,
         **{name: None if first is None else first.record["protocol"][name] for name in joined},
         "metrics": _spreads([run.metrics for run in runs.values()]),
-        "validation": _spreads([run.validation for run in runs.values()]),
+        "validation": _spreads([run.last("metrics").get("valid", {}) for run in runs.values()]),
         "valid_metric": None if first is None else _valid_metric(first),
-        "parameters": None if first is None else first.parameters,
+        "parameters": None if first is None else first.last("parameters"),
         "training_seconds": spread(run.training_seconds for run in runs.values()),
         "wall_seconds": spread(record["seconds"]["this_run"] for record in whole),
         "peak_memory_mb": spread(record["peak_memory_mb"] for record in whole),
@@ -170,7 +155,7 @@ def _seed(run: Finished) -> dict[str, Any]:
         "wall_seconds": record["seconds"]["this_run"],
         "peak_memory_mb": record["peak_memory_mb"],
         "continued": run.continued,
-        "curve": run.curve,
+        "curve": run.last("curves", {}),  # empty in records of earlier versions
         **groups,
         "threads": record["options"].get("threads"),
     }
