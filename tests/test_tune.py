@@ -221,7 +221,7 @@ def test_without_matplotlib_there_are_no_plots(shared, tmp_path, monkeypatch):
     def missing(*_, **__):
         raise MissingExtraError("plots", "matplotlib", "plots are drawn with it")
 
-    monkeypatch.setattr("recbole_raserec.tuning.results.plot_points", missing)
+    monkeypatch.setattr("recbole_raserec.tuning.tune.plot_points", missing)
     shutil.copytree(shared.directory, tmp_path / "copy", ignore=shutil.ignore_patterns("plots"))
     assert search(tmp_path / "copy").record == shared.record
     assert not (tmp_path / "copy" / "out" / "plots").exists()

@@ -149,7 +149,7 @@ def test_wrong_words_are_one_message(capsys, workdir):
 
 def test_without_optuna_there_is_one_message(capsys, monkeypatch):
     monkeypatch.setattr(recbole_raserec, "tuning", recbole_raserec.tuning)  # put back what the import replaces
-    for name in ("", ".results", ".tune", ".study", ".space"):
+    for name in ("", ".tune", ".study", ".space"):
         monkeypatch.delitem(sys.modules, f"recbole_raserec.tuning{name}")
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert cli.main(["tune", "--model=RaSeRec", "--dataset=x", "--output=o"]) == 2

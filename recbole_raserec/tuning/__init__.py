@@ -12,6 +12,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from recbole_raserec.tuning import tune
+    from recbole_raserec.tuning.tune import tune_hyper_parameters
 
-    return tune.tune_hyper_parameters
+    return tune_hyper_parameters

@@ -12,33 +12,58 @@ No trial reads a test pair. The best one is run to its end when all are over, an
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import gc
+import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import yaml
 from recbole.utils import init_logger
 
 from recbole_raserec.config import REGENERATION, RETRIEVAL_MODEL, Config, check_run, selection_protocol
 from recbole_raserec.data.preparation import ensure_dataset
 from recbole_raserec.distributed import layout_of
-from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError, nearest, shown
-from recbole_raserec.evaluation import SEEN_KEPT, record_table, versions
+from recbole_raserec.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    MissingExtraError,
+    RaSeRecError,
+    nearest,
+    shown,
+)
+from recbole_raserec.evaluation import (
+    ABSENT,
+    PROTOCOL_TITLES,
+    SEEN_KEPT,
+    plot_points,
+    record_table,
+    text_block,
+    versions,
+)
 from recbole_raserec.quick_start import run, run_stages
-from recbole_raserec.storage import plain, read_json, try_lock, write_json
+from recbole_raserec.storage import plain, read_json, replacing, try_lock, write_json
 from recbole_raserec.training import Trial
-from recbole_raserec.tuning import results
 from recbole_raserec.tuning import space as spaces
 from recbole_raserec.tuning import study as studies
 from recbole_raserec.tuning.space import option_of, options_of, optuna
 
 #: Trials of a search whose number is not given.
-TRIALS = 30
+_MANY = 30
 
-#: The best trial's number, and the record of its run as `result_file` receives it.
-RECORD = "best.json"
+#: Files of a search: the best trial as a configuration; its number and the record of its run; all trials; the study.
+BEST, RECORD, TRIALS, STUDY, PLOTS = "best.yaml", "best.json", "trials.csv", "study.json", "plots"
+
+#: Trials in the table, and its width in characters.
+_SHOWN, _WIDTH = 10, 100
+
+#: Optuna's names of how a trial ended -> ours.
+_STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 
 #: What a trial is run with unless the options say otherwise: thirty trainings need no progress bar each.
 _QUIET = {"show_progress": False, "state": "WARNING"}
@@ -157,7 +182,7 @@ def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given
     """A search of what `tune_hyper_parameters` was given, or a ConfigError with all that is wrong."""
     problems = [] if output else ["output: is not given; name the directory of the search: --output=DIR"]
     if trials is not None and (type(trials) is not int or trials < 1):
-        problems.append(f"trials: {shown(trials)} is not an integer >= 1; write for example trials: {TRIALS}")
+        problems.append(f"trials: {shown(trials)} is not an integer >= 1; write for example trials: {_MANY}")
     for name, value, known in (("sampler", sampler, studies.SAMPLERS), ("pruner", pruner, studies.PRUNERS)):
         if value not in known:
             guess = nearest(value, known)
@@ -191,7 +216,7 @@ def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given
             problems += uncountable
     if problems:
         raise ConfigError(problems)
-    number = trials or (len(combinations) if sampler == "grid" else TRIALS)
+    number = trials or (len(combinations) if sampler == "grid" else _MANY)
     number = min(number, len(combinations)) if sampler == "grid" else number
     own = ("model", "dataset", "config_files", "result_file")
     kept = {name: value for name, value in options.items() if name not in own}
@@ -265,7 +290,7 @@ def _deepest(search: Search) -> int:
 
 
 def _print_trial(search: Search, study: Any) -> None:
-    last = results.trial_record(studies.finished(study)[-1], search.space)
+    last = _trial_record(studies.finished(study)[-1], search.space)
     options = ", ".join(f"{name} {value}" for name, value in options_of(last["options"]).items())
     figure = f"{search.metric} {last['value']:.4f}" if last["value"] is not None else last["state"]
     if last["state"] == "pruned":
@@ -279,7 +304,7 @@ def _print_trial(search: Search, study: Any) -> None:
 
 def _report(search: Search, study: Any) -> dict[str, Any]:
     config, directory = search.config, search.directory
-    trials = [results.trial_record(trial, search.space) for trial in studies.finished(study)]
+    trials = [_trial_record(trial, search.space) for trial in studies.finished(study)]
     ranked = studies.best_first(study)
     if not ranked:
         reasons = list(dict.fromkeys(trial["reason"] for trial in trials if "reason" in trial))[:3]
@@ -297,7 +322,7 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
         f"Searched: {', '.join(search.options)}.",
     ]
     shared = {"model": config["model"], "dataset": config["dataset"], **search.given}
-    results.write_best(directory / results.BEST, header, {**shared, **chosen})
+    _write_best(directory / BEST, header, {**shared, **chosen})
     record: dict[str, Any] = {
         "study": search.name,
         "model": config["model"],
@@ -315,13 +340,13 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
         "versions": {**versions(), "optuna": optuna.__version__},
         "trials": trials,
     }
-    results.write_trials(directory / results.TRIALS, trials, list(search.space))
-    write_json(directory / results.STUDY, plain(record))
-    results.draw(directory / results.PLOTS, record)
-    print("\n" + results.trials_table(record))
+    _write_trials(directory / TRIALS, trials, list(search.space))
+    write_json(directory / STUDY, plain(record))
+    _draw(directory / PLOTS, record)
+    print("\n" + _trials_table(record))
     print(f"\nTest figures of trial {best.number}:")
     _test(search, best.number, chosen)
-    print(f"\nTo run it: python run_recbole_raserec.py --config_files={directory / results.BEST}", flush=True)
+    print(f"\nTo run it: python run_recbole_raserec.py --config_files={directory / BEST}", flush=True)
     return record
 
 
@@ -335,3 +360,103 @@ def _test(search: Search, number: int, options: dict[str, Any]) -> None:
             return
     record = run(search.config.with_options(options))
     write_json(path, {"trial": number, "record": record})
+
+
+def _trial_record(trial: Any, space: spaces.Space) -> dict[str, Any]:
+    """A trial that is over, ready for JSON.
+
+    Args:
+        trial: Optuna's.
+        space: of the search.
+
+    Returns:
+        `number`, `state`, `value` (of a complete trial: the metric of its best weights), `options` (by parameter),
+        `epochs` (`{epoch, from 1: the metric after it}`), `seconds` (of the process that ended it) and, where it
+        failed, `reason`.
+    """
+    state = _STATES[trial.state.name]
+    found = {
+        "number": trial.number,
+        "state": state,
+        "value": trial.value if state == "complete" else None,
+        "options": studies.values_of(trial.params, space),
+        "epochs": {str(epoch): value for epoch, value in sorted(trial.intermediate_values.items())},
+        "seconds": trial.user_attrs.get("seconds"),
+    }
+    reason = trial.user_attrs.get("reason")
+    return found if reason is None else {**found, "reason": reason}
+
+
+def _write_best(path: Path, header: Sequence[str], options: Mapping[str, Any]) -> None:
+    """A configuration file; `header` becomes comments, a line each."""
+    body = yaml.safe_dump(plain(options), sort_keys=False, allow_unicode=True, width=120)
+    with replacing(path) as part:
+        part.write_text("".join(f"# {line}\n" for line in header) + body, encoding="utf-8")
+
+
+def _write_trials(path: Path, trials: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """One trial a line; what a trial does not have is empty, and what is not a text or number is JSON."""
+    with replacing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["trial", "state", "value", "epochs", "seconds", *names, "reason"])
+        for trial in trials:
+            options = [_cell(trial["options"][name]) if name in trial["options"] else "" for name in names]
+            last = max(map(int, trial["epochs"]), default=0)
+            cells = [trial["number"], trial["state"], trial["value"], last, trial["seconds"]]
+            writer.writerow([*cells, *options, trial.get("reason", "")])
+
+
+def _trials_table(record: Mapping[str, Any]) -> str:
+    """The best trials of a study's record, and what became of the others."""
+    names = list(dict.fromkeys(map(option_of, record["space"])))
+    maximize = record["direction"] == "maximize"
+    complete = [trial for trial in record["trials"] if trial["state"] == "complete"]
+    complete.sort(key=lambda trial: (-trial["value"] if maximize else trial["value"], trial["number"]))
+    rows = [["trial", record["metric"], "epochs", "seconds", *names]]
+    for trial in complete[:_SHOWN]:
+        seconds = ABSENT if trial["seconds"] is None else f"{trial['seconds']:.0f}"
+        last = max(map(int, trial["epochs"]), default=0)
+        rows.append([str(trial["number"]), f"{trial['value']:.4f}", str(last), seconds])
+        options = options_of(trial["options"])
+        rows[-1] += [str(_cell(options.get(name))) for name in names]
+    counts = {state: sum(trial["state"] == state for trial in record["trials"]) for state in _STATES.values()}
+    title = (
+        f"{record['study']}: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}; validation "
+        f"{record['metric']},\n{PROTOCOL_TITLES[record['protocol']]}"
+    )
+    lines = [text_block(title, rows, _WIDTH)]
+    if record["importances"]:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in record["importances"].items())
+        lines.append(f"importance: {shares}")
+    return "\n".join(lines)
+
+
+def _draw(folder: Path, record: Mapping[str, Any]) -> None:
+    """Plots of the value by trial and by each option; none where there is no matplotlib."""
+    maximize = record["direction"] == "maximize"
+    by_trial: dict[str, list[tuple[Any, float]]] = {"complete": [], "pruned": []}
+    by_option: dict[str, dict[str, list[tuple[Any, float]]]] = {
+        name: {state: [] for state in by_trial} for name in record["space"]
+    }
+    best: list[tuple[Any, float]] = []
+    for trial in record["trials"]:
+        state, height = trial["state"], trial["value"]
+        if state == "pruned" and trial["epochs"]:
+            height = trial["epochs"][max(trial["epochs"], key=int)]
+        if height is None:
+            continue
+        by_trial[state].append((trial["number"], height))
+        for name, entry in record["space"].items():
+            value = trial["options"][name]
+            by_option[name][state].append((str(_cell(value)) if entry["type"] == "categorical" else value, height))
+        if state == "complete":
+            better = not best or (height > best[-1][1] if maximize else height < best[-1][1])
+            best.append((trial["number"], height if better else best[-1][1]))
+    with contextlib.suppress(MissingExtraError):
+        plot_points(folder / "history.png", by_trial, "trial", record["metric"], steps={"best so far": best})
+        for name, entry in record["space"].items():
+            plot_points(folder / f"{name}.png", by_option[name], name, record["metric"], log=bool(entry.get("log")))
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value) if value is None or isinstance(value, (bool, list)) else value
