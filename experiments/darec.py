@@ -3,7 +3,7 @@
     python experiments/darec.py --data_path=DIR [--dataset=ml-100k] [--seeds 2020 2021]
 
 Rows: SASRec; DARec with adapters only; with each task; with context masking; with collaborative vectors; with all; with
-the adapter sizes that a search chose (``--adapters=FILE`` of ``recbole-raserec tune``) and with uniform
+the adapter sizes that a search chose (`--adapters=FILE`, the best.yaml of `recbole-raserec tune`) and with uniform
 ones of as many parameters; RaSeRec over DARec. Test targets are grouped by their count in the training split: fewer
 than five interactions are cold. Writes results/darec_<dataset>.json and the page (.md) beside it; a row that is there
 is not run again.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import importlib.util
 import io
@@ -16,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -35,8 +34,7 @@ EXTRAS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One part of the self-test: whether it `passed`, what it found, how long it took."""
 
     name: str
@@ -61,7 +59,7 @@ def doctor(as_json: bool, no_self_test: bool) -> None:
         if not as_json:
             click.echo(str(check))
     if as_json:
-        click.echo(json.dumps({**found, "self_test": [dataclasses.asdict(check) for check in checks]}, indent=2))
+        click.echo(json.dumps({**found, "self_test": [check._asdict() for check in checks]}, indent=2))
     if failed := [check.name for check in checks if not check.passed]:
         raise RaSeRecError(
             f"self-test failed: {', '.join(failed)}; install the package again, or report what is above."

@@ -319,7 +319,7 @@ class _Serve(click.Command):
 
 @app.command(
     cls=_Serve,
-    short_help="answer over HTTP, and take up new interactions",
+    short_help="answer over HTTP, and store new interactions",
     epilog="""\b
 examples:
   recbole-raserec serve saved/RaSeRec-ml-100k-...

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -192,15 +192,11 @@ def _last_words(folder: Path, run: Run, code: int) -> str:
 def command_words(run: Run, folder: Path, set_options: Mapping[str, Any]) -> list[str]:
     """The options of a run: its own, then those the comparison sets (`set_options` win)."""
     files = {"result_file": str(folder / f"{run.name}.json"), "ranks_file": str(folder / f"{run.name}.npz")}
-    own = {**run.options, **set_options, "seed": run.seed, **files}
-    return [f"--model={run.model}", f"--dataset={run.dataset}", *_words_of(own)]
-
-
-def _words_of(options: Mapping[str, Any]) -> Iterator[str]:
-    """Options as the command line takes them, which reads a text as what it looks like."""
-    for name, value in options.items():
-        plain = isinstance(value, str) and parse_value(value) == value
-        yield f"--{name}={value if plain else repr(value)}"
+    words = [f"--model={run.model}", f"--dataset={run.dataset}"]
+    for name, value in {**run.options, **set_options, "seed": run.seed, **files}.items():
+        same = isinstance(value, str) and parse_value(value) == value  # not the text of a number, of a list, ...
+        words.append(f"--{name}={value if same else repr(value)}")
+    return words
 
 
 def environment_of(given: Mapping[str, str]) -> dict[str, str]:

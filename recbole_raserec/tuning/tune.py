@@ -28,24 +28,8 @@ from recbole.utils import init_logger
 from recbole_raserec.config import REGENERATION, RETRIEVAL_MODEL, Config, check_run, selection_protocol
 from recbole_raserec.data.preparation import ensure_dataset
 from recbole_raserec.distributed import layout_of
-from recbole_raserec.errors import (
-    CheckpointError,
-    ConfigError,
-    DatasetError,
-    MissingExtraError,
-    RaSeRecError,
-    nearest,
-    shown,
-)
-from recbole_raserec.evaluation import (
-    ABSENT,
-    PROTOCOL_TITLES,
-    SEEN_KEPT,
-    plot_points,
-    record_table,
-    text_block,
-    versions,
-)
+from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError, nearest, shown
+from recbole_raserec.evaluation import PROTOCOL_TITLES, SEEN_KEPT, plot_points, record_table, text_block, versions
 from recbole_raserec.quick_start import run, run_stages
 from recbole_raserec.storage import plain, read_json, replacing, try_lock, write_json
 from recbole_raserec.training import Trial
@@ -414,7 +398,7 @@ def _trials_table(record: Mapping[str, Any]) -> str:
     complete.sort(key=lambda trial: (-trial["value"] if maximize else trial["value"], trial["number"]))
     rows = [["trial", record["metric"], "epochs", "seconds", *names]]
     for trial in complete[:_SHOWN]:
-        seconds = ABSENT if trial["seconds"] is None else f"{trial['seconds']:.0f}"
+        seconds = "-" if trial["seconds"] is None else f"{trial['seconds']:.0f}"
         last = max(map(int, trial["epochs"]), default=0)
         rows.append([str(trial["number"]), f"{trial['value']:.4f}", str(last), seconds])
         options = options_of(trial["options"])
@@ -452,7 +436,7 @@ def _draw(folder: Path, record: Mapping[str, Any]) -> None:
         if state == "complete":
             better = not best or (height > best[-1][1] if maximize else height < best[-1][1])
             best.append((trial["number"], height if better else best[-1][1]))
-    with contextlib.suppress(MissingExtraError):
+    with contextlib.suppress(ImportError):
         plot_points(folder / "history.png", by_trial, "trial", record["metric"], steps={"best so far": best})
         for name, entry in record["space"].items():
             plot_points(folder / f"{name}.png", by_option[name], name, record["metric"], log=bool(entry.get("log")))
