@@ -2,7 +2,4 @@
 
 from recbole_raserec.comparison.driver import compare, run_command
 
-__all__ = [
-    "compare",
-    "run_command",
-]
+__all__ = ["compare", "run_command"]

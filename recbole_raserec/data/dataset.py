@@ -91,11 +91,8 @@ class SequenceDataset(SequentialDataset):
             super()._filter_by_inter_num()
             return
         log: pd.DataFrame = self.inter_feat
-        sides = [
-            (pd.factorize(log[field])[0], interval)
-            for field, interval in zip((self.uid_field, self.iid_field), bounds)
-            if interval is not None
-        ]
+        fields = zip((self.uid_field, self.iid_field), bounds)
+        sides = [(pd.factorize(log[field])[0], interval) for field, interval in fields if interval is not None]
         kept = np.arange(len(log))
         while True:
             fine = np.ones(len(kept), dtype=bool)
@@ -112,15 +109,10 @@ class SequenceDataset(SequentialDataset):
         """RecBole's split: the last rows of each group, in the present order, become validation and test.
 
         A group with too few rows keeps one for training, and the later part comes first.
-
-        Raises:
-            ValueError: there is no group field.
-            NotImplementedError: the mode is unknown.
         """
         if group_by is None or leave_one_mode not in LEFT_OUT:
-            return super().leave_one_out(group_by, leave_one_mode)
-        groups = self.inter_feat[group_by].numpy()
-        parts = leave_out(groups, leave_one_mode)
+            return super().leave_one_out(group_by, leave_one_mode)  # raises
+        parts = leave_out(self.inter_feat[group_by].numpy(), leave_one_mode)
         self._drop_unused_col()
         return [self.copy(rows_of(self.inter_feat, index)) for index in parts]
 
@@ -137,9 +129,8 @@ class SequenceDataset(SequentialDataset):
         targets = torch.from_numpy(np.flatnonzero(positions))
         rows = rows_of(log, targets)
         position = torch.from_numpy(positions)[targets]
-        rows.update(
-            Interaction({self.item_list_length_field: position.clamp(max=self.max_item_list_len), POSITION: position})
-        )
+        length = position.clamp(max=self.max_item_list_len)
+        rows.update(Interaction({self.item_list_length_field: length, POSITION: position}))
         self.inter_feat = Rows(rows, self)
 
     def copy(self, new_inter_feat: Any) -> Any:
@@ -161,23 +152,17 @@ class SequenceDataset(SequentialDataset):
 
     def _with_windows(self, rows: Interaction) -> Interaction:
         """Add the list fields of `rows`: [B, L] each, L the longest window (`trim`) or `MAX_ITEM_LIST_LENGTH`."""
-        users, positions = rows[self._owner(rows)].numpy(), rows[POSITION].numpy()
-        if users.ndim == 0:
-            users, positions = users[None], positions[None]
+        users, positions = (np.atleast_1d(rows[field].numpy()) for field in (self._owner(rows), POSITION))
         width = None if self.trim else self.max_item_list_len
         index, _ = self.store.window_rows(users, positions, self.max_item_list_len, width)
         padding = torch.from_numpy(index < 0)
         gather = torch.from_numpy(np.maximum(index, 0))
         columns = dict(rows.interaction)
         for field in self._log:
-            if field != self.uid_field and self._window_field(field):
-                values = self._log[field][gather]  # [B, L, ...]
-                values[padding] = 0
-                columns[self._window_field(field)] = values
+            if field != self.uid_field and (window := getattr(self, f"{field}_list_field", "")):
+                columns[window] = self._log[field][gather]  # [B, L, ...]
+                columns[window][padding] = 0
         return Interaction(columns)
-
-    def _window_field(self, field: str) -> str:
-        return getattr(self, f"{field}_list_field", "")
 
     def windows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The windows of this split: users [N], positions [N], targets [N] (int64), in row order.
@@ -213,20 +198,16 @@ class Rows(Interaction):
         self._built: Any = None
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, str) and index not in self.interaction and index.endswith(self._suffix):
+        suffix = self._dataset.config["LIST_SUFFIX"]
+        if isinstance(index, str) and index not in self.interaction and index.endswith(suffix):
             if self._built is None:
-                rows, trim = Interaction(self.interaction), self._dataset.trim
-                self._dataset.trim = False
-                self._built = self._dataset._with_windows(rows)
+                trim, self._dataset.trim = self._dataset.trim, False
+                self._built = self._dataset._with_windows(Interaction(self.interaction))
                 self._dataset.trim = trim
             return self._built[index]
         if isinstance(index, (np.ndarray, torch.Tensor)) and index.ndim:
             return rows_of(self, index)
         return super().__getitem__(index)
-
-    @property
-    def _suffix(self) -> str:
-        return self._dataset.config["LIST_SUFFIX"]
 
 
 def rows_of(feat: Interaction, index: Any) -> Interaction:
@@ -236,13 +217,9 @@ def rows_of(feat: Interaction, index: Any) -> Interaction:
 
 
 def leave_out(groups: np.ndarray, mode: str) -> list[np.ndarray]:
-    """Row numbers of the training, validation and test part, [N0], [N1], [N2].
+    """Row numbers of the training, validation and test part, [N0], [N1], [N2], in a `mode` of `LEFT_OUT`.
 
-    Groups follow each other in the order of their first rows; within a group the rows keep their order.
-
-    Args:
-        groups: group of each row, int [N].
-        mode: one of `LEFT_OUT`.
+    The groups (int [N]) follow each other in the order of their first rows; within one the rows keep their order.
     """
     rows, begin = _rows_by_group(groups)
     count = np.diff(begin)

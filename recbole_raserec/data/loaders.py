@@ -36,8 +36,7 @@ class BucketLoader(TrainDataLoader):
     epoch. With RecBole's `transform: mask_itemseq` (BERT4Rec), whose loss is a mean over the masked items of a batch, a
     batch holds a constant number of items that can be masked instead of a constant number of rows: otherwise those of
     short windows would weigh many times more, and a batch of the shortest has none. What cannot count there is left
-    out, see `counted_masks`. Needs a `SequenceDataset`, whose `trim` it
-    switches on.
+    out, see `counted_masks`. Needs a `SequenceDataset`, whose `trim` it switches on.
 
     Args:
         same_target: add to each batch, under the prefix `SAME_TARGET`, the window of another row with the same
@@ -61,8 +60,7 @@ class BucketLoader(TrainDataLoader):
         return -(-self.sample_size // self.step)
 
     def __iter__(self) -> Iterator[Interaction]:
-        for rows in self.batches():
-            yield self.collate_fn(rows)
+        return map(self.collate_fn, self.batches())
 
     def batches(self) -> Iterator[np.ndarray]:
         """Row numbers of one epoch's batches."""
@@ -126,19 +124,13 @@ def counted_masks(batch: Interaction, config: Config) -> Interaction:
         return batch
     batch = batch[rows]
     first = int(counted.any(dim=0).to(torch.uint8).argmax())  # they stand at the end
-    cut = {
-        config[name]: batch[config[name]][:, first:].contiguous() for name in ("MASK_INDEX", "POS_ITEMS", "NEG_ITEMS")
-    }
-    batch.update(Interaction(cut))
+    fields = (config[name] for name in ("MASK_INDEX", "POS_ITEMS", "NEG_ITEMS"))
+    batch.update(Interaction({field: batch[field][:, first:].contiguous() for field in fields}))
     return batch
 
 
 class SameTarget:
-    """Rows grouped by target item: a CSR index, so that a partner is one random offset.
-
-    Args:
-        targets: target item of each row, int [N].
-    """
+    """Rows by target item (`targets`, int [N]): a CSR index, so that a partner is one random offset."""
 
     def __init__(self, targets: np.ndarray):
         self._order = np.argsort(targets, kind="stable")
@@ -177,7 +169,7 @@ class PackedWindows:
 
     Args:
         store: the sequences.
-        users: user of each training row, [N].
+        users: of the training rows, [N].
         positions: index of each row's target in its user's history, [N].
         max_length: longest window.
 
@@ -204,8 +196,7 @@ class PackedWindows:
         # a target at position p is predicted by the first window whose inputs reach p - 1
         at = -(-np.maximum(positions - max_length, 0) // stride)
         window = first[users] + at
-        order = np.lexsort((positions, window))
-        self.row = order
+        self.row = order = np.lexsort((positions, window))
         self.column = positions[order] - 1 - self.start[window[order]]
         self.offsets = np.searchsorted(window[order], np.arange(len(self.user) + 1))
 
@@ -276,8 +267,8 @@ class PackedLoader(BucketLoader):
         feat = dataset.inter_feat
         self._weights = feat[WEIGHT].numpy() if WEIGHT in feat.interaction else None
         self._copies = (config["packed_copies"] or 1) if shuffle else 1
-        self._plan = plan_epoch(self._windows, 1)
-        self._budget = config["token_budget"] if costs is not None else None
+        self._plan = plan_epoch(windows, 1)
+        self._budget = config["token_budget"]
         # tokens before each item of the store
         self._tokens = None if costs is None else np.concatenate([[0], np.cumsum(costs[dataset.store.items])])
 
@@ -324,7 +315,7 @@ class PackedLoader(BucketLoader):
         length = plan.length[index]
         # a row may stop short of its window's end: it begins where the window does
         item_seq = pad_rows(dataset.store.items, self._begin[plan.window[index]], length)
-        sizes = plan.offsets[index + 1] - plan.offsets[index]
+        sizes = plan.sizes()[index]
         line = np.repeat(np.arange(len(index)), sizes)
         slot = plan.slots[np.repeat(plan.offsets[index] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())]
         targets = np.zeros_like(item_seq)

@@ -76,9 +76,9 @@ def mine_patterns(
         ValueError: an argument is out of range.
     """
     max_length = alpha if max_length is None else max_length
-    for name, value, least in (("alpha", alpha, 1), ("beta", beta, 1), ("min_length", min_length, 1)):
-        if value < least:
-            raise ValueError(f"{name}: {value!r} must be at least {least}")
+    for name, value in (("alpha", alpha), ("beta", beta), ("min_length", min_length)):
+        if value < 1:
+            raise ValueError(f"{name}: {value!r} must be at least 1")
     if not min_length <= max_length <= alpha:
         raise ValueError(f"max_length: {max_length!r} must lie between min_length ({min_length}) and alpha ({alpha})")
     items, offsets = np.asarray(items, dtype=np.int64), np.asarray(offsets, dtype=np.int64)
@@ -86,14 +86,13 @@ def mine_patterns(
         raise ValueError(f"items: {items.min()} is negative")
     sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     ends = np.repeat(offsets[1:], np.diff(offsets))
-    log = _Log(items, sequence, ends, alpha, beta, int(items.max(initial=0)) + 1)
-
+    n_items = int(items.max(initial=0)) + 1
     starts = np.argsort(items, kind="stable")  # positions by first item
     support = _support(items[starts], sequence[starts])
-    frequent = np.zeros(log.n_items, dtype=bool)
+    frequent = np.zeros(n_items, dtype=bool)
     frequent[support[0][support[1] >= beta]] = True
-    log.frequent = frequent[items]
-    starts = starts[frequent[items[starts]]]
+    log = _Log(items, sequence, ends, alpha, beta, n_items, frequent[items])
+    starts = starts[log.frequent[starts]]
 
     found: list[_Found] = []
     with tqdm(total=len(starts), desc=desc, disable=desc is None, unit="items", dynamic_ncols=True) as bar:
@@ -115,7 +114,7 @@ class _Log:
     alpha: int
     beta: int
     n_items: int
-    frequent: Any = None  # bool [N], positions whose item alone is frequent
+    frequent: np.ndarray  # bool [N], positions whose item alone is frequent
 
 
 def _parts(first: np.ndarray, starts: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -145,12 +144,11 @@ def _grow(log: _Log, starts: np.ndarray, min_length: int, max_length: int, occur
             start, end = start[grown], last
             order = np.argsort(key, kind="stable")
             keys, counts = _support(key[order], log.sequence[start[order]])
-            keys = keys[counts >= log.beta]
+            keys, counts = keys[counts >= log.beta], counts[counts >= log.beta]
             slot = np.minimum(np.searchsorted(keys, key), max(len(keys) - 1, 0))
             keep = keys[slot] == key if len(keys) else np.zeros(len(key), dtype=bool)
             start, end, state = start[keep], end[keep], slot[keep]
             patterns = np.column_stack([patterns[keys // log.n_items], keys % log.n_items])
-            counts = counts[counts >= log.beta]
         else:
             order = np.argsort(state, kind="stable")
             counts = _support(state[order], log.sequence[start[order]])[1]
@@ -199,8 +197,5 @@ def _assemble(found: list[_Found], starts: np.ndarray | None) -> Patterns:
             positions.append((pattern[turn], sequence[turn], (end - starts[sequence])[turn]))
         first += len(table)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    occurrences = None
-    if starts is not None:
-        pattern, sequence, place = (np.concatenate([rows[which] for rows in positions]) for which in range(3))
-        occurrences = pattern, sequence, place
+    occurrences: Any = None if starts is None else tuple(map(np.concatenate, zip(*positions)))
     return Patterns(np.concatenate(items), offsets, np.concatenate(support), occurrences)

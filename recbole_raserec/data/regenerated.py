@@ -116,18 +116,15 @@ class Regenerated:
 
     def _fits(self, n_users: int, n_items: int) -> bool:
         """Whether the arrays describe sequences of so many users and items."""
-        size, offsets = len(self), self.offsets
+        size, offsets, weights = len(self), self.offsets, self.weights
         if offsets.shape != (size + 1,) or self.origin.shape != (size,) or self.items.ndim != 1:
             return False
         if offsets[0] != 0 or offsets[-1] != len(self.items) or (np.diff(offsets) < 1).any():
             return False
-        if size and not (self.users.min() >= 0 and self.users.max() < n_users and self.origin.max() < len(ORIGINS)):
+        bounds = ((self.users, 0, n_users), (self.items, 1, n_items), (self.origin, 0, len(ORIGINS)))
+        if size and not all(low <= values.min() and values.max() < stop for values, low, stop in bounds):
             return False
-        if size and not (self.items.min() > 0 and self.items.max() < n_items):
-            return False
-        return self.weights is None or (
-            self.weights.shape == self.items.shape and bool(np.isfinite(self.weights).all())
-        )
+        return weights is None or (weights.shape == self.items.shape and bool(np.isfinite(weights).all()))
 
 
 def training_hash(train: Any, vocabulary: dict[str, list[str]]) -> str:
@@ -219,9 +216,6 @@ def _grown(columns: Any, known: dict[Any, np.ndarray], size: int) -> Interaction
     grown = {}
     for name in columns:
         values = columns[name]
-        if name in known:
-            more = torch.from_numpy(np.ascontiguousarray(known[name])).to(values.dtype)
-        else:
-            more = values.new_zeros((size, *values.shape[1:]))
-        grown[name] = torch.cat([values, more])
+        more = known.get(name, np.zeros((size, *values.shape[1:]), dtype=np.int8))
+        grown[name] = torch.cat([values, torch.from_numpy(np.ascontiguousarray(more)).to(values.dtype)])
     return Interaction(grown)

@@ -21,15 +21,10 @@ def pad_rows(
         items: flat values [T].
         starts: where each run begins, [B].
         lengths: how many values it has, [B].
-        width: columns L of the matrix; None: as many as the longest run.
+        width: columns L of the result [B, L]; None: as many as the longest run.
         fill: value of the padding.
-
-    Returns:
-        [B, L] of the type of `items`.
     """
-    if width is None:
-        width = int(lengths.max()) if len(lengths) else 0
-    columns = np.arange(width)
+    columns = np.arange(lengths.max(initial=0) if width is None else width)
     inside = columns < np.asarray(lengths)[:, None]
     index = np.where(inside, np.asarray(starts)[:, None] + columns, 0)
     if not len(items):
@@ -42,12 +37,9 @@ def pad_rows(
 def pad_lists(rows: Sequence[Sequence[int]], width: Optional[int] = None) -> tuple[np.ndarray, np.ndarray]:
     """Lists of item ids as a batch.
 
-    Args:
-        rows: B lists.
-        width: columns L; None: as many as the longest list.
-
     Returns:
-        item_seq int64 [B, L], left-aligned, padded with 0; item_seq_len int64 [B].
+        item_seq int64 [B, L], left-aligned, padded with 0, L being `width` or the longest list's length;
+        item_seq_len int64 [B].
     """
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     flat = np.concatenate([np.zeros(0, np.int64), *(np.asarray(row, dtype=np.int64) for row in rows)])
@@ -108,16 +100,13 @@ class SequenceStore:
     def windows(
         self, users: np.ndarray, positions: np.ndarray, max_length: int, width: Optional[int] = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What the model sees before ``items[offsets[users] + positions]``: the last `max_length` earlier items.
+        """What the model sees before `items[offsets[users] + positions]`: the last `max_length` earlier items.
 
         Args:
             users: [B].
             positions: [B], index of the target in its user's own history (so the prefix has that length).
             max_length: longest prefix kept.
-            width: columns L; None: as many as the longest row.
-
-        Returns:
-            item_seq int64 [B, L], left-aligned and padded with 0; item_seq_len int64 [B].
+            width: as of `pad_lists`; so is what is returned.
         """
         positions = np.asarray(positions, dtype=np.int64)
         lengths = np.minimum(positions, max_length)
@@ -131,7 +120,7 @@ class SequenceStore:
         positions = np.asarray(positions, dtype=np.int64)
         ends = self.offsets[np.asarray(users, dtype=np.int64)] + positions
         lengths = np.minimum(positions, max_length)
-        columns = np.arange(width if width is not None else (int(lengths.max()) if len(lengths) else 0))
+        columns = np.arange(lengths.max(initial=0) if width is None else width)
         rows = (ends - lengths)[:, None] + columns
         rows[columns >= lengths[:, None]] = -1
         return rows, lengths

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -25,15 +24,11 @@ from recbole_raserec.storage import data_fingerprint, plain, read_ids
 
 @dataclasses.dataclass
 class Splits:
-    """One prepared data set.
+    """One prepared data set: the whole of it (ids, vocabulary) and a RecBole data loader for each part.
 
     Attributes:
-        dataset: the whole data set (ids, vocabulary).
-        train: RecBole data loader.
-        valid: RecBole data loader.
-        test: RecBole data loader.
-        fingerprint: hash of the filtered log and its external ids.
         seen: per phase ("valid", "test") a boolean matrix [n_users, n_items], the history before that phase's target.
+        fingerprint: hash of the filtered log and its external ids.
     """
 
     dataset: Any
@@ -44,12 +39,12 @@ class Splits:
     fingerprint: str
 
     def vocabulary(self) -> dict[str, list[str]]:
-        """External ids in the order of the internal ones (index 0: padding)."""
+        """See `vocabulary_of`."""
         return vocabulary_of(self.dataset)
 
 
 def vocabulary_of(dataset: Any) -> dict[str, list[str]]:
-    """See `Splits.vocabulary`."""
+    """External ids of users and items in the order of the internal ones (index 0: padding)."""
     fields = {"users": dataset.uid_field, "items": dataset.iid_field}
     return {name: [str(token) for token in dataset.field2id_token[field]] for name, field in fields.items()}
 
@@ -87,18 +82,18 @@ def prepare(
         built[1].trim = built[2].trim = True
     else:
         train = train_class(config, built[0], samplers[0], shuffle=config["shuffle"])
-    seen = {}
-    for phase, later in (("valid", built[1:]), ("test", built[2:])):
+    users_per_batch = config["eval_batch_size"]
+    if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:  # there RecBole counts users x items
+        config["eval_batch_size"] = users_per_batch * dataset.item_num
+    seen, loaders = {}, []
+    for number, phase in enumerate(("valid", "test"), start=1):
         if lazy:
-            users, positions, _ = later[0].windows()
-            seen[phase] = dataset.store.seen(users, positions)
+            seen[phase] = dataset.store.seen(*built[number].windows()[:2])
         else:
-            seen[phase] = _seen_without(log_users, log_items, later, dataset)
-    evaluation = []
-    for phase, part, sampler in zip(("valid", "test"), built[1:], samplers[1:]):
-        with _users_per_batch(config, dataset):
-            evaluation.append(get_dataloader(config, phase)(config, part, sampler, shuffle=False))
-    return Splits(dataset, train, evaluation[0], evaluation[1], seen, digest)
+            seen[phase] = _seen_without(log_users, log_items, built[number:], dataset)
+        loaders.append(get_dataloader(config, phase)(config, built[number], samplers[number], shuffle=False))
+    config["eval_batch_size"] = users_per_batch
+    return Splits(dataset, train, *loaders, seen, digest)
 
 
 def _samplers(config: Config, dataset: Any, built: list[Any]) -> Any:
@@ -122,27 +117,13 @@ def _seen_without(users: np.ndarray, items: np.ndarray, later: Any, dataset: Any
     return counts.astype(bool)
 
 
-@contextlib.contextmanager
-def _users_per_batch(config: Config, dataset: Any) -> Iterator[None]:
-    """`eval_batch_size` counts users for every kind of model (RecBole: users x items for the non-sequential ones)."""
-    size = config["eval_batch_size"]
-    config["eval_batch_size"] = size * (1 if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else dataset.item_num)
-    try:
-        yield
-    finally:
-        config["eval_batch_size"] = size
-
-
 def get_dataset_class(config: Config) -> Any:
     """Data set class for the configured model: the lazy one where RecBole would use its SequentialDataset."""
-    special = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
-    if special is not None:
-        return special
-    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
-        return SequenceDataset
-    if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
-        return recbole.data.dataset.KnowledgeBasedDataset
-    return recbole.data.dataset.Dataset
+    known = {
+        ModelType.SEQUENTIAL: SequenceDataset, ModelType.KNOWLEDGE: recbole.data.dataset.KnowledgeBasedDataset
+    }  # fmt: skip
+    usual = known.get(config["MODEL_TYPE"], recbole.data.dataset.Dataset)
+    return getattr(recbole.data.dataset, f"{config['model']}Dataset", usual)
 
 
 def prepare_data(config: Config, regenerated: Optional[Regenerated] = None) -> Splits:
@@ -176,23 +157,17 @@ def check_same_split(
     Raises:
         CheckpointError: Users, items or the log behind them are others, or they were split in another way.
     """
-    dataset = config["dataset"]
+    dataset, problem = config["dataset"], ""
     if read_ids(directory) != splits.vocabulary():
-        raise CheckpointError(
-            f"{option}: {directory} was trained on other users or items than data set {dataset} has (data set, filters "
-            "or order differ); train one on this data."
-        )
-    if manifest["data"] != splits.fingerprint:
-        raise CheckpointError(
-            f"{option}: {directory} was trained on other interactions of the same users and items than data set "
-            f"{dataset} has; train one on this data."
-        )
-    theirs, ours = _split(manifest["options"]), _split(config)
-    if theirs != ours:
-        raise CheckpointError(
-            f"{option}: {directory} was trained on another split of data set {dataset} (eval_args: {shown(theirs)}, "
-            f"here {shown(ours)}), so it may have learned what is tested here; train one on this split."
-        )
+        problem = f"other users or items than data set {dataset} has (data set, filters or order differ); train one on "
+        problem += "this data"
+    elif manifest["data"] != splits.fingerprint:
+        problem = f"other interactions of the same users and items than data set {dataset} has; train one on this data"
+    elif (theirs := _split(manifest["options"])) != (ours := _split(config)):
+        problem = f"another split of data set {dataset} (eval_args: {shown(theirs)}, here {shown(ours)}), so it may "
+        problem += "have learned what is tested here; train one on this split"
+    if problem:
+        raise CheckpointError(f"{option}: {directory} was trained on {problem}.")
 
 
 def _split(options: Any) -> dict[str, Any]:

@@ -17,28 +17,7 @@ from recbole_raserec.evaluation.report import (
 )
 
 __all__ = [
-    "ABSENT",
-    "PROTOCOL_TITLES",
-    "SEEN_KEPT",
-    "STYLES",
-    "Ranks",
-    "collect_ranks",
-    "evaluate",
-    "grouped",
-    "holm",
-    "improvement",
-    "metric_title",
-    "metrics_by_protocol",
-    "paired_p",
-    "plot_bars",
-    "plot_beside",
-    "plot_lines",
-    "plot_points",
-    "read_ranks",
-    "record_table",
-    "report_stages",
-    "scores",
-    "text_block",
-    "user_metrics",
-    "versions",
-]
+    "ABSENT", "PROTOCOL_TITLES", "SEEN_KEPT", "STYLES", "Ranks", "collect_ranks", "evaluate", "grouped", "holm",
+    "improvement", "metric_title", "metrics_by_protocol", "paired_p", "plot_bars", "plot_beside", "plot_lines",
+    "plot_points", "read_ranks", "record_table", "report_stages", "scores", "text_block", "user_metrics", "versions",
+]  # fmt: skip

@@ -7,18 +7,6 @@ from recbole_raserec.kernels.losses import info_nce, linear_cross_entropy
 from recbole_raserec.kernels.native import Library, has_cross_entropy, loaded, pointer
 
 __all__ = [
-    "Architecture",
-    "FastDropout",
-    "FreedMemory",
-    "Library",
-    "Ragged",
-    "encode",
-    "has_cross_entropy",
-    "info_nce",
-    "keep_freed_memory",
-    "linear_cross_entropy",
-    "loaded",
-    "peak_memory_mb",
-    "pointer",
-    "use_fast_dropout",
-]
+    "Architecture", "FastDropout", "FreedMemory", "Library", "Ragged", "encode", "has_cross_entropy", "info_nce",
+    "keep_freed_memory", "linear_cross_entropy", "loaded", "peak_memory_mb", "pointer", "use_fast_dropout",
+]  # fmt: skip

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = [
-    "tune_hyper_parameters",
-]
+__all__ = ["tune_hyper_parameters"]
 
 
 def __getattr__(name: str) -> Any:

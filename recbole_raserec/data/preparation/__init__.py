@@ -3,10 +3,4 @@
 from recbole_raserec.data.preparation.convert import Options, prepare
 from recbole_raserec.data.preparation.download import ensure_dataset, inter_files, recbole_urls
 
-__all__ = [
-    "Options",
-    "ensure_dataset",
-    "inter_files",
-    "prepare",
-    "recbole_urls",
-]
+__all__ = ["Options", "ensure_dataset", "inter_files", "prepare", "recbole_urls"]
