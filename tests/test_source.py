@@ -162,7 +162,7 @@ def test_recboles_own_data_sets_without_a_connection(config, monkeypatch, tmp_pa
 
 def test_the_sample_can_be_made_again(config, urls, tmp_path):
     config.update(dataset="planted", data_path=str(tmp_path / "planted"))
-    with pytest.raises(DatasetError, match=f"recbole_raserec.data.preparation.planted --output={tmp_path}"):
+    with pytest.raises(DatasetError, match=f"dataset/planted/generate.py --output={tmp_path}"):
         ensure_dataset(config)
 
 

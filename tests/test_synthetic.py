@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from recbole_raserec.data.preparation.atomic import write_inter
-from recbole_raserec.data.preparation.planted import main, planted
 
 COMMITTED = Path(__file__).parents[1] / "dataset" / "planted" / "planted.inter"
+generate = runpy.run_path(str(COMMITTED.with_name("generate.py")))
+main, planted = generate["main"], generate["planted"]
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ def prepare(
             seen[phase] = _seen_without(log_users, log_items, built[number:], dataset)
         loaders.append(get_dataloader(config, phase)(config, built[number], samplers[number], shuffle=False))
     config["eval_batch_size"] = users_per_batch
-    return Splits(dataset, train, *loaders, seen, digest)
+    return Splits(dataset, train, loaders[0], loaders[1], seen, digest)
 
 
 def _samplers(config: Config, dataset: Any, built: list[Any]) -> Any:

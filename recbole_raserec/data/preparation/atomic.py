@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,23 +30,14 @@ _HEAD = 1 << 16  # bytes read to check a file
 
 @dataclasses.dataclass
 class Log:
-    """Interactions by internal ids (from 0), one array entry a row.
+    """Interactions by internal ids (from 0), one array entry a row."""
 
-    Attributes:
-        users: int [N].
-        items: int [N].
-        ratings: float [N], nan where there is none.
-        times: float [N].
-        user_tokens: external id of each internal user.
-        item_tokens: external id of each internal item.
-    """
-
-    users: np.ndarray
-    items: np.ndarray
-    ratings: np.ndarray
-    times: np.ndarray
-    user_tokens: np.ndarray
-    item_tokens: np.ndarray
+    users: np.ndarray  # int [N]
+    items: np.ndarray  # int [N]
+    ratings: np.ndarray  # float [N], nan where there is none
+    times: np.ndarray  # float [N]
+    user_tokens: np.ndarray  # external id of each internal user
+    item_tokens: np.ndarray  # external id of each internal item
 
     def take(self, rows: np.ndarray) -> Log:
         """The rows numbered `rows`, in that order."""
@@ -59,11 +51,7 @@ def fits(token: str) -> bool:
 
 
 def write_inter(log: Log, target: Path) -> None:
-    """Write `log` in its order, atomically; ratings only where there are any.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write `log` in its order, atomically; ratings only where there are any."""
     columns = {"user_id:token": log.users, "item_id:token": log.items}
     if not np.isnan(log.ratings).all():
         columns["rating:float"] = _compact(log.ratings)
@@ -74,8 +62,8 @@ def write_inter(log: Log, target: Path) -> None:
             block = {name: values[start : start + _ROWS] for name, values in columns.items()}
             block["user_id:token"] = log.user_tokens[block["user_id:token"]]
             block["item_id:token"] = log.item_tokens[block["item_id:token"]]
-            frame = pd.DataFrame(block)
-            frame.to_csv(file, sep="\t", header=False, index=False, quoting=csv.QUOTE_NONE, lineterminator="\n")
+            form: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE, "lineterminator": "\n"}
+            pd.DataFrame(block).to_csv(file, header=False, index=False, **form)
 
 
 def _compact(values: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ def prepare(options: Options) -> Summary:
     if options.drop_duplicates:
         log = log.take(np.sort(earliest))
     unfiltered = len(log.users)
-    log = log.take(np.flatnonzero(k_core(log.users, log.items, options.k_core)))
+    log = log.take(k_core(log.users, log.items, options.k_core))
     if not len(log.users):
         raise DatasetError(f"--k_core={options.k_core} leaves none of the {unfiltered:,} interactions: choose less.")
     try:
@@ -95,24 +95,19 @@ def prepare(options: Options) -> Summary:
 
 def _checked_target(options: Options) -> Path:
     """Path of the file to write, once the options make sense."""
-    problems = []
-    name, form = options.name, options.format
-    if form not in FORMATS:
-        problems.append(f"--format={form}: choose one of {', '.join(FORMATS)}.")
-    if not re.fullmatch(r"\w[\w.+-]*", name):
-        problems.append(f"--name={name}: use letters, digits, '_', '-', '.', '+'; it names a directory and a file.")
-    if name == "ml-100k":
-        problems.append("--name=ml-100k: RecBole always reads its own copy under that name; choose another.")
-    if options.k_core < 0:
-        problems.append(f"--k_core={options.k_core}: give 0 (no filter) or a positive number.")
-    if not 0 <= options.max_bad <= 1:
-        problems.append(f"--max_bad={options.max_bad}: give a share between 0 and 1.")
-    if options.sep == "":
-        problems.append("--sep= is empty: give a separator, or leave the option out to have it found.")
-    if form == "amazon" and options.sep:
-        problems.append(f"--sep={options.sep}: JSON lines have no separator; leave it out.")
-    if form != "ratings" and options.header is not None:
-        problems.append(f"--header / --no_header: the format {form} has no header; leave it out.")
+    name, form, own_name = options.name, options.format, re.fullmatch(r"\w[\w.+-]*", options.name)
+    no_header = form != "ratings" and options.header is not None
+    checks = [
+        (form not in FORMATS, f"--format={form}: choose one of {', '.join(FORMATS)}."),
+        (not own_name, f"--name={name}: use letters, digits, '_', '-', '.', '+'; it names a directory and a file."),
+        (name == "ml-100k", "--name=ml-100k: RecBole always reads its own copy under that name; choose another."),
+        (options.k_core < 0, f"--k_core={options.k_core}: give 0 (no filter) or a positive number."),
+        (not 0 <= options.max_bad <= 1, f"--max_bad={options.max_bad}: give a share between 0 and 1."),
+        (options.sep == "", "--sep= is empty: give a separator, or leave the option out to have it found."),
+        (form == "amazon" and options.sep, f"--sep={options.sep}: JSON lines have no separator; leave it out."),
+        (no_header, f"--header / --no_header: the format {form} has no header; leave it out."),
+    ]
+    problems = [problem for wrong, problem in checks if wrong]
     for role, value in options.columns.items():
         if form == "sequences":
             problems.append(f"--{role}_col={value}: the format sequences has no columns; leave it out.")
@@ -145,7 +140,7 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
         k: smallest number of rows; 0 and 1 keep everything.
 
     Returns:
-        The rows kept, bool [N]; all False when there is no k-core.
+        Ascending row numbers; none where there is no k-core.
     """
     rows = np.arange(len(users))
     while k > 1 and len(rows):
@@ -154,6 +149,4 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
         if frequent.all():
             break
         rows = rows[frequent]
-    mask = np.zeros(len(users), dtype=bool)
-    mask[rows] = True
-    return mask
+    return rows

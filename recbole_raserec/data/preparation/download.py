@@ -88,7 +88,6 @@ def _download(url: str, target: Path) -> None:
 def _unpack(archive: Path, folder: Path, stem: str, dataset: str) -> list[Path]:
     """Extract the atomic files, `stem` in their names replaced by `dataset`; the paths written."""
     folder.mkdir()
-    written = {}
     with zipfile.ZipFile(archive) as content:
         members = [member for member in content.infolist() if not member.is_dir()]
         for member in members:
@@ -101,53 +100,40 @@ def _unpack(archive: Path, folder: Path, stem: str, dataset: str) -> list[Path]:
             raise DatasetError("no room on the disk for the unpacked files")
         for member in atomic:
             path = PurePosixPath(member.filename)
-            name = path.stem.replace(stem, dataset)
-            if inter == [member]:
-                name = dataset
+            name = dataset if inter == [member] else path.stem.replace(stem, dataset)
             with content.open(member) as source, open(folder / f"{name}{path.suffix}", "wb") as file:
                 shutil.copyfileobj(source, file, _CHUNK)
-            written[name + path.suffix] = folder / f"{name}{path.suffix}"
-    if f"{dataset}.inter" not in written:
+    if not (folder / f"{dataset}.inter").is_file():
         listed = ", ".join(member.filename for member in members[:8]) or "nothing"
         raise DatasetError(f"the archive holds no interactions of {dataset}: {listed}")
-    return list(written.values())
+    return list(folder.iterdir())
 
 
 def inter_files(folder: str | os.PathLike, dataset: str, benchmark: Sequence[str] | None = None) -> list[Path]:
-    """The interaction files that RecBole will read.
+    """The interaction files that RecBole will read from the data set's own `folder`.
 
-    Args:
-        folder: The data set's own (`data_path` of a RecBole configuration, which ends with the name).
-        dataset: its name.
-        benchmark: RecBole's option `benchmark_filename`, the names of ready-made splits.
+    `benchmark` is RecBole's option `benchmark_filename`, the names of ready-made splits.
     """
     names = [f"{dataset}.inter"] if benchmark is None else [f"{dataset}.{part}.inter" for part in benchmark]
     return [Path(folder) / name for name in names]
 
 
 def ensure_dataset(config: Config) -> Path:
-    """Make sure that the run's data set is there and usable, downloading RecBole's copy if there is one.
-
-    Args:
-        config: of the run.
-
-    Returns:
-        The (first) interaction file.
+    """The run's (first) interaction file, there and usable; RecBole's copy is downloaded if there is one.
 
     Raises:
         DatasetError: It is missing and cannot be downloaded, or it is no atomic file with the columns the run needs.
     """
     dataset, folder, benchmark = config["dataset"], Path(config["data_path"]), config["benchmark_filename"]
-    files = inter_files(folder, dataset, benchmark)
-    if not all(path.is_file() for path in files):
-        url, failure = recbole_urls().get(dataset), ""
-        if url and benchmark is None:
-            try:
-                fetch(url, folder, dataset)
-            except DatasetError as error:
-                failure = f"{url}: {error}"
-        if failure or not all(path.is_file() for path in files):
-            raise DatasetError(_missing(folder, dataset, files, failure))
+    files, failure = inter_files(folder, dataset, benchmark), ""
+    there = all(path.is_file() for path in files)
+    if not there and benchmark is None and (url := recbole_urls().get(dataset)):
+        try:
+            fetch(url, folder, dataset)
+        except DatasetError as error:
+            failure = f"{url}: {error}"
+    if failure or not all(path.is_file() for path in files):
+        raise DatasetError(_missing(folder, dataset, files, failure))
     required = {config["USER_ID_FIELD"]: "token", config["ITEM_ID_FIELD"]: "token"}
     if config["TIME_FIELD"] and benchmark is None and (config["eval_args"] or {}).get("order", "TO") == "TO":
         required[config["TIME_FIELD"]] = "float"
@@ -156,7 +142,7 @@ def ensure_dataset(config: Config) -> Path:
     return files[0]
 
 
-def _missing(folder: Path, dataset: str, files: Sequence[Path], failure: str = "") -> str:
+def _missing(folder: Path, dataset: str, files: Sequence[Path], failure: str) -> str:
     """The message for a data set that is not there."""
     data_path = Path(os.path.abspath(folder)).parent
     urls = recbole_urls()
@@ -165,15 +151,15 @@ def _missing(folder: Path, dataset: str, files: Sequence[Path], failure: str = "
     lines += [f"  Looked for: {Path(os.path.abspath(path))}" for path in files if not path.is_file()]
     if failure:
         lines.append(f"  Download failed: {failure}")
-    there = sorted(path.parent.name for path in data_path.glob("*/*.inter"))
-    near = difflib.get_close_matches(dataset, [*dict.fromkeys([*there, *urls])], n=3, cutoff=0.75)
+    there = sorted({path.parent.name for path in data_path.glob("*/*.inter")})
+    near = difflib.get_close_matches(dataset, {**dict.fromkeys(there), **urls}, n=3, cutoff=0.75)
     if dataset not in urls and near:
         lines.append(f"  A similar name: {', '.join(near)}")
     if there:
-        lines.append(f"  Data sets in {data_path}: {', '.join(dict.fromkeys(there))}")
+        lines.append(f"  Data sets in {data_path}: {', '.join(there)}")
     lines.append(f"  If it lies elsewhere: --data_path=DIR, the directory that contains the folder {dataset}/.")
     if dataset == "planted":
-        lines.append(f"  To make it: python -m recbole_raserec.data.preparation.planted --output={data_path}")
+        lines.append(f"  To make it, in the source tree: python dataset/planted/generate.py --output={data_path}")
         return "\n".join(lines)
     if dataset in urls:
         lines.append(f"  Ready-made atomic files: {urls[dataset]}")
@@ -191,9 +177,6 @@ def _raw(dataset: str, url: str) -> tuple[str, str, str]:
         return MOVIELENS, f"ratings.{'dat' if dataset in ('ml-1m', 'ml-10m') else 'csv'}", "--format=ratings --k_core=5"
     if not dataset.startswith("amazon-") or dataset == "amazon-m2":
         return f"the publisher of {dataset} ({ATOMIC_FILES} lists many)", "FILE", "--format=sequences|ratings|amazon"
-    page, raw = AMAZON_2014, f"reviews_{category}_5.json.gz"
-    if dataset.endswith("-23"):
-        page, raw = AMAZON_2023, f"{category}.jsonl.gz"
-    elif dataset.endswith("-18"):
-        page, raw = AMAZON_2018, f"{category}_5.json.gz"
+    of_year = {"-23": (AMAZON_2023, f"{category}.jsonl.gz"), "-18": (AMAZON_2018, f"{category}_5.json.gz")}
+    page, raw = of_year.get(dataset[-3:], (AMAZON_2014, f"reviews_{category}_5.json.gz"))
     return page, raw, "--format=amazon --k_core=5"

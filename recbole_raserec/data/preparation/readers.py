@@ -21,7 +21,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import pandas as pd
@@ -37,9 +37,8 @@ NONE = "none"
 #: Column names recognised in a header, in the order of preference, lower case and without RecBole's ":type".
 KNOWN = {
     "user": ("user_id", "userid", "user", "uid", "reviewerid", "reviewer_id", "visitorid", "customer_id"),
-    "item": (
-        "item_id", "itemid", "item", "iid", "parent_asin", "asin", "movieid", "movie_id", "product_id", "productid",
-    ),
+    "item": ("item_id", "itemid", "item", "iid", "parent_asin", "asin", "movieid", "movie_id", "product_id",
+             "productid"),
     "rating": ("rating", "overall", "ratings", "score", "stars", "review/score"),
     "time": ("timestamp", "time", "unixreviewtime", "unix_time", "unixtime", "review/time", "date", "datetime"),
 }  # fmt: skip
@@ -71,9 +70,9 @@ class Options:
         name: name of the data set.
         user_col: The user's column, by name or by position from 1 (amazon: key). None: found by its name in the header;
             without a header it is the first, and item, rating and time are the next.
-        item_col: the same of the item.
-        rating_col: the same of the rating; "none": there is no such column.
-        time_col: the same of the time; "none": the order of the lines is the order in time.
+        item_col: as `user_col`.
+        rating_col: as `user_col`; "none": there is no such column.
+        time_col: as `user_col`; "none": the order of the lines is the order in time.
         sep: Separator, one or more characters. None: any white space (sequences), the first of `:: tab , ; |` in the
             first line (ratings).
         header: whether the first line names the columns; None: it does if its time column is no time.
@@ -107,24 +106,12 @@ class Options:
         return {role: value for role, value in chosen.items() if value is not None}
 
 
-class Reading(NamedTuple):
-    """What a raw file holds.
-
-    Attributes:
-        log: the interactions in the order of the file.
-        lines: number of lines that are not blank.
-        bad: how many of them are no interaction.
-        first_bad: line and reason of the first of these; empty if there is none.
-    """
-
-    log: Log
-    lines: int
-    bad: int
-    first_bad: str
-
-
-def read(options: Options) -> Reading:
+def read(options: Options) -> tuple[Log, int, int, str]:
     """Read a raw file.
+
+    Returns:
+        The interactions in the order of the file; the number of lines that are not blank, and of those that are no
+        interaction; line and reason of the first of these, empty if there is none.
 
     Raises:
         DatasetError: The file cannot be read, a column cannot be found, a quote is never closed, or an atomic file
@@ -159,7 +146,7 @@ def read(options: Options) -> Reading:
     lines, *log = (np.concatenate(part) for part in zip(*found.parts))
     tokens = (np.array(list(known), dtype=object) for known in found.known.values())
     good = int(np.count_nonzero(np.diff(lines, prepend=-1)))  # sequences: many interactions a line
-    return Reading(Log(*log, *tokens), good + found.bad, found.bad, where)
+    return Log(*log, *tokens), good + found.bad, found.bad, where
 
 
 class _Text(io.TextIOWrapper):
@@ -229,8 +216,8 @@ class _Found:
         kept, ids = np.flatnonzero(reasons == ""), []
         for kind, known in self.known.items():
             codes, names = pd.factorize(frame[kind].iloc[kept])
-            numbers = [known.setdefault(name.strip(), len(known)) for name in names]
-            ids.append(np.array(numbers, dtype=np.int32)[codes])
+            numbers = (known.setdefault(name.strip(), len(known)) for name in names)
+            ids.append(np.fromiter(numbers, dtype=np.int32)[codes])
         self.parts.append((lines[kept], *ids, ratings[kept], times[kept]))
 
 
@@ -240,10 +227,8 @@ def _unfit(kind: str, token: str) -> str:
         return f"the {kind} is {token!r}, which RecBole reads as missing"
     if "\ufffd" in token:
         return f"the {kind} {token!r} is not in the encoding of the file (--encoding)"
-    if fits(token):
-        return ""
     fault = "has a tab, a line break or another control character, or begins with a quote"
-    return f"the {kind} {token[:80]!r} {fault}; {_UNWRITABLE}"
+    return "" if fits(token) else f"the {kind} {token[:80]!r} {fault}; {_UNWRITABLE}"
 
 
 def _frames(records: Iterator[Record]) -> Iterator[pd.DataFrame]:
@@ -257,13 +242,13 @@ def _sequences(stream: _Text, options: Options) -> Iterator[Record]:
         fields = line.split() if sep is None else [field.strip() for field in line.rstrip("\r\n").split(sep)]
         if not fields or fields == [""]:
             continue
-        if len(fields) < 2 or "" in fields:
+        user, *items = fields
+        if not items or "" in fields:
             yield number, None, "expected a user followed by at least one item", None, None
             continue
-        user, start = fields[0], positions.get(fields[0], 0)
-        positions[user] = start + len(fields) - 1
-        for position, item in enumerate(fields[1:], start=start):
-            yield number, user, item, None, position
+        start = positions.get(user, 0)
+        positions[user] = start + len(items)
+        yield from ((number, user, item, None, position) for position, item in enumerate(items, start=start))
 
 
 def _amazon(stream: _Text, options: Options) -> Iterator[Record]:
@@ -272,10 +257,9 @@ def _amazon(stream: _Text, options: Options) -> Iterator[Record]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
-        try:
+        review = None
+        with contextlib.suppress(ValueError, RecursionError):
             review = json.loads(line)
-        except (ValueError, RecursionError):
-            review = None
         if not isinstance(review, dict):
             yield number, None, "not a JSON object", None, None
             continue
@@ -380,11 +364,10 @@ def _looks_like_header(names: list[str], chosen: dict[str, str]) -> bool:
     time = chosen.get("time", "4" if len(names) >= 4 else NONE)
     if not time.isdigit() or not 1 <= int(time) <= len(names):
         return False
-    try:
+    with contextlib.suppress(ValueError):
         parse_time(names[int(time) - 1])
-    except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _positions(names: list[str], chosen: dict[str, str], header: bool) -> dict[str, int]:
@@ -402,10 +385,9 @@ def _positions(names: list[str], chosen: dict[str, str], header: bool) -> dict[s
     for place, role in enumerate(ROLES):
         if role in chosen:
             continue
+        guess = place if len(names) >= len(ROLES) or place < 2 else None
         if header:
             guess = next((lower.index(alias) for alias in KNOWN[role] if alias in lower), None)
-        else:
-            guess = place if len(names) >= len(ROLES) or place < 2 else None
         if guess is not None and guess not in found.values():
             found[role] = guess
         elif role != "rating":
@@ -413,7 +395,6 @@ def _positions(names: list[str], chosen: dict[str, str], header: bool) -> dict[s
             raise DatasetError(f"no {role} column ({listed}): give --{role}_col=NAME or =POSITION{remedy}.")
     if len(set(found.values())) < len(found):
         columns = ", ".join(f"{role}: {place + 1}" for role, place in found.items())
-        raise DatasetError(
-            f"one column is used twice ({columns}): check --user_col, --item_col, --time_col, --rating_col."
-        )
+        options = ", ".join(f"--{role}_col" for role in ("user", "item", "time", "rating"))
+        raise DatasetError(f"one column is used twice ({columns}): check {options}.")
     return found

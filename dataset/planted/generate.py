@@ -6,7 +6,7 @@ even a pair, is followed by many different ones; only the longer context tells w
 stands in the prefixes of the few other members who passed there: near neighbours recall it, while a model with a few
 thousand weights has to fit every story at once.
 
-The file in `dataset/planted` is made by `python -m recbole_raserec.data.preparation.planted --output=dataset`.
+`planted.inter` beside this file is made by `python dataset/planted/generate.py --output=dataset`.
 """
 
 from __future__ import annotations
