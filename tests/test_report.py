@@ -107,6 +107,9 @@ def record(**changes):
         "metrics": {"base": {"valid": BASE, "test": BASE}, "ours": {"test": OURS}},
         "protocol": protocol_description(config, validation_in_memory=True),
         "seconds": {"backbone": 1.23456},
+        "parameters": {},
+        "peak_memory_mb": None,
+        "curves": {},
         "options": {"alpha": np.float32(0.5), "path": Path("saved"), "bad": float("nan"), "topk": (5, 10)},
     }
     return result_record(**{**given, **changes})

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from recbole_raserec import __version__
+import recbole_raserec
 from recbole_raserec.compat import all_patches
 from recbole_raserec.errors import RaSeRecError
 
@@ -61,9 +61,8 @@ def doctor(as_json: bool, no_self_test: bool) -> None:
     if as_json:
         click.echo(json.dumps({**found, "self_test": [check._asdict() for check in checks]}, indent=2))
     if failed := [check.name for check in checks if not check.passed]:
-        raise RaSeRecError(
-            f"self-test failed: {', '.join(failed)}; install the package again, or report what is above."
-        )
+        remedy = "install the package again, or report what is above."
+        raise RaSeRecError(f"self-test failed: {', '.join(failed)}; {remedy}")
 
 
 def environment() -> dict[str, Any]:
@@ -81,7 +80,7 @@ def environment() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     return {
-        "recbole-raserec": __version__,
+        "recbole-raserec": recbole_raserec.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
@@ -183,7 +182,6 @@ def _search() -> tuple[bool, str]:
 def _pipeline() -> tuple[bool, str]:
     import numpy as np
 
-    from recbole_raserec.quick_start import run_recbole_raserec
     from recbole_raserec.serving import Recommender
 
     rng = np.random.default_rng(0)
@@ -191,7 +189,10 @@ def _pipeline() -> tuple[bool, str]:
     for user in range(150):
         start = rng.integers(40)
         rows += [f"u{user}\ti{(start + step) % 40}\t{step}" for step in range(rng.integers(6, 14))]
-    with _quiet_folder() as folder:
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.callback(os.chdir, os.getcwd())
+        os.chdir(folder)  # RecBole's log files and what it opens go there
         (folder / "doctor").mkdir()
         (folder / "doctor" / "doctor.inter").write_text("\n".join(rows) + "\n", encoding="utf-8")
         options = {
@@ -200,7 +201,7 @@ def _pipeline() -> tuple[bool, str]:
             "training": "packed", "learning_rate": 0.01, "log_wandb": False,
         }  # fmt: skip
         with contextlib.redirect_stdout(io.StringIO()):
-            record = run_recbole_raserec("RaSeRec", "doctor", config_dict=options, argv=[])
+            record = recbole_raserec.run_recbole_raserec("RaSeRec", "doctor", config_dict=options, argv=[])
         value = record["metrics"]["ours"]["test"]["seen_kept"]["ndcg@10"]
         (directory,) = folder.glob("saved/RaSeRec-*")
         recommender = Recommender.load(directory, "cpu")
@@ -209,18 +210,6 @@ def _pipeline() -> tuple[bool, str]:
         after = recommender.recommend(users=["new"], k=3)[0]
     passed = value > 0.3 and reason.backbone + reason.retrieval == reason.score and len(after) == 3
     return passed, f"trained, NDCG@10 {value:.3f}; reloaded, explained, updated: i1 i2 i3 -> {' '.join(after)}"
-
-
-@contextlib.contextmanager
-def _quiet_folder() -> Iterator[Path]:
-    """A temporary working directory: RecBole's log files and what it opens go there."""
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            yield Path(folder)
-        finally:
-            os.chdir(before)
 
 
 _TESTS: dict[str, Callable[[], tuple[bool, str]]] = {"kernels": _kernels, "search": _search, "pipeline": _pipeline}

@@ -27,8 +27,7 @@ class _Application(click.Group):
     """Commands in the order of their use. Without a command it is `run`; all wrong words are reported at once."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        order = ["run", "prepare", "regenerate", "recommend", "explain", "serve", "compare", "tune", "doctor"]
-        return sorted(self.commands, key=order.index)
+        return ["run", "prepare", "regenerate", "recommend", "explain", "serve", "compare", "tune", "doctor"]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args[:1] == ["help"]:
@@ -37,9 +36,7 @@ class _Application(click.Group):
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str, click.Command, list[str]]:
         name, *words = args
         if name not in self.commands:
             guess = nearest(name, self.commands)
@@ -61,10 +58,8 @@ def _pairs(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a word is no option, an option has no value, or one of `_NAMED` is empty or has two values.
     """
-    found: list[str] = []
+    found, problems, rest = [], [], list(words)
     named: dict[str, str] = {}
-    problems: list[str] = []
-    rest = list(words)
     while rest:
         word = rest.pop(0)
         key, equals, value = word.partition("=")
@@ -134,10 +129,7 @@ def app() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: arguments without the program's name; None: those of the process.
+    """Run the command line; `argv` are arguments without the program's name, by default those of the process.
 
     Returns:
         Exit code: 0, 2 for an error of this package (one message on stderr), 130 when interrupted.
@@ -151,12 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             app.invoke(context)
     except click.exceptions.Exit as ended:
         return ended.exit_code
-    except click.UsageError as error:
-        path = "recbole-raserec" if error.ctx is None else error.ctx.command_path
-        problem = f"{error.format_message()} (`{path} --help` lists the options)"
-        click.echo(f"error: {ConfigError([problem])}", err=True)
-        return 2
-    except RaSeRecError as error:
+    except (click.UsageError, RaSeRecError) as error:
+        if isinstance(error, click.UsageError):
+            path = "recbole-raserec" if error.ctx is None else error.ctx.command_path
+            error = ConfigError([f"{error.format_message()} (`{path} --help` lists the options)"])
         click.echo(f"error: {error}", err=True)
         return 2
     except KeyboardInterrupt:
@@ -224,12 +214,10 @@ def run(context: click.Context, model: str | None, dataset: str | None, config_f
 
 
 @_command(
-    "regenerate a training set (DR4SR) and write it as atomic files",
-    "--dataset=DATASET --output=DIR",
-    *_RUN_OPTIONS,
+    "regenerate a training set (DR4SR) and write it as atomic files", "--dataset=DATASET --output=DIR", *_RUN_OPTIONS,
     _option("--output", "DIR", "directory of data sets to write into"),
     _option("--name", "NAME", "of the new data set (default: DATASET-regenerated)"),
-)
+)  # fmt: skip
 def regenerate(context: click.Context, config_files: list[str] | None, output: str | None, **options: Any) -> None:
     """Mine the patterns of the training split, train the regenerator on them, let it write new ones, and put all of it
     behind the original rows: DIR/NAME/NAME.train.inter, with .valid.inter, .test.inter, NAME.yaml (the options under
@@ -262,9 +250,7 @@ def regenerate(context: click.Context, config_files: list[str] | None, output: s
             default="1"),
     _option("--format", "FORMAT", "what is printed: text (default), markdown, latex, csv or json", "style",
             default="text"),
-    _option("--model", None, "", hidden=True),
-    _option("--dataset", None, "", hidden=True),
-    _RUN_OPTIONS[2],
+    _option("--model", None, "", hidden=True), _option("--dataset", None, "", hidden=True), _RUN_OPTIONS[2],
 )  # fmt: skip
 def compare(context: click.Context, **options: Any) -> None:
     """Run every model on every data set with every seed, each in a process of its own, and write tables with mean,
@@ -281,8 +267,7 @@ def compare(context: click.Context, **options: Any) -> None:
 
 @_command(
     "search options by their validation figures (needs the extra `tune`)",
-    "--model=MODEL --dataset=DATASET --output=DIR",
-    *_RUN_OPTIONS,
+    "--model=MODEL --dataset=DATASET --output=DIR", *_RUN_OPTIONS,
     _option("--output", "DIR", "the study lives there; DIR/best.yaml is for `run --config_files=DIR/best.yaml`"),
     _option("--trials", "N", "in all (default: 30; --sampler=grid: every combination)"),
     _option("--space", "FILE", "YAML file of the options to search, or one of RaSeRec, SASRec, DuoRec, DARec (the "
@@ -386,9 +371,8 @@ def prepare(sep: str | None, **options: Any) -> None:
     click.echo(preparation.prepare(preparation.Options(sep=separator, **options)).text())
 
 
-app.add_command(recommend)
-app.add_command(explain)
-app.add_command(doctor)
+for command in (recommend, explain, doctor):
+    app.add_command(command)
 
 
 if __name__ == "__main__":

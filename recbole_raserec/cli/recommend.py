@@ -69,10 +69,8 @@ def recommend(
     if (source is None) == (items is None and user is None):
         raise InputError("give one history by --items or --user, or several by --input.")
     recommender = Recommender.load(checkpoint, device)
-    sequences: Any = None if items is None else [_ids(items)]
     users = None if user is None else [user]
-    if source is not None:
-        sequences = _histories(source)
+    sequences = _histories(source) if source is not None else None if items is None else [_ids(items)]
     found = recommender.recommend(sequences, k, not keep_seen, _ids(candidates), _ids(exclude), users, strict)
     for label, dropped, popular in zip(found.labels, found.dropped, found.popular):
         if dropped:
@@ -126,13 +124,10 @@ def _histories(path: Path) -> Any:
     return list(_lines(text, path))
 
 
-def _lines(text: str, path: Path) -> Iterator[list[Any]]:
+def _lines(text: str, path: Path) -> Iterator[Any]:
     for number, line in enumerate(text.splitlines(), start=1):
-        if not line.lstrip().startswith("["):
-            yield _ids(line)
-            continue
         try:
-            yield json.loads(line)
+            yield json.loads(line) if line.lstrip().startswith("[") else _ids(line)
         except ValueError:
             raise InputError(f"input: line {number} of {path} is no JSON list: {line:.60}") from None
 

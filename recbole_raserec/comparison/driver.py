@@ -6,6 +6,7 @@ with matplotlib, the plots from that file.
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -36,16 +37,9 @@ Panels = dict[str, dict[str, dict[Any, list[float]]]]
 
 
 def compare(
-    models: Several,
-    datasets: Several,
-    seeds: Seeds = 5,
-    output: str = "",
-    jobs: Union[str, int] = 1,
-    config_file_list: Optional[Sequence[str]] = None,
-    argv: Sequence[str] = (),
-    *,
-    problems: Optional[Problems] = None,
-) -> dict[str, Any]:
+    models: Several, datasets: Several, seeds: Seeds = 5, output: str = "", jobs: Union[str, int] = 1,
+    config_file_list: Optional[Sequence[str]] = None, argv: Sequence[str] = (), *, problems: Optional[Problems] = None,
+) -> dict[str, Any]:  # fmt: skip
     """Run what is missing of a comparison, and write its tables.
 
     Each model, data set and seed is a run in a process of its own. Finished runs are found again by the fingerprint of
@@ -89,10 +83,11 @@ def compare(
             made["threads"] = max(1, cores() // count // layout_of(run.options).nproc)
         return command_words(run, folder, made)
 
-    failed = run_all(plan.runs, folder, count, words, environment, _say)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    failed = run_all(plan.runs, folder, count, words, environment, say)
     content = {
         "format": "recbole-raserec comparison",
-        "command": _command(models, datasets, plan.seeds, output, config_file_list, argv),
+        "command": _command({"models": models, "datasets": datasets}, plan.seeds, output, config_file_list, argv),
         "seeds": list(plan.seeds),
         "options": list(argv),
         "datasets": {name: figures(_rows(plan, name, failed)) for name in plan.rows},
@@ -115,9 +110,8 @@ def run_command(
     """The command `recbole-raserec compare`: `compare`, and its table printed in the format asked for.
 
     Args:
-        models: as of `compare`; so are `datasets`, `seeds`, `output`, `jobs` and `argv`.
+        models: as of `compare`; so are the others.
         style: of what is printed: text, markdown, latex, csv or json.
-        config_files: YAML files of options of all models.
         misplaced: options of `run` that are several here, by name; a given one is a mistake.
 
     Raises:
@@ -143,14 +137,10 @@ def run_command(
         raise RaSeRecError("\n".join(parts))
 
 
-def _command(
-    models: Several, datasets: Several, seeds: Sequence[int], output: str, config_files: Optional[Sequence[str]],
-    argv: Sequence[str],
-) -> str:  # fmt: skip
-    several = {"models": models, "datasets": datasets}
+def _command(several: Mapping[str, Several], seeds: Sequence[int], output: str, files: Any, argv: Sequence[str]) -> str:
     words = [f"--{name}={given if isinstance(given, str) else ','.join(given)}" for name, given in several.items()]
     words.append(f"--seeds={','.join(map(str, seeds))}{',' if len(seeds) == 1 else ''}")
-    words += [f"--config_files={' '.join(config_files)}"] if config_files else []
+    words += [f"--config_files={' '.join(files)}"] if files else []
     return shlex.join(["recbole-raserec", "compare", *words, *argv, f"--output={output}"])
 
 
@@ -162,10 +152,6 @@ def _rows(plan: Plan, dataset: str, failed: Mapping[str, str]) -> list[Row]:
         done = {seed: run for seed, run in found.items() if run is not None}
         rows.append(Row(label, base, done, {run.seed: failed[run.name] for run in runs if run.name in failed}))
     return rows
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def draw(output: Union[str, os.PathLike]) -> None:
@@ -193,11 +179,9 @@ def metric_panels(content: Mapping[str, Any]) -> Panels:
     panels: Panels = {}
     for name, row in _shown(content):
         for protocol, metrics in row["metrics"].items():
+            found = [seed["metrics"][protocol] for seed in row["seeds"].values()]
             panels.setdefault(_title(name, protocol), {})[row["model"]] = {
-                metric_title(metric).replace("@", "\n@"): [
-                    seed["metrics"][protocol][metric] for seed in row["seeds"].values()
-                ]
-                for metric in metrics
+                metric_title(metric).replace("@", "\n@"): [values[metric] for values in found] for metric in metrics
             }
     return panels
 

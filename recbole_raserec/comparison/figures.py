@@ -19,17 +19,11 @@ from recbole_raserec.evaluation import grouped, holm, improvement, paired_p, rea
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run.
+    """A finished run."""
 
-    Attributes:
-        record: what `result_file` received.
-        ranks: path of what `ranks_file` received.
-        continued: it was started more than once; its last process did only the rest of the work.
-    """
-
-    record: dict[str, Any]
-    ranks: Path
-    continued: bool = False
+    record: dict[str, Any]  # what `result_file` received
+    ranks: Path  # of what `ranks_file` received
+    continued: bool = False  # started more than once; its last process did only the rest of the work
 
     def last(self, part: str, default: Any = None) -> Any:
         """The part of the record of what is beyond the base, or of the base where there is nothing else."""
@@ -56,19 +50,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Row:
-    """A model in the table of one data set.
-
-    Attributes:
-        label: of the row.
-        base: label of the row of its base, if it has one.
-        runs: by seed.
-        failed: the last words of the failed runs, by seed.
-    """
+    """A model in the table of one data set."""
 
     label: str
-    base: Optional[str]
-    runs: Mapping[int, Finished]
-    failed: Mapping[int, str]
+    base: Optional[str]  # label of the row of its base
+    runs: Mapping[int, Finished]  # by seed
+    failed: Mapping[int, str]  # the last words of the failed runs, by seed
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:

@@ -37,6 +37,9 @@ Several = Union[str, Sequence[str]]
 #: A count of seeds, a list of them, or the text of one of the two.
 Seeds = Union[str, int, Sequence[int]]
 
+#: Paths of data files -> the hash of their contents.
+Hashes = dict[tuple[str, ...], str]
+
 #: Options of `run` that a comparison sets itself, and what to do instead.
 _TAKEN = {
     "model": "write --models=...",
@@ -88,13 +91,9 @@ class Problems:
 
     def raise_all(self, models: int) -> None:
         """Raise them as one ConfigError; what not all of the `models` specs share names those that have it."""
-        if self.found:
-            raise ConfigError(
-                [
-                    f"models: {', '.join(of)}: {problem}" if 0 < len(of) < models else problem
-                    for problem, of in self.found.items()
-                ]
-            )
+        found = self.found.items()
+        if texts := [f"models: {', '.join(of)}: {each}" if 0 < len(of) < models else each for each, of in found]:
+            raise ConfigError(texts)
 
 
 @dataclass(frozen=True)
@@ -112,27 +111,16 @@ class Spec:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A model on a data set with a seed.
+    """A model on a data set with a seed."""
 
-    Attributes:
-        row: label of its row.
-        model: of the run.
-        dataset: of the run.
-        seed: of the run.
-        options: of the run, by name, without those that the comparison sets.
-        name: of its files, with the fingerprint of all that decides its figures.
-        base: name of the run of its base; None without one.
-        needs: names of the runs that train what it reuses, its base among them.
-    """
-
-    row: str
+    row: str  # label of its row
     model: str
     dataset: str
     seed: int
-    options: Mapping[str, Any]
-    name: str
-    base: Optional[str]
-    needs: frozenset[str]
+    options: Mapping[str, Any]  # without those that the comparison sets
+    name: str  # of its files, with the fingerprint of all that decides its figures
+    base: Optional[str]  # name of the run of its base
+    needs: frozenset[str]  # names of the runs that train what it reuses, its base among them
 
     @property
     def title(self) -> str:
@@ -142,19 +130,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison that can be run.
-
-    Attributes:
-        output: its directory.
-        seeds: of every row.
-        runs: a base before what is built on it.
-        rows: `{data set: {label of a row: label of its base, or None}}`, in the order of the table.
-    """
+    """A comparison that can be run."""
 
     output: Path
     seeds: tuple[int, ...]
-    runs: tuple[Run, ...]
-    rows: Mapping[str, Mapping[str, Optional[str]]]
+    runs: tuple[Run, ...]  # a base before what is built on it
+    rows: Mapping[str, Mapping[str, Optional[str]]]  # {data set: {row: its base, or None}}, as in the table
 
 
 @dataclass(frozen=True)
@@ -172,16 +153,7 @@ def make_plan(
     models: Several, datasets: Several, seeds: Seeds, output: str, config_files: Optional[Sequence[str]] = None,
     argv: Sequence[str] = (), problems: Optional[Problems] = None,
 ) -> Plan:  # fmt: skip
-    """Check all that can be checked without a run, and lay out the runs.
-
-    Args:
-        models: see `compare`.
-        datasets: see `compare`.
-        seeds: see `compare`.
-        output: see `compare`.
-        config_files: YAML files of options of all models.
-        argv: options of all models, `--key=value`.
-        problems: what the caller has found so far; it is raised with what is found here.
+    """Check all that can be checked without a run, and lay out the runs. The arguments are those of `compare`.
 
     Raises:
         ConfigError: with all problems. A missing data set that RecBole knows has been downloaded, nothing else done.
@@ -249,9 +221,7 @@ def parse_names(option: str, given: Several, problems: Problems) -> list[str]:
 
 
 def parse_seeds(given: Seeds, problems: Problems) -> tuple[int, ...]:
-    """Seeds to run. A number alone is how many, from the default of `seed` on; with a comma it is a list of seeds, so
-    that `2020,` is the one seed 2020.
-    """
+    """Seeds to run: a number alone is how many, from the default of `seed` on; with a comma (`2020,`) it is a list."""
     first = int(read_yaml(PROPERTIES / "overall.yaml")["seed"])
     remedy = f"write how many (--seeds=5: {first} to {first + 4}), or a list (--seeds={first},{first + 1})"
     if isinstance(given, (str, int)):
@@ -354,10 +324,9 @@ def _check_protocols(folder: Path, requests: Sequence[_Request], problems: Probl
             before, other = known.setdefault((option, dataset if option in _FILTERS else ""), (value, run))
             if before != value and option not in told:
                 told.add(option)
-                problems.add(
-                    f"output: {folder.parent} would hold figures of two protocols: {option} is {before} for {other}, "
-                    f"and {value} for {run} on {dataset}; give one value to all, or name another output directory"
-                )
+                both = f"{option} is {before} for {other}, and {value} for {run} on {dataset}"
+                remedy = "give one value to all, or name another output directory"
+                problems.add(f"output: {folder.parent} would hold figures of two protocols: {both}; {remedy}")
 
 
 def _meaning(option: str, value: Any) -> str:
@@ -370,7 +339,7 @@ def _meaning(option: str, value: Any) -> str:
 
 def _lay_out(output: Path, seeds: tuple[int, ...], requests: Sequence[_Request], problems: Problems) -> Plan:
     """Runs in their order, rows in the order of the table; one run for a base that several are built on."""
-    hashes: dict[tuple[str, ...], str] = {}
+    hashes: Hashes = {}
     runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Optional[str]]] = {}
     asked: dict[str, str] = {}
@@ -386,10 +355,8 @@ def _lay_out(output: Path, seeds: tuple[int, ...], requests: Sequence[_Request],
             kept = {key: text for key, text in request.spec.options.items() if key in request.base.external_config_dict}
             label = asked.get(base) or Spec(request.base.model, kept).label
             if labels.setdefault((request.dataset, request.seed, label), base) != base:
-                problems.add(
-                    f"models: the base of {request.spec.label} is another run than the row {label}; give the options "
-                    "in which they differ in the specs"
-                )
+                problem = f"models: the base of {request.spec.label} is another run than the row {label}"
+                problems.add(f"{problem}; give the options in which they differ in the specs")
             if base not in runs:
                 runs[base] = _run(label, request, request.base, base, None, hashes)
             row.setdefault(label, None)
@@ -399,9 +366,7 @@ def _lay_out(output: Path, seeds: tuple[int, ...], requests: Sequence[_Request],
     return Plan(output, seeds, tuple(runs.values()), rows)
 
 
-def _run(
-    row: str, request: _Request, config: Config, name: str, base: Optional[str], hashes: dict[tuple[str, ...], str]
-) -> Run:
+def _run(row: str, request: _Request, config: Config, name: str, base: Optional[str], hashes: Hashes) -> Run:
     needs = set() if base is None else {base}
     if trains_regenerator(config) and config["regen_pretrained"]:
         needs.add(run_name(config.for_embeddings(), hashes))
@@ -412,12 +377,10 @@ def _run(
     return Run(row, config.model, request.dataset, request.seed, options, name, base, frozenset(needs))
 
 
-def run_name(config: Config, hashes: dict[tuple[str, ...], str]) -> str:
+def run_name(config: Config, hashes: Hashes) -> str:
     """Model, data set, seed, and the fingerprint of the options, data and versions that decide the figures.
 
-    Args:
-        config: of the run.
-        hashes: of the data files that were read so far, by their paths; added to.
+    The hashes of data files that were read so far are in `hashes`, by their paths; new ones are added.
     """
     options: dict[str, Any] = {name: plain(config[name]) for name in _PROTOCOL}
     options["training"] = config.training_options()
@@ -443,7 +406,7 @@ def run_name(config: Config, hashes: dict[tuple[str, ...], str]) -> str:
     return f"{config.model}-{config['dataset']}-{config['seed']}-{fingerprint(options, *parts)[:12]}"
 
 
-def _content(config: Config, hashes: dict[tuple[str, ...], str]) -> str:
+def _content(config: Config, hashes: Hashes) -> str:
     """Hash of the files that the run reads: interactions, and features where the model has some."""
     folder, dataset = Path(config["data_path"]), config["dataset"]
     paths = inter_files(folder, dataset, config["benchmark_filename"])

@@ -1,7 +1,6 @@
-"""Patches of other packages' modules: registered by name, made when a module is imported, or at once.
+"""Patches of other packages' modules: registered by name, made as soon as the module they concern is imported.
 
-A patch is one small function; its docstring is the reason for it. It waits until the module it concerns is imported, so
-that registering it imports nothing. What is patched stands in `recbole_raserec.compat.patches`.
+Registering a patch imports nothing. What is patched stands in `recbole_raserec.compat.patches`.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ class Patch:
     """One patch.
 
     Attributes:
-        name: of the patch.
         modules: that it concerns.
         needed: whether this environment needs it.
         function: Called with a module after it was executed; if `around`, a generator without arguments that yields
             once while a module is executed.
-        around: see `function`.
     """
 
     name: str

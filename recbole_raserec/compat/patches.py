@@ -1,8 +1,6 @@
 """Patches for RecBole 1.2.1 on today's torch, numpy, pandas, scipy and setuptools.
 
 This is the only module that knows how RecBole breaks. Each patch is one small function; its docstring is the reason.
-`apply` makes all of them, each as soon as the module it concerns is imported, so that importing this package does not
-import all of RecBole.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from typing import Any
 from packaging.version import Version
 
 from recbole_raserec.compat.import_hooks import View, patch
+from recbole_raserec.errors import ConfigError
 
 _DATASET = "recbole.data.dataset.dataset"
 _QUICK_START = "recbole.quick_start.quick_start"
@@ -34,9 +33,6 @@ _SEQUENTIAL = "recbole.model.sequential_recommender."
 
 def _at_least(distribution: str, version: str) -> bool:
     return Version(importlib.metadata.version(distribution)) >= Version(version)
-
-
-# ---------------------------------------------------------------------------------------------------------- numpy, ray
 
 
 @patch("numpy-names", "numpy", needed=lambda: _at_least("numpy", "2"))
@@ -78,21 +74,16 @@ def _pkg_resources() -> Iterator[None]:
         yield
 
 
-# --------------------------------------------------------------------------------------------------------------- torch
-
-
 def _torch_view() -> types.ModuleType:
     import torch
 
     return View(torch, load=load_checkpoint)
 
 
-@patch(
-    "torch-load",
-    _TRAINER,
-    *(_GENERAL + name for name in ("convncf", "nais", "neumf", "ract")),
-    _SEQUENTIAL + "s3rec",
-)
+_LOADING = (_TRAINER, *(_GENERAL + name for name in ("convncf", "nais", "neumf", "ract")), _SEQUENTIAL + "s3rec")
+
+
+@patch("torch-load", *_LOADING)
 def _torch_load(module: Any) -> None:
     """Since torch 2.6, torch.load refuses the Config that RecBole's Trainer stores in its checkpoints, so evaluation
     fails when the training is done. RecBole's modules, and they alone, see a torch.load that reads what RecBole writes
@@ -127,11 +118,8 @@ def _ensure_dir(module: Any) -> None:
         try:
             os.makedirs(dir_path, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            from recbole_raserec.errors import ConfigError
-
-            path = os.path.abspath(dir_path)
-            problem = f"{path}: RecBole needs a directory of this name; move the file, or start elsewhere"
-            raise ConfigError([problem]) from None
+            problem = "RecBole needs a directory of this name; move the file, or start elsewhere"
+            raise ConfigError([f"{os.path.abspath(dir_path)}: {problem}"]) from None
 
     module.ensure_dir = ensure_dir
 
@@ -143,9 +131,6 @@ def _grad_scaler(module: Any) -> None:
     import torch
 
     module.amp = View(module.amp, GradScaler=functools.partial(torch.amp.GradScaler, "cuda"))
-
-
-# -------------------------------------------------------- RecBole's checkpoints (pickles), read without running code
 
 
 #: Globals that RecBole's checkpoints may name, RecBole's own classes apart.
@@ -221,9 +206,6 @@ def _load_pickle(file: Any, **options: Any) -> Any:
     return CheckpointUnpickler(file, **options).load()  # torch's format before 1.6 is a row of pickles
 
 
-# ------------------------------------------------------------------------------------------------------- pandas, scipy
-
-
 @patch("pandas-fillna", _DATASET)
 def _pandas_fillna(module: Any) -> None:
     """RecBole fills missing values by feat[field].fillna(..., inplace=True): deprecated since pandas 2.2, and without
@@ -269,8 +251,7 @@ def _missing_ids(module: Any) -> None:
         fields = [field for field in (self.uid_field, self.iid_field) if field in self.inter_feat]
         missing = self.inter_feat[fields].isna().any(axis=1)
         if missing.any():
-            first = int(missing.to_numpy().argmax()) + 1
-            count, names = int(missing.sum()), " or no ".join(fields)
+            first, count, names = missing.to_numpy().argmax() + 1, missing.sum(), " or no ".join(fields)
             self.logger.warning(f"{count} interactions have no {names} and are left out (the first is number {first}).")
             self.inter_feat = self.inter_feat[~missing].reset_index(drop=True)
         filter_nan(self)
@@ -295,9 +276,6 @@ def _dok_update(_: Any) -> None:
 
     if not hasattr(dok_matrix, "_update"):
         dok_matrix._update = lambda self, data: self._dict.update(data)
-
-
-# --------------------------------------------------------------------------------------------- errors of RecBole's own
 
 
 @patch("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")

@@ -28,13 +28,9 @@ def plot_lines(
     path: Target, panels: Mapping[str, Mapping[str, Points]], xlabel: str, ylabel: str,
     levels: Optional[Mapping[str, Mapping[str, Sequence[float]]]] = None, log: bool = False,
 ) -> None:  # fmt: skip
-    """Curves with a band of one standard deviation, a panel each.
+    """Curves with a band of one standard deviation, a panel each; `panels` is {title: {label: points}}, x are numbers.
 
-    Args:
-        path: of the PNG.
-        panels: {title: {label: points}}; all x are numbers.
-        levels: {title: {label: values}}, dashed horizontal lines.
-        log: a logarithmic x axis.
+    `levels`, {title: {label: values}}, are dashed horizontal lines; `log`: the x axis is logarithmic.
     """
     figure, axes = _axes(len(panels))
     colors = _colors([*panels.values(), *(levels or {}).values()])
@@ -47,9 +43,7 @@ def plot_lines(
             axis.fill_between(x, mean - spread, mean + spread, color=colors[label], alpha=0.2, linewidth=0)
         for label, values in (levels or {}).get(title, {}).items():
             axis.axhline(float(np.mean(values)), linestyle="--", color=colors[label], label=label)
-        if log:
-            axis.set_xscale("log")
-        _finish(axis, title, xlabel, ylabel)
+        _finish(axis, title, xlabel, ylabel, log)
     _write(figure, path)
 
 
@@ -74,13 +68,9 @@ def plot_points(
     path: Target, series: Mapping[str, Sequence[tuple[Any, float]]], xlabel: str, ylabel: str,
     steps: Optional[Mapping[str, Sequence[tuple[Any, float]]]] = None, log: bool = False,
 ) -> None:  # fmt: skip
-    """One panel of single points.
+    """One panel of single points; `series` is {label: (x, y) pairs}, x are numbers, or texts that get a place each.
 
-    Args:
-        path: of the PNG.
-        series: {label: (x, y) pairs}; x are numbers, or texts that get a place each. A series without any is left out.
-        steps: {label: (x, y) pairs}, drawn as lines that keep their height up to the next pair.
-        log: a logarithmic x axis.
+    `steps`, the same, are lines that keep their height up to the next pair; `log`: the x axis is logarithmic.
     """
     figure, (axis,) = _axes(1)
     for label, pairs in series.items():
@@ -89,9 +79,7 @@ def plot_points(
     for label, pairs in (steps or {}).items():
         if pairs:
             axis.step(*zip(*pairs), where="post", label=label, color="0.4")
-    if log:
-        axis.set_xscale("log")
-    _finish(axis, "", xlabel, ylabel)
+    _finish(axis, "", xlabel, ylabel, log)
     _write(figure, path)
 
 
@@ -110,10 +98,9 @@ def _axes(panels: int) -> tuple[Any, Any]:
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def _finish(axis: Any, title: str, xlabel: str, ylabel: str) -> None:
+def _finish(axis: Any, title: str, xlabel: str, ylabel: str, log: bool = False) -> None:
     axis.set_title(title, fontsize=10)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    axis.set(xlabel=xlabel, ylabel=ylabel, **({"xscale": "log"} if log else {}))
     axis.grid(alpha=0.3)
 
 

@@ -5,9 +5,9 @@ The same model differs by a fifth or more in NDCG between the two protocols, so 
 - `seen_kept`: the items of the user's earlier history stay in the ranking. RecBole's way for sequential models.
 - `seen_removed`: they are taken out, except the target itself. RecBole's way for general models.
 
-Ranks are counted here (`ranking`); the metrics come from RecBole's own Evaluator, which
-is handed the hit structure that its Collector would have built, and so are equal to RecBole's to the last digit. (Where
-scores tie, RecBole leaves the order open; here the lower item id ranks first.)
+Ranks are counted (`ranking`); the metrics come from RecBole's own Evaluator, which is handed the hit structure that its
+Collector would have built, and so are equal to RecBole's to the last digit. (Where scores tie, RecBole leaves the order
+open; here the lower item id ranks first.)
 """
 
 from __future__ import annotations
@@ -105,8 +105,7 @@ def collect_ranks(
         DatasetError: there is nothing to evaluate.
         ValueError: the model gives NaN scores, or `seen` does not fit the data.
     """
-    problems = evaluation_problems(config)
-    if problems:
+    if problems := evaluation_problems(config):
         raise ConfigError(problems)
     if isinstance(eval_data, NegSampleEvalDataLoader):
         raise ConfigError(["eval_args: the data loader samples the items to rank; set eval_args: {mode: full}."])
@@ -169,10 +168,9 @@ def query_metrics(
 
 def _evaluator(ranks: torch.Tensor, config: Options, queries: Optional[torch.Tensor], digits: int) -> tuple[Any, Any]:
     """RecBole's Evaluator, and the hit structure of `ranks` that it reads."""
-    problems = evaluation_problems(config)
-    if problems:
+    if problems := evaluation_problems(config):
         raise ConfigError(problems)
-    topk = _cutoffs(config)
+    topk, names = _cutoffs(config), config["metrics"]
     queries = torch.arange(len(ranks)) if queries is None else queries
     positives = torch.bincount(queries)  # [n]
 
@@ -182,7 +180,8 @@ def _evaluator(ranks: torch.Tensor, config: Options, queries: Optional[torch.Ten
     hits[:, -1] = positives
     collected = DataStruct()
     collected.set("rec.topk", hits)
-    return Evaluator({"metrics": _names(config), "topk": topk, "metric_decimal_place": digits}), collected
+    names = [names] if isinstance(names, str) else list(names)
+    return Evaluator({"metrics": names, "topk": topk, "metric_decimal_place": digits}), collected
 
 
 def _rank_batch(
@@ -193,8 +192,7 @@ def _rank_batch(
 
     In a group of processes those of the queries of this process, 0 for the others'.
     """
-    kept = torch.zeros(len(positive_i), dtype=torch.int64)
-    removed = torch.zeros(len(positive_i), dtype=torch.int64)
+    kept, removed = torch.zeros((2, len(positive_i)), dtype=torch.int64)
     if seen is not None and len(seen_rows) and seen_rows.max() >= seen.shape[0]:
         raise ValueError(f"the seen items have {seen.shape[0]} rows, but row {seen_rows.max()} was asked for.")
     single = torch.equal(positive_u, torch.arange(len(interaction)))
@@ -207,18 +205,13 @@ def _rank_batch(
         if seen is not None:
             owner, item = csr_pairs(seen.indptr, seen.indices, seen_rows[start:stop][rows.numpy()])
             if not single:  # the other positives of the query stay in its ranking too
-                width = scorer.n_items
-                others = np.isin(rows.numpy()[owner] * width + item, rows.numpy() * width + targets.numpy())
+                width, queries = scorer.n_items, rows.numpy()
+                others = np.isin(queries[owner] * width + item, queries * width + targets.numpy())
                 owner, item = owner[~others], item[~others]
-            pairs = (owner, item)
+            pairs = owner, item
         kept[here], removed[here] = scorer.rank(interaction, start, stop, rows, targets, pairs)
     return kept, removed
 
 
 def _cutoffs(config: Options) -> list[int]:
     return [config["topk"]] if isinstance(config["topk"], int) else list(config["topk"])
-
-
-def _names(config: Options) -> list[str]:
-    metrics = config["metrics"]
-    return [metrics] if isinstance(metrics, str) else list(metrics)

@@ -39,15 +39,9 @@ SeenPairs = tuple[np.ndarray, np.ndarray]
 
 
 def scores(h: torch.Tensor, item_vectors: torch.Tensor, item_bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """The score of each item for each user vector: `h @ item_vectors.T (+ item_bias)`.
+    """The score of each item for each user vector, [B, V]: `h @ item_vectors.T (+ item_bias)`.
 
-    Args:
-        h: user vectors [B, H].
-        item_vectors: [V, H].
-        item_bias: [V], or None.
-
-    Returns:
-        [B, V].
+    The user vectors `h` are [B, H], the item vectors [V, H], the bias [V].
     """
     found = h @ item_vectors.T
     return found if item_bias is None else found + item_bias
@@ -120,12 +114,11 @@ def rank_in_chunks(
         h, item_vectors = h.float(), item_vectors.float()
     targets = targets.to(h.device)
 
-    step = chunk_rows(n_items, h.element_size() + _MASK_BYTES, memory_mb, h.device)
-    step = max(1, min(step, n_queries))
+    fit = chunk_rows(n_items, h.element_size() + _MASK_BYTES, memory_mb, h.device)
+    step = max(1, min(fit, n_queries))
     scores = h.new_empty((step, n_items))
     mask = h.new_empty((step, n_items - 1), dtype=torch.float32)
-    kept = torch.empty(n_queries, dtype=torch.int64)
-    removed = torch.empty(n_queries, dtype=torch.int64)
+    kept, removed = torch.empty((2, n_queries), dtype=torch.int64)
     with torch.no_grad():
         for start in range(0, n_queries, step):
             stop = min(start + step, n_queries)
@@ -146,8 +139,7 @@ def chunk_rows(n_items: int, bytes_per_score: int, memory_mb: float, device: tor
         ConfigError: not even one row fits.
     """
     row_bytes = n_items * bytes_per_score
-    limit = int(memory_mb * MIB) // row_bytes
-    if limit < 1:
+    if (limit := int(memory_mb * MIB) // row_bytes) < 1:
         problem = f"eval_memory_mb: {memory_mb} MiB do not hold the scores of one user over {n_items} items"
         raise ConfigError([f"{problem}; set it to {math.ceil(row_bytes / MIB)} or more."])
     return max(1, min(limit, _chunk_bytes(device) // row_bytes))

@@ -4,18 +4,16 @@ paired significance of the difference between two models.
 Two tests answer different questions:
 
 - *over users*: each user's metric is averaged over the seeds, and the differences of the users are tested. A small p
-  says that the difference is not an accident of the users who happen to be in the log: it would be found with other
-  users of the same kind. It takes the trained models as they are. With few seeds it says nothing about another seed:
-  a lucky initialisation that ranks better for everybody is as significant here as a better method. With ten thousand
-  users a difference too small to matter is significant too; look at its size first.
+  says that the difference would be found with other users of the same kind. It takes the trained models as they are:
+  with few seeds a lucky initialisation is as significant as a better method. With ten thousand users a difference too
+  small to matter is significant too; look at its size first.
 - *over seeds*: the means of the seeds are tested, each seed of the one against the same seed of the other. A small p
-  says that the difference is not an accident of initialisation and order of the batches. It takes the users and the
-  split as they are. With few seeds it has little power: two seeds reach p < .05 only where the difference is more than
-  12 standard errors, so a large p is no evidence of equality.
+  says that the difference is not an accident of initialisation and order of the batches. It takes users and split as
+  they are. With few seeds it has little power: two reach p < .05 only where the difference is more than 12 standard
+  errors, so a large p is no evidence of equality.
 
-Neither says anything about another data set, another split, or other hyperparameters, and both take their pairs for
-independent (users who share items are not quite). The t-test assumes that the mean difference is about normal, which
-thousands of users give and a handful of seeds do not.
+Neither says anything about another data set, split, or other hyperparameters; both take their pairs for independent
+(users who share items are not quite) and their mean difference for about normal (of few seeds it is not).
 """
 
 from __future__ import annotations
@@ -100,20 +98,18 @@ def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
     if not Path(path).is_file():
         raise CheckpointError(f"{path} does not exist.")
     try:
+        stages: dict[str, dict[str, np.ndarray]] = {}
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        stages = {name.rpartition("/")[0]: name for name in arrays}
+            for name in file.files:
+                stage, _, part = name.rpartition("/")
+                stages.setdefault(stage, {})[part] = file[name] if part == USERS else file[name].astype(np.int64)
         return {
             stage: StageRanks(
-                arrays[f"{stage}/{USERS}"],
-                arrays[f"{stage}/{QUERIES}"].astype(np.int64),
-                *(
-                    {name: arrays[f"{stage}/{name}"].astype(np.int64) for name in names if f"{stage}/{name}" in arrays}
-                    for names in (PROTOCOLS, GROUPINGS)
-                ),
+                parts[USERS], parts[QUERIES],
+                *({name: parts[name] for name in names if name in parts} for names in (PROTOCOLS, GROUPINGS)),
             )
-            for stage in stages
-        }
+            for stage, parts in stages.items()
+        }  # fmt: skip
     except (KeyError, ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is not a readable file of ranks ({error}).") from None
 
@@ -121,12 +117,7 @@ def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
 def user_metrics(
     ranks: StageRanks, protocol: str, options: Mapping[str, Any]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The metrics of each user, the mean over a user's queries where there are several.
-
-    Args:
-        ranks: of one stage.
-        protocol: one of those it has.
-        options: give `metrics` and `topk`.
+    """The metrics of each user, the mean over a user's queries; `options` give `metrics` and `topk`.
 
     Returns:
         (users str [U], sorted, {"recall@10": float64 [U], ...}).
@@ -147,12 +138,7 @@ def quintiles(values: np.ndarray) -> list[np.ndarray]:
 
 
 def grouped(ranks: StageRanks, options: Mapping[str, Any], metric: str) -> dict[str, dict[str, Any]]:
-    """One metric in quintiles of the targets, a target being a query of its own.
-
-    Args:
-        ranks: of one stage.
-        options: give `metrics` and `topk`.
-        metric: one of them, "ndcg@10", say.
+    """One metric ("ndcg@10", say; `options` give `metrics` and `topk`) in quintiles of the targets, each its own query.
 
     Returns:
         {"popularity" | "history": {"3-7": {"targets": n, protocol: value}}}; empty for ranks without groupings.
@@ -171,11 +157,7 @@ def grouped(ranks: StageRanks, options: Mapping[str, Any], metric: str) -> dict[
 
 
 def paired_p(ours: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndarray) -> Optional[float]:
-    """Two-sided p-value of the paired t-test that the mean difference is zero.
-
-    Args:
-        ours: values [n].
-        base: values [n], pair by pair.
+    """Two-sided p-value of the paired t-test that the mean difference of `ours` [n] and `base` [n] is zero.
 
     Returns:
         p in [0, 1]; None for fewer than two pairs, and for differences that are equal up to `ROUNDING` and not
@@ -200,15 +182,9 @@ def paired_p(ours: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndar
 
 def holm(p: Sequence[Optional[float]]) -> list[Optional[float]]:
     """Holm's correction: the p-values of a family, so that rejecting those below a level errs anywhere in the family
-    with at most that probability.
+    with at most that probability. None, where there was nothing to test, does not count and stays None.
 
     The i-th smallest of m (from 1) is multiplied by m - i + 1; none becomes smaller than one before it, or more than 1.
-
-    Args:
-        p: one value for each comparison of the family; None where there was nothing to test, which does not count.
-
-    Returns:
-        the corrected values, in the order of `p`; None stays None.
 
     Raises:
         ValueError: a value is not in [0, 1].

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import platform
 import textwrap
@@ -59,13 +61,9 @@ class Record(TypedDict, total=False):
 
 
 def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, seconds: float) -> Record:
-    """Write and print the figures of a run.
+    """Write and print the figures of a run that took so many seconds.
 
-    Args:
-        config: of the run.
-        stages: the outcome of each stage, from the base to the whole pipeline.
-        regeneration: the outcome of stage i, or None.
-        seconds: wall time of the run.
+    `stages` are the outcomes from the base to the whole pipeline, `regeneration` is that of stage i, or None.
     """
     base, *more = stages.values()
     retrieves = config["model"] == "RaSeRec"
@@ -78,30 +76,20 @@ def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, 
         metrics["stages"] = {name: outcome.metrics for name, outcome in stages.items()}
         times["regeneration"] = regeneration.seconds
         times["recommendation_regenerated"] = stages["base + (i)"].seconds
+    sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     record = result_record(
-        model=config["model"],
-        backbone=base.name if retrieves else None,
-        dataset=config["dataset"],
-        seed=config["seed"],
-        metrics=metrics,
-        protocol=protocol_description(
-            config,
-            validation_in_history=config["MODEL_TYPE"] == ModelType.SEQUENTIAL,
-            validation_in_memory=retrieves,
-        ),
-        seconds={**times, "this_run": seconds},
-        options=config.explain(),
-        parameters={name: outcome.parameters for name, outcome in ends.items()},
-        peak_memory_mb=peak_memory_mb(),
+        model=config["model"], backbone=base.name if retrieves else None, dataset=config["dataset"],
+        seed=config["seed"], metrics=metrics, seconds={**times, "this_run": seconds}, options=config.explain(),
+        protocol=protocol_description(config, validation_in_history=sequential, validation_in_memory=retrieves),
+        parameters={name: outcome.parameters for name, outcome in ends.items()}, peak_memory_mb=peak_memory_mb(),
         curves={name: outcome.curve for name, outcome in ends.items()},
-    )
+    )  # fmt: skip
     if config["ranks_file"]:
         ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
         write_ranks(config["ranks_file"], ranks, base.splits.vocabulary()["users"], base.splits.seen)
-    if config["result_file"]:
-        write_json(config["result_file"], record)
     print("\n" + record_table(record))
     if config["result_file"]:
+        write_json(config["result_file"], record)
         getLogger().info(f"Figures written to {config['result_file']}")
     getLogger().info(f"Checkpoint: {[*ends.values()][-1].directory}")
     return record
@@ -109,9 +97,8 @@ def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, 
 
 def result_record(
     *, model: str, dataset: str, seed: int, metrics: Mapping[str, Any], protocol: Mapping[str, Any],
-    seconds: Mapping[str, float], backbone: Optional[str] = None, options: Optional[Mapping[str, Any]] = None,
-    parameters: Optional[Mapping[str, int]] = None, peak_memory_mb: Optional[float] = None,
-    curves: Optional[Mapping[str, Any]] = None,
+    seconds: Mapping[str, float], backbone: Optional[str], options: Mapping[str, Any], parameters: Mapping[str, int],
+    peak_memory_mb: Optional[float], curves: Mapping[str, Any],
 ) -> Record:  # fmt: skip
     """A record of its fields; improvement and versions are added."""
     record: Record = {"model": model, "backbone": backbone, "dataset": dataset, "seed": seed, "metrics": metrics}
@@ -126,14 +113,12 @@ def result_record(
             for phase, results in base.items()
             if phase in ours
         }
-    record["protocol"] = protocol
-    record["seconds"] = {stage: round(float(value), 3) for stage, value in seconds.items()}
-    record["parameters"] = parameters or {}
-    record["peak_memory_mb"] = _rounded(peak_memory_mb, 1)
-    record["curves"] = curves or {}
-    record["versions"] = versions()
-    record["options"] = options or {}
-    return plain(record)
+    rounded = {stage: round(float(value), 3) for stage, value in seconds.items()}
+    more: Record = {
+        "protocol": protocol, "seconds": rounded, "parameters": parameters,
+        "peak_memory_mb": _rounded(peak_memory_mb, 1), "curves": curves, "versions": versions(), "options": options,
+    }  # fmt: skip
+    return plain({**record, **more})
 
 
 def protocol_description(
@@ -148,9 +133,7 @@ def protocol_description(
     """
     eval_args = config["eval_args"] or {}
     return {
-        "split": eval_args.get("split"),
-        "group_by": eval_args.get("group_by"),
-        "order": eval_args.get("order"),
+        **{name: eval_args.get(name) for name in ("split", "group_by", "order")},
         "ranking": "every item of the data set",
         "seen_items": {name: PROTOCOL_TITLES[name] for name in PROTOCOLS},
         "seen_means": "every item of the user before the target, in the whole log; the target itself is never removed",
@@ -164,17 +147,13 @@ def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide the figures, and the compiled kernels; None: not there."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name, distributions in _DISTRIBUTIONS.items():
-        found[name] = next((version for version in map(_version, distributions) if version), None)
+        found[name] = None
+        for distribution in reversed(distributions):  # the first that is there counts
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found[name] = metadata.version(distribution)
     kernels = loaded()
     found["kernels"] = None if kernels is None else kernels.name.lstrip("_")
     return found
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def improvement(base: float, ours: float) -> Optional[float]:
@@ -191,12 +170,9 @@ def _rounded(value: Optional[float], digits: int) -> Optional[float]:
 
 def record_table(record: Record, *, style: str = "text", width: int = 80, digits: int = 4) -> str:
     """The test figures of a record: of each stage, or of the base and the model over it, or of a baseline."""
-    metrics, name = record["metrics"], record["backbone"] or record["model"]
-    if "stages" in metrics:
-        rows = [(stage.replace("base", name), phases["test"]) for stage, phases in metrics["stages"].items()]
-    else:
-        names = {"base": name, "ours": record["model"]}
-        rows = [(names[which], phases["test"]) for which, phases in metrics.items()]
+    stages, name = record["metrics"].get("stages", record["metrics"]), record["backbone"] or record["model"]
+    titles = (record["model"] if stage == "ours" else stage.replace("base", name) for stage in stages)
+    rows = [(title, phases["test"]) for title, phases in zip(titles, stages.values())]
     return results_table(rows, len(rows) > 1, style=style, width=width, digits=digits)
 
 
@@ -211,7 +187,7 @@ def results_table(
         compare: add the improvement of the last over the first in percent.
         style: "text" for the terminal, or "markdown".
         width: columns of the terminal; metrics that do not fit go into a second band of the same block.
-        digits: digits after the point.
+        digits: after the point.
 
     Raises:
         ValueError: The models do not have the same protocols and metrics, or the style is unknown.
@@ -283,7 +259,8 @@ def percent(value: float | None) -> str:
 
 def text_table(content: Content) -> str:
     """For the terminal: a block for each data set and protocol, one for the costs, and what the figures mean."""
-    return _page(content, lambda title, rows: text_block(title, rows, WIDTH), _wrapped)
+    wrapped = functools.partial(textwrap.fill, width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return _page(content, lambda title, rows: text_block(title, rows, WIDTH), wrapped)
 
 
 def markdown_table(content: Content) -> str:
@@ -314,11 +291,8 @@ def csv_table(content: Content) -> str:
 
 #: How a comparison can be printed; `json` is the content itself.
 STYLES: dict[str, Callable[[Content], str]] = {
-    "text": text_table,
-    "markdown": markdown_table,
-    "latex": latex_table,
-    "csv": csv_table,
-}
+    "text": text_table, "markdown": markdown_table, "latex": latex_table, "csv": csv_table
+}  # fmt: skip
 
 _CSV = (
     "dataset", "protocol", "model", "base", "metric", "mean", "std", "validation_mean", "improvement_percent",
@@ -352,17 +326,12 @@ def _page(content: Content, block: Callable[[str, Rows], str], listed: Callable[
     return "\n\n".join(parts)
 
 
-def _wrapped(note: str) -> str:
-    return textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
 def _blocks(name: str, data: Content) -> Iterator[tuple[str, Rows, list[str]]]:
     """(title, rows with the head first, notes) of a data set's tables: one a protocol, then the costs."""
     notes = _notes(data)
     protocols = {protocol: None for row in data["rows"] for protocol in row["metrics"]}
     for protocol in protocols:
-        first = next(row for row in data["rows"] if protocol in row["metrics"])
-        metrics = list(first["metrics"][protocol])
+        metrics = next(list(row["metrics"][protocol]) for row in data["rows"] if protocol in row["metrics"])
         rows = [["model", *map(metric_title, metrics)]]
         for row in data["rows"]:
             rows += _model(row, protocol, metrics)
@@ -402,8 +371,7 @@ def _model(row: Content, protocol: str, metrics: list[str]) -> Rows:
     gains, tested = (row[each].get(protocol, {}) for each in ("improvement_percent", "significance"))
     rows.append([f"- over {row['base']}", *(percent(gains.get(metric)) for metric in metrics)])
     for name in ("users", "seeds"):
-        p = [_p(tested.get(metric, {}).get(f"{name}_holm")) for metric in metrics]
-        rows.append([f"- p over {name}", *p])
+        rows.append([f"- p over {name}", *(_p(tested.get(metric, {}).get(f"{name}_holm")) for metric in metrics)])
     return rows
 
 
@@ -419,8 +387,7 @@ def _notes(data: Content) -> dict[str, list[str]]:
     )
     shared = [f"split {_split(of)}; {data['users']} users tested", f"ranking: {of['ranking']}"]
     spread = "mean ± standard deviation over the seeds"
-    seeds = sorted({row["pairs"]["seeds"] for row in data["rows"] if row.get("pairs")})
-    if seeds:
+    if seeds := sorted({row["pairs"]["seeds"] for row in data["rows"] if row.get("pairs")}):
         spread += "; p: paired t-test against the base, over users (seeds averaged: "
         spread += f"{' or '.join(map(str, seeds))}) and over seeds, Holm's correction over all of this table"
     later = [

@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30) and mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
 
 
 class FreedMemory:
@@ -41,11 +41,7 @@ class FreedMemory:
         self._least: float | None = None
 
     def bound(self) -> bool:
-        """Give freed memory back to the system if the process has come to hold twice the least it held at a call.
-
-        Returns:
-            whether it did.
-        """
+        """Whether the process held twice the least it held at a call, and gave its freed memory back to the system."""
         now = resident_mb()
         self._least = now if self._least is None else min(self._least, now)
         return now > 2 * self._least and _trim()

@@ -57,10 +57,6 @@ class Ragged:
     chosen_offsets: torch.Tensor
     longest: int
 
-    def arrays(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """items, offsets, chosen, chosen_offsets."""
-        return self.items, self.offsets, self.chosen, self.chosen_offsets
-
     def parts(self, tokens: int) -> Iterator[Ragged]:
         """The sequences in order, in parts of about `tokens` items; one part when there are none."""
         last = torch.searchsorted(self.offsets, torch.arange(tokens, int(self.offsets[-1]) + tokens, tokens))
@@ -69,12 +65,10 @@ class Ragged:
         for stop in ends:
             first, wanted = int(self.offsets[start]), int(self.chosen_offsets[start])
             yield Ragged(
-                self.items[first : int(self.offsets[stop])],
-                self.offsets[start : stop + 1] - first,
+                self.items[first : int(self.offsets[stop])], self.offsets[start : stop + 1] - first,
                 self.chosen[wanted : int(self.chosen_offsets[stop])] - first,
-                self.chosen_offsets[start : stop + 1] - wanted,
-                self.longest,
-            )
+                self.chosen_offsets[start : stop + 1] - wanted, self.longest,
+            )  # fmt: skip
             start = stop
 
     @staticmethod
@@ -89,8 +83,7 @@ class Ragged:
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(lengths, 0, out=offsets[1:])
         longest = int(lengths.max()) if len(lengths) else 0
-        columns = torch.arange(item_seq.size(1))
-        items = item_seq[columns < lengths[:, None]]
+        items = item_seq[torch.arange(item_seq.size(1)) < lengths[:, None]]
         if wanted is None:
             return Ragged(items, offsets, offsets[1:] - 1, torch.arange(len(lengths) + 1), longest)
         row, column = wanted.nonzero(as_tuple=True)
@@ -158,7 +151,8 @@ class _Encode(torch.autograd.Function):
         seeds = torch.zeros(4, dtype=torch.int32)
         if any(dropout):
             seeds.random_(-(1 << 31), 1 << 31)
-        index = tuple(x.to(torch.int64).contiguous() for x in ragged.arrays())
+        arrays = (ragged.items, ragged.offsets, ragged.chosen, ragged.chosen_offsets)
+        index = (x.to(torch.int64).contiguous() for x in arrays)
         tensors = (numbers, *index, table.contiguous(), positions.contiguous(), flat, columns, tape, settings, seeds)
         out = torch.empty(outputs, a.size, dtype=torch.float32)
         if sequences:

@@ -17,7 +17,18 @@ CHUNK_BYTES = 4 << 20
 TINY = 1e-30
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _SavedGradients(torch.autograd.Function):
+    """A function of rows, items and three more, whose forward pass saves the gradients of the first two."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The saved gradients, None where none was asked for, times that of the loss."""
+        saved = iter([g if grads[0] == 1.0 else g * grads[0] for g in ctx.saved_tensors])
+        return (*(next(saved) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None)
+
+
+class _LinearCrossEntropy(_SavedGradients):
     """Forward and both gradients in one sweep over row chunks; one buffer of `CHUNK_BYTES` is reused.
 
     `low`: dtype in which the two products of the gradients are computed, or None for that of the inputs.
@@ -30,9 +41,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, n_items = len(h), len(items)
         step = max(1, min(rows, CHUNK_BYTES // (n_items * h.element_size())))
         logits = h.new_empty(step, n_items)
-        need_h, need_items = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        grad_h = torch.empty_like(h) if need_h else None
-        grad_items = torch.zeros_like(items) if need_items else None
+        grad_h = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        grad_items = torch.zeros_like(items) if ctx.needs_input_grad[1] else None
         if low is not None:
             low_probs, low_items = logits.to(low), items.to(low)
         losses = h.new_empty(rows)
@@ -68,14 +78,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(*(g for g in (grad_h, grad_items) if g is not None))
         return (losses * weights).sum()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return (*_scaled(ctx, grads[0]), None, None, None)
 
-
-class _CompiledCrossEntropy(torch.autograd.Function):
-    """The compiled kernel, see `cross_entropy`."""
+class _CompiledCrossEntropy(_SavedGradients):
+    """The compiled kernel, see `native.cross_entropy`."""
 
     @staticmethod
     def forward(
@@ -86,37 +91,19 @@ class _CompiledCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(*(g for g in (grad_h, grad_items) if g is not None))
         return (losses * weights).sum()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return (*_scaled(ctx, grads[0]), None, None, None)
-
-
-def _scaled(ctx: Any, scale: Any) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """The saved gradients of rows and items, None where none was asked for, times that of the loss."""
-    saved = list(ctx.saved_tensors)
-    if scale != 1.0:
-        saved = [g * scale for g in saved]
-    grad_h = saved.pop(0) if ctx.needs_input_grad[0] else None
-    grad_items = saved.pop(0) if ctx.needs_input_grad[1] else None
-    return grad_h, grad_items
-
 
 def linear_cross_entropy(
-    h: torch.Tensor,
-    items: torch.Tensor,
-    targets: torch.Tensor,
-    weights: Optional[torch.Tensor] = None,
+    h: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, weights: Optional[torch.Tensor] = None,
     precision: str = "float32",
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Mean of `-log softmax(h @ items.T)[target]` over the rows (report, loss L).
 
     Equal to `F.cross_entropy(h @ items.T, targets)` and its gradients to float rounding; holds a buffer of
     `CHUNK_BYTES` instead of several [B, V] tensors. Where `items` needs no gradient none is computed.
 
     Args:
-        h: [B, H] user vectors.
-        items: [V, H] item vectors.
+        h: user vectors [B, H].
+        items: item vectors [V, H].
         targets: int64 [B].
         weights: [B], non-negative; the loss is their weighted mean. None weighs all rows alike.
         precision: `float32`: that of the inputs. `bfloat16`: float32 inputs are rounded to bfloat16 for the

@@ -6,10 +6,12 @@ all the same, at torch's speed. Nothing is compiled when the package runs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.machinery
 import importlib.metadata
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
@@ -48,19 +50,12 @@ class Library:
 @functools.cache
 def loaded() -> Optional[Library]:
     """The best library this processor can run, or None."""
-    for name in NAMES:
-        if not _runs(name):
-            continue
-        for folder in _folders():
-            for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-                path = folder / (name + suffix)
-                if path.is_file():
-                    try:
-                        found = Library(path, name)
-                    except (OSError, AttributeError):
-                        continue
-                    if found.interface == INTERFACE:
-                        return found
+    places = itertools.product(filter(_runs, NAMES), list(_folders()), importlib.machinery.EXTENSION_SUFFIXES)
+    for name, folder, suffix in places:
+        path = folder / (name + suffix)
+        with contextlib.suppress(OSError, AttributeError):
+            if path.is_file() and (found := Library(path, name)).interface == INTERFACE:
+                return found
     return None
 
 

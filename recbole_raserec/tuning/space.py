@@ -93,9 +93,8 @@ def rounded(distribution: Any, value: Any) -> Any:
 
 def edges(distribution: Any) -> list[Any]:
     """The values that stand for all of them in a check."""
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    return [distribution.low, distribution.high]
+    several = isinstance(distribution, CategoricalDistribution)
+    return list(distribution.choices) if several else [distribution.low, distribution.high]
 
 
 def values(distribution: Any) -> Optional[list[Any]]:
@@ -124,19 +123,16 @@ def find_space(name: Optional[str], model: str) -> Path:
         ConfigError: there is none.
     """
     shipped = {path.stem: path for path in sorted(SPACES.glob("*.yaml"))}
+    path = shipped.get(model if name is None else name) or Path(name or "")
+    if path.is_file():
+        return path
     if name is None:
-        if model in shipped:
-            return shipped[model]
-        raise ConfigError(
-            [f"space: none is shipped for {model}, only for {', '.join(shipped)}; write one and name it: --space=FILE"]
-        )
-    if name in shipped:
-        return shipped[name]
-    if not Path(name).is_file():
+        problem = f"none is shipped for {model}, only for {', '.join(shipped)}; write one and name it: --space=FILE"
+    else:
         guess = nearest(name, shipped)
         remedy = f"did you mean {guess}?" if guess else f"name a YAML file, or one of {', '.join(shipped)}"
-        raise ConfigError([f"space: {name!r} does not exist; {remedy}"])
-    return Path(name)
+        problem = f"{name!r} does not exist; {remedy}"
+    raise ConfigError([f"space: {problem}"])
 
 
 def read_space(path: Path) -> tuple[Space, list[str]]:
@@ -175,17 +171,15 @@ def check_space(config: Config, space: Space, path: Path) -> list[str]:
     problems: list[str] = []
     regenerates = config["regeneration"] or "regeneration" in space
     unread = () if regenerates else (*REGENERATION, "memory_regenerated")
-    dead: set[str] = set()
-    if regenerates and not {"regeneration", "regen_rows", "regenerated_data"} & set(space):
-        dead = set(REGENERATION) - set(regeneration_options(config))
+    decided = regenerates and not {"regeneration", "regen_rows", "regenerated_data"} & set(space)
+    dead = set(REGENERATION) - set(regeneration_options(config)) if decided else ()
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     company = [options_of(study.ask(space).params) for _ in range(_COMPANY)]
     for option in dict.fromkeys(map(option_of, space)):
-        if option in MEASURES:
-            problems.append(f"{option}: decides what is measured, and trials could not be compared; remove it")
-            continue
-        if option in NOT_TRAINING:
-            problems.append(f"{option}: changes nothing of what is trained; remove it")
+        if option in MEASURES or option in NOT_TRAINING:
+            why = "decides what is measured, and trials could not be compared"
+            why = why if option in MEASURES else "changes nothing of what is trained"
+            problems.append(f"{option}: {why}; remove it")
             continue
         if option in unread:
             problems.append(f"{option}: counts only with regeneration; give regeneration: true, or remove it")
@@ -218,14 +212,10 @@ def _refusals(config: Config, options: Mapping[str, Any]) -> list[str]:
 def grid(space: Space) -> tuple[list[dict[str, Any]], list[str]]:
     """All combinations in the order of the file, and the problems of options whose values cannot be counted."""
     several = {name: values(distribution) for name, distribution in space.items()}
-    problems = [
-        f"space: {name}: the grid sampler tries every value, and these cannot be counted; give it choices or a step"
-        for name, known in several.items()
-        if known is None
-    ]
-    if problems:
-        return [], problems
-    return [dict(zip(several, drawn)) for drawn in itertools.product(*(known or () for known in several.values()))], []
+    problem = "the grid sampler tries every value, and these cannot be counted; give it choices or a step"
+    problems = [f"space: {name}: {problem}" for name, known in several.items() if known is None]
+    drawn = itertools.product(*(known or () for known in several.values()))  # none where one cannot be counted
+    return [dict(zip(several, each)) for each in drawn], problems
 
 
 def _entry_problems(entry: Any) -> list[str]:
@@ -262,11 +252,8 @@ def _range_problems(entry: Mapping[str, Any]) -> list[str]:
         kinds = (int,) if entry["type"] == "int" else (int, float)
         return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
-    problems = [
-        f"{key}: {shown(value)} is not {number}; give one"
-        for key, value in (("low", low), ("high", high))
-        if not is_number(value)
-    ]
+    bounds = (("low", low), ("high", high))
+    problems = [f"{key}: {shown(value)} is not {number}; give one" for key, value in bounds if not is_number(value)]
     if log not in (None, True, False):
         problems.append(f"log: {shown(log)} is neither true nor false; write log: true, or remove it")
     if step is not None and not (is_number(step) and step > 0):

@@ -37,14 +37,10 @@ def pruner(name: str) -> Any:
 
 
 def sampler(name: str, seed: int, number: int, grid: list[dict[str, Any]]) -> Any:
-    """The sampler of one trial. Its draws depend on the seed, the trial's number and the trials before, not on the
-    process: a study that was interrupted continues as it would have.
+    """The sampler, of `SAMPLERS`, of one trial (`number`, from 0); `grid` are the combinations, for "grid".
 
-    Args:
-        name: of `SAMPLERS`.
-        seed: of the search.
-        number: of the trial, from 0.
-        grid: the combinations, for "grid".
+    Its draws depend on the seed of the search, the trial's number and the trials before, not on the process: a study
+    that was interrupted continues as it would have.
     """
     drawn = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     with warnings.catch_warnings():
@@ -98,11 +94,9 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], within: st
     words = []
     for key in sorted({*found, *wanted}):
         old, new = found.get(key), wanted.get(key)
-        if old == new:
-            continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             words += _differences(old, new, f" of {key}{within}")
-        else:
+        elif old != new:
             words.append(f"{key}{within} is {shown(old)} there and {shown(new)} here")
     return words[:5]
 

@@ -68,16 +68,13 @@ def tune_hyper_parameters(
     An option that is given is not searched, whatever the space says of it.
 
     Args:
-        model: as of `run_recbole_raserec`.
-        dataset: as of `run_recbole_raserec`.
+        model: as of `run_recbole_raserec`; so are the arguments that are not named here.
         output: directory of the search; the study lives in it.
         trials: in all, those of an interrupted search included; default: 30, with the sampler "grid" all combinations.
         space: YAML file, or name of a shipped one; default: the shipped one of the model.
         sampler: "tpe", "random", "grid" or "gp".
         pruner: "median", "halving" or "none".
-        config_file_list: as of `run_recbole_raserec`.
-        config_dict: as of `run_recbole_raserec`; the option `seed` is that of the sampler too.
-        argv: as of `run_recbole_raserec`.
+        config_dict: the option `seed` is that of the sampler too.
 
     Returns:
         what `study.json` holds.
@@ -86,8 +83,7 @@ def tune_hyper_parameters(
         ConfigError: options or space are wrong, all problems at once, before anything runs; or `output` holds another
             search, or is in use.
         RaSeRecError: no trial came to its end.
-        DatasetError: as of `run_recbole_raserec`.
-        CheckpointError: as of `run_recbole_raserec`.
+        DatasetError, CheckpointError: as of `run_recbole_raserec`.
     """
     given = (model, dataset, config_file_list, config_dict, argv)
     search = _plan(output, trials, space, sampler, pruner, given)
@@ -96,36 +92,25 @@ def tune_hyper_parameters(
     if lock is None:
         problem = f"output: another process is searching in {search.directory}; wait for it, or end it"
         raise ConfigError([problem])
-    with contextlib.ExitStack() as held:
-        held.callback(lock.release)
+    try:
         return _search(search)
+    finally:
+        lock.release()
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """A search whose options are checked.
+    """A search whose options are checked."""
 
-    Attributes:
-        config: the options that every trial shares.
-        given: those of them that were given.
-        directory: of the study.
-        space: the parameters that are searched.
-        fixed: options of the space's file that were given, and therefore are not.
-        sampler: of `SAMPLERS`.
-        pruner: of `PRUNERS`.
-        trials: in all.
-        combinations: of the sampler "grid".
-    """
-
-    config: Config
-    given: dict[str, Any]
+    config: Config  # the options that every trial shares
+    given: dict[str, Any]  # those of them that were given
     directory: Path
-    space: spaces.Space
-    fixed: list[str]
+    space: spaces.Space  # the parameters that are searched
+    fixed: list[str]  # options of the space's file that were given, and therefore are not
     sampler: str
     pruner: str
-    trials: int
-    combinations: list[dict[str, Any]]
+    trials: int  # in all
+    combinations: list[dict[str, Any]]  # of the sampler "grid"
 
     @property
     def name(self) -> str:
@@ -136,6 +121,13 @@ class Search:
     def metric(self) -> str:
         """The metric that stops the last stage's training early."""
         return self.config["ram_valid_metric" if self.config["model"] == RETRIEVAL_MODEL else "valid_metric"]
+
+    @property
+    def deepest(self) -> int:
+        """The most neighbours that any trial asks for."""
+        if self.config["model"] != RETRIEVAL_MODEL:
+            return 0
+        return max(spaces.edges(self.space["top_k"])) if "top_k" in self.space else self.config["top_k"]
 
     @property
     def options(self) -> list[str]:
@@ -180,10 +172,7 @@ def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given
             problems.append(f"nproc: {layout.size} processes share a run, but trials run in one; leave it out")
     except ConfigError as error:
         raise ConfigError(problems + error.problems) from None
-    options = config.external_config_dict
-    searched: spaces.Space = {}
-    fixed: list[str] = []
-    combinations: list[dict[str, Any]] = []
+    options, combinations = config.external_config_dict, list[dict[str, Any]]()
     try:
         path = spaces.find_space(None if space is None else str(space), config["model"])
     except ConfigError as error:
@@ -218,12 +207,10 @@ def _search(search: Search) -> dict[str, Any]:
     over = len(studies.finished(study))
     if over < search.trials:
         ensure_dataset(config)
-        print(
-            f"Searching {', '.join(search.options)} in {search.directory / studies.STORAGE}: {search.trials} trials"
-            + (f", {over} of them are over" if over else "")
-            + (f"; given and therefore not searched: {', '.join(search.fixed)}" if search.fixed else ""),
-            flush=True,
-        )
+        done = f", {over} of them are over" if over else ""
+        fixed = f"; given and therefore not searched: {', '.join(search.fixed)}" if search.fixed else ""
+        where = f"{', '.join(search.options)} in {search.directory / studies.STORAGE}"
+        print(f"Searching {where}: {search.trials} trials{done}{fixed}", flush=True)
     for _ in range(over, search.trials):
         trial, drawn = studies.next_trial(study, search.space, search.sampler, config["seed"], search.combinations)
         _run_trial(search, study, trial, drawn)
@@ -246,7 +233,7 @@ def _run_trial(search: Search, study: Any, trial: Any, drawn: dict[str, Any]) ->
     try:
         config = search.config.with_options(options_of(drawn))
         check_run(config)
-        stages, _ = run_stages(config, Trial(after_epoch, _deepest(search)))
+        stages, _ = run_stages(config, Trial(after_epoch, search.deepest))
         last = list(stages.values())[-1]
         if study.user_attrs.get("data", last.splits.fingerprint) != last.splits.fingerprint:
             data = f"other data under the name {config['dataset']}"
@@ -264,13 +251,6 @@ def _run_trial(search: Search, study: Any, trial: Any, drawn: dict[str, Any]) ->
     trial.set_user_attr("seconds", round(time.perf_counter() - started, 3))
     study.tell(trial, **told)
     _print_trial(search, study)
-
-
-def _deepest(search: Search) -> int:
-    """The most neighbours that any trial asks for."""
-    if search.config["model"] != RETRIEVAL_MODEL:
-        return 0
-    return max(spaces.edges(search.space["top_k"])) if "top_k" in search.space else search.config["top_k"]
 
 
 def _print_trial(search: Search, study: Any) -> None:
@@ -292,32 +272,27 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
     ranked = studies.best_first(study)
     if not ranked:
         reasons = list(dict.fromkeys(trial["reason"] for trial in trials if "reason" in trial))[:3]
-        raise RaSeRecError(
-            f"none of the {len(trials)} trials in {directory} came to its end"
-            + (f": {'; '.join(reasons)}" if reasons else "; all were pruned")
-        )
+        why = f": {'; '.join(reasons)}" if reasons else "; all were pruned"
+        raise RaSeRecError(f"none of the {len(trials)} trials in {directory} came to its end{why}")
     best = ranked[0]
     chosen = options_of(trials[best.number]["options"])
+    how = f"sampler {search.sampler}, pruner {search.pruner}, seed {config['seed']}"
+    seen = "kept in" if selection_protocol(config) == SEEN_KEPT else "removed from"
     header = [
-        f"The best of {len(trials)} trials of the study {search.name} (sampler {search.sampler}, pruner "
-        f"{search.pruner}, seed {config['seed']}):",
-        f"trial {best.number}, validation {search.metric} {best.value:.6f}, seen items "
-        + ("kept in the ranking." if selection_protocol(config) == SEEN_KEPT else "removed from the ranking."),
+        f"The best of {len(trials)} trials of the study {search.name} ({how}):",
+        f"trial {best.number}, validation {search.metric} {best.value:.6f}, seen items {seen} the ranking.",
         f"Searched: {', '.join(search.options)}.",
     ]
     shared = {"model": config["model"], "dataset": config["dataset"], **search.given}
     _write_best(directory / BEST, header, {**shared, **chosen})
+    identity = search.identity()
     record: dict[str, Any] = {
         "study": search.name,
-        "model": config["model"],
-        "dataset": config["dataset"],
-        "seed": config["seed"],
+        **{name: config[name] for name in ("model", "dataset", "seed")},
         "metric": search.metric,
         "direction": study.direction.name.lower(),
         "protocol": selection_protocol(config),
-        "sampler": search.sampler,
-        "pruner": search.pruner,
-        "space": search.identity()["space"],
+        **{name: identity[name] for name in ("sampler", "pruner", "space")},
         "given": plain(search.given),
         "best": best.number,
         "importances": studies.importances(study),
@@ -347,17 +322,7 @@ def _test(search: Search, number: int, options: dict[str, Any]) -> None:
 
 
 def _trial_record(trial: Any, space: spaces.Space) -> dict[str, Any]:
-    """A trial that is over, ready for JSON.
-
-    Args:
-        trial: Optuna's.
-        space: of the search.
-
-    Returns:
-        `number`, `state`, `value` (of a complete trial: the metric of its best weights), `options` (by parameter),
-        `epochs` (`{epoch, from 1: the metric after it}`), `seconds` (of the process that ended it) and, where it
-        failed, `reason`.
-    """
+    """A trial that is over, ready for JSON; `value` is that of its best weights, `seconds` are of its last process."""
     state = _STATES[trial.state.name]
     found = {
         "number": trial.number,
@@ -404,24 +369,17 @@ def _trials_table(record: Mapping[str, Any]) -> str:
         options = options_of(trial["options"])
         rows[-1] += [str(_cell(options.get(name))) for name in names]
     counts = {state: sum(trial["state"] == state for trial in record["trials"]) for state in _STATES.values()}
-    title = (
-        f"{record['study']}: {', '.join(f'{count} {state}' for state, count in counts.items() if count)}; validation "
-        f"{record['metric']},\n{PROTOCOL_TITLES[record['protocol']]}"
-    )
-    lines = [text_block(title, rows, _WIDTH)]
-    if record["importances"]:
-        shares = ", ".join(f"{name} {share:.2f}" for name, share in record["importances"].items())
-        lines.append(f"importance: {shares}")
-    return "\n".join(lines)
+    ended = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    title = f"{record['study']}: {ended}; validation {record['metric']},\n{PROTOCOL_TITLES[record['protocol']]}"
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in (record["importances"] or {}).items())
+    return text_block(title, rows, _WIDTH) + (f"\nimportance: {shares}" if shares else "")
 
 
 def _draw(folder: Path, record: Mapping[str, Any]) -> None:
     """Plots of the value by trial and by each option; none where there is no matplotlib."""
     maximize = record["direction"] == "maximize"
     by_trial: dict[str, list[tuple[Any, float]]] = {"complete": [], "pruned": []}
-    by_option: dict[str, dict[str, list[tuple[Any, float]]]] = {
-        name: {state: [] for state in by_trial} for name in record["space"]
-    }
+    by_option: dict[str, Any] = {name: {state: [] for state in by_trial} for name in record["space"]}
     best: list[tuple[Any, float]] = []
     for trial in record["trials"]:
         state, height = trial["state"], trial["value"]
