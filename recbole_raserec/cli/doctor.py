@@ -70,7 +70,7 @@ def environment() -> dict[str, Any]:
     import faiss
     import torch
 
-    from recbole_raserec.kernels import loaded
+    from recbole_raserec.kernels import has_cross_entropy, loaded
 
     kernels = loaded()
     capability = getattr(getattr(torch.backends, "cpu", None), "get_cpu_capability", lambda: "unknown")()
@@ -91,7 +91,7 @@ def environment() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "instructions": capability,
             "kernels": None if kernels is None else kernels.name.removeprefix("_native_"),
-            "bfloat16": kernels is not None and kernels.bfloat16,
+            "bfloat16": has_cross_entropy(),
         },
         "gpu": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
         "faiss": {"options": faiss.get_compile_options().strip(), "gpus": getattr(faiss, "get_num_gpus", lambda: 0)()},
@@ -114,8 +114,7 @@ def text(found: dict[str, Any]) -> str:
     kernels = f"compiled for {cpu['kernels']}" if cpu["kernels"] else "none (torch takes their place; slower)"
     kernels += ", bfloat16 softmax" if cpu["bfloat16"] else ""
     gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gb']} GiB)" for gpu in found["gpu"]) or "none"
-    missing = [name for name, there in found["extras"].items() if not there]
-    there = [name for name, there in found["extras"].items() if there]
+    there, missing = ([name for name, has in found["extras"].items() if has == wanted] for wanted in (True, False))
     lines = [
         f"recbole-raserec {found['recbole-raserec']}, Python {found['python']}, {found['platform']}",
         "packages  " + ", ".join(f"{name} {version}" for name, version in found["packages"].items()),
@@ -127,7 +126,7 @@ def text(found: dict[str, Any]) -> str:
         "patches of RecBole",
     ]
     for name, patch in found["patches"].items():
-        reason = " ".join(patch["reason"].split()).split(". ")[0].rstrip(".")
+        reason = patch["reason"].split(". ")[0].rstrip(".")
         line = f"{'active' if patch['active'] else 'not needed':<10} {name}: {reason}"
         lines += textwrap.wrap(line, 110, initial_indent="  ", subsequent_indent=" " * 13)
     return "\n".join(lines)

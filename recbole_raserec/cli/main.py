@@ -6,6 +6,7 @@ imported before it is needed: `--help` and a wrong word answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Sequence
@@ -58,8 +59,7 @@ def _pairs(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a word is no option, an option has no value, or one of `_NAMED` is empty or has two values.
     """
-    found, problems, rest = [], [], list(words)
-    named: dict[str, str] = {}
+    found, problems, named, rest = [], [], dict[str, str](), list(words)
     while rest:
         word = rest.pop(0)
         key, equals, value = word.partition("=")
@@ -105,13 +105,11 @@ def _check_known(context: click.Context, command: click.Command, words: Sequence
 def _print_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
     """Print this package's version and those of what it needs, without importing any of it."""
     if wanted:
-        found = [f"recbole-raserec {__version__}"]
+        versions = {"recbole-raserec": __version__, **dict.fromkeys(("recbole", "torch", "numpy"), "(not installed)")}
         for name in ("recbole", "torch", "numpy"):
-            try:
-                found.append(f"{name} {importlib.metadata.version(name)}")
-            except importlib.metadata.PackageNotFoundError:
-                found.append(f"{name} (not installed)")
-        click.echo(", ".join(found))
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(name)
+        click.echo(", ".join(map(" ".join, versions.items())))
         context.exit()
 
 

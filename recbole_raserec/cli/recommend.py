@@ -158,8 +158,7 @@ def _csv(found: Any, titles: dict[str, str]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     columns = found.columns()
     writer.writerow([*columns, *(["title"] if titles else [])])
-    for row in zip(*columns.values()):
-        writer.writerow([*row, *([titles[row[2]]] if titles else [])])
+    writer.writerows([*row, *([titles[row[2]]] if titles else [])] for row in zip(*columns.values()))
     return file.getvalue().rstrip("\n")
 
 

@@ -24,14 +24,11 @@ from recbole_raserec.storage import read_json, replacing, write_json
 
 #: The figures; every table and the plots are drawn from this file.
 FIGURES = "compare.json"
-
 #: Files of the tables, and the plot of all metrics.
 TABLES = {"text": "compare.txt", "markdown": "compare.md", "latex": "compare.tex", "csv": "compare.csv"}
 PLOT = "compare.png"
-
 #: Plots of groups of targets, and the words on their axes.
 GROUPS = {"popularity": "users who had the target in training", "history": "items in the history"}
-
 #: `{title: {model: {x: values of the seeds}}}`
 Panels = dict[str, dict[str, dict[Any, list[float]]]]
 
@@ -66,10 +63,8 @@ def compare(
         ConfigError: with every problem, before anything runs; also where `output` holds figures of another protocol.
     """
     environment = environment_of(os.environ)  # before a configuration chooses devices for this process
-    problems = problems or Problems()
-    text = str(jobs).strip()
-    count = int(text) if text.isascii() and text.isdigit() else 0
-    if count < 1:
+    problems, text = problems or Problems(), str(jobs).strip()
+    if (count := int(text) if text.isascii() and text.isdigit() else 0) < 1:
         problems.add(f"jobs: {jobs!r} is no number of processes; write for example --jobs=2")
     plan = make_plan(models, datasets, seeds, output, config_file_list, argv, problems)
     folder = plan.output / CELLS

@@ -8,6 +8,7 @@ are collected and raised at once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,16 +31,12 @@ from recbole_raserec.storage import MANIFEST, MODEL_VERSIONS, fingerprint, plain
 
 #: Below the output directory: the files of the runs, and what the runs keep where `checkpoint_dir` is not given.
 CELLS, SAVED = "cells", "saved"
-
 #: Several values: a list, or a text with commas between them.
 Several = Union[str, Sequence[str]]
-
 #: A count of seeds, a list of them, or the text of one of the two.
 Seeds = Union[str, int, Sequence[int]]
-
 #: Paths of data files -> the hash of their contents.
 Hashes = dict[tuple[str, ...], str]
-
 #: Options of `run` that a comparison sets itself, and what to do instead.
 _TAKEN = {
     "model": "write --models=...",
@@ -50,20 +47,15 @@ _TAKEN = {
     "backbone_checkpoint": "every base is trained with every seed, leave it out",
     "resume": "finished runs are kept and unfinished ones continued, leave it out or name another output directory",
 }
-
 #: Options that cannot differ between the models of a comparison.
 _SHARED = ("config_files", "data_path", "checkpoint_dir")
-
 #: Options that say what the figures mean: one value in an output directory, and one for each data set in it.
 _PROTOCOL = ("eval_args", "metrics", "topk")
 _FILTERS = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "benchmark_filename")
-
 #: Packages whose version decides a figure.
 _VERSIONS = ("recbole_raserec", "recbole", "torch", "numpy", "faiss", "kernels")
-
 #: A number alone above this is not taken for a count of seeds.
 _MOST_SEEDS = 100
-
 _EXAMPLES = {"models": "SASRec,RaSeRec:backbone=SASRec", "datasets": "ml-100k"}
 
 
@@ -170,11 +162,9 @@ def make_plan(
     shared = {name: word for name, word in given.items() if name not in _TAKEN}
 
     requests = []
-    for seed in numbers or (0,):
-        for dataset in names or ("ml-100k",):
-            for spec in specs:
-                with problems.noted(spec.label):
-                    requests.append(_request(spec, dataset, seed, config_files, shared))
+    for seed, dataset, spec in itertools.product(numbers or (0,), names or ("ml-100k",), specs):
+        with problems.noted(spec.label):
+            requests.append(_request(spec, dataset, seed, config_files or (), shared))
     _check_data(requests, problems)
     _check_protocols(Path(output or ".") / CELLS, requests, problems)
     problems.raise_all(len(specs))
@@ -260,14 +250,12 @@ def split_outside(text: str, separators: str) -> list[str]:
     return parts
 
 
-def _request(
-    spec: Spec, dataset: str, seed: int, config_files: Optional[Sequence[str]], shared: Mapping[str, str]
-) -> _Request:
+def _request(spec: Spec, dataset: str, seed: int, files: Sequence[str], shared: Mapping[str, str]) -> _Request:
     """The configurations of a run, or a RaSeRecError with what is wrong in them."""
     own = {name: f"--{name}={value}" for name, value in spec.options.items()}
     words = [*{**shared, **own}.values(), f"--seed={seed}"]
     try:
-        config = Config(spec.model, dataset, list(config_files or ()), None, words)
+        config = Config(spec.model, dataset, list(files), None, words)
     except ConfigError as error:
         raise ConfigError([_shared_remedy(problem, spec) for problem in error.problems]) from None
     problems = Problems()
@@ -286,9 +274,8 @@ def _request(
 def _shared_remedy(problem: str, spec: Spec) -> str:
     """An option of all models that not all of them read has another remedy than that of a run."""
     name, told = problem.partition(":")[0], "this run does not read it, remove it"
-    if name in spec.options:
-        return problem
-    return problem.replace(told, f"this one does not read it; give it to those that do, as NAME:{name}=VALUE")
+    remedy = f"this one does not read it; give it to those that do, as NAME:{name}=VALUE"
+    return problem if name in spec.options else problem.replace(told, remedy)
 
 
 def _check_data(requests: Sequence[_Request], problems: Problems) -> None:
@@ -303,8 +290,7 @@ def _check_data(requests: Sequence[_Request], problems: Problems) -> None:
         try:
             ensure_dataset(config)
         except DatasetError as error:
-            text = str(error)
-            problems.add(f"datasets: {text[0].lower()}{text[1:]}")
+            problems.add(f"datasets: {str(error)[0].lower()}{str(error)[1:]}")
 
 
 def _check_protocols(folder: Path, requests: Sequence[_Request], problems: Problems) -> None:

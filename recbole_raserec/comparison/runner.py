@@ -27,32 +27,26 @@ from recbole_raserec.storage import read_json
 
 #: The command of a run; the options follow.
 COMMAND = (sys.executable, "-m", "recbole_raserec.cli.main", "run")
-
 #: The first characters of a line in a run's log with which a start begins.
 _START = "# start: "
-
 #: Lines of a failed run that are shown; seconds between two looks for an interrupt.
 _LAST_LINES, _PAUSE = 6, 0.5
-
-Say = Callable[[str], None]
 
 
 def finished(folder: Path, run: Run) -> Optional[Finished]:
     """The whole run, if it is in `folder`. A run writes the ranks first, the record last."""
     ranks = folder / f"{run.name}.npz"
-    if not ranks.is_file():
-        return None
-    try:
-        record = read_json(folder / f"{run.name}.json")
-    except CheckpointError:
-        return None
-    starts = sum(line.startswith(_START) for line in _log(folder, run))
-    return Finished(record, ranks, continued=starts > 1)
+    with contextlib.suppress(CheckpointError):
+        if ranks.is_file():
+            record = read_json(folder / f"{run.name}.json")
+            starts = sum(line.startswith(_START) for line in _log(folder, run))
+            return Finished(record, ranks, continued=starts > 1)
+    return None
 
 
 def run_all(
     runs: Sequence[Run], folder: Path, jobs: int, words: Callable[[Run], Sequence[str]],
-    environment: Mapping[str, str], say: Say,
+    environment: Mapping[str, str], say: Callable[[str], None],
 ) -> dict[str, str]:  # fmt: skip
     """Run what is not finished; a failed run ends none of the others but those whose base it is.
 
@@ -130,7 +124,7 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
 class _Progress:
     """Says how each run ended, how many are left, and about how long they take."""
 
-    def __init__(self, runs: Sequence[Run], jobs: int, say: Say):
+    def __init__(self, runs: Sequence[Run], jobs: int, say: Callable[[str], None]):
         self.left, self.started = list(runs), dict[Run, float]()
         self._total, self._jobs, self._say = len(runs), jobs, say
         self._seconds: dict[tuple[str, str], list[float]] = {}
@@ -174,10 +168,8 @@ def duration(seconds: float) -> str:
 
 
 def _log(folder: Path, run: Run) -> list[str]:
-    try:
-        return (folder / f"{run.name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
+    path = folder / f"{run.name}.log"
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
 def _last_words(folder: Path, run: Run, code: int) -> str:
@@ -202,7 +194,6 @@ def command_words(run: Run, folder: Path, set_options: Mapping[str, Any]) -> lis
 def environment_of(given: Mapping[str, str]) -> dict[str, str]:
     """The environment of the runs: the given one, and a checkout that is not installed is found from anywhere."""
     root = Path(__file__).resolve().parents[2]
-    made = dict(given)
-    if (root / "setup.py").is_file():
-        made["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), made.get("PYTHONPATH")]))
-    return made
+    if not (root / "setup.py").is_file():
+        return dict(given)
+    return {**given, "PYTHONPATH": os.pathsep.join(filter(None, [str(root), given.get("PYTHONPATH")]))}

@@ -19,11 +19,7 @@ from typing import Any
 class Patch:
     """One patch.
 
-    Attributes:
-        modules: that it concerns.
-        needed: whether this environment needs it.
-        function: Called with a module after it was executed; if `around`, a generator without arguments that yields
-            once while a module is executed.
+    Its `function` is called with a module after it was executed; one `around` has no arguments, and yields once for it.
     """
 
     name: str

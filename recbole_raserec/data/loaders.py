@@ -206,19 +206,12 @@ class PackedWindows:
 
 @dataclasses.dataclass
 class PackedPlan:
-    """Which targets the rows of one epoch's batches predict.
+    """Which targets the rows of one epoch's batches predict."""
 
-    Attributes:
-        window: that row r reads, int64 [R].
-        length: how many inputs of it, from the first on; int64 [R].
-        offsets: row r predicts `slots[offsets[r]:offsets[r + 1]]`; int64 [R + 1].
-        slots: positions in `PackedWindows.row`, int64 [N].
-    """
-
-    window: np.ndarray
-    length: np.ndarray
-    offsets: np.ndarray
-    slots: np.ndarray
+    window: np.ndarray  # that row r reads, int64 [R]
+    length: np.ndarray  # how many inputs of it, from the first on; int64 [R]
+    offsets: np.ndarray  # row r predicts `slots[offsets[r]:offsets[r + 1]]`; int64 [R + 1]
+    slots: np.ndarray  # positions in `PackedWindows.row`, int64 [N]
 
     def sizes(self) -> np.ndarray:
         """Targets of each row, [R]."""

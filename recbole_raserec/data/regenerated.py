@@ -20,7 +20,6 @@ from recbole_raserec.storage import read_arrays, write_arrays
 
 #: Where a sequence comes from.
 ORIGINS = ("original", "pattern", "generated")
-
 _KIND, _VERSION = "regenerated sequences", 1
 _ARRAYS = {"items": "<i8", "offsets": "<i8", "users": "<i8", "origin": "|u1"}
 _WEIGHTS = {"weights": "<f4"}

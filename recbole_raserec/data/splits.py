@@ -145,14 +145,7 @@ def prepare_data(config: Config, regenerated: Optional[Regenerated] = None) -> S
 def check_same_split(
     option: str, directory: Path, manifest: Mapping[str, Any], config: Config, splits: Splits
 ) -> None:  # fmt: skip
-    """Refuse another run's checkpoint whose training split may hold what this run validates or tests on.
-
-    Args:
-        option: that named the checkpoint.
-        directory: of the checkpoint.
-        manifest: of the checkpoint.
-        config: of this run.
-        splits: of this run.
+    """Refuse another run's checkpoint, named by `option`, if its training split may hold what this run is tested on.
 
     Raises:
         CheckpointError: Users, items or the log behind them are others, or they were split in another way.

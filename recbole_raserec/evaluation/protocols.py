@@ -96,7 +96,6 @@ def collect_ranks(
         seen: what has been seen before the targets of this phase (training data for validation; training and
             validation data for test), the whole log and not just the part the model reads: bool [n_users, n_items].
             Without it only `seen_kept` is reported. RecBole's own history index is not used: it holds the same items.
-        progress: show a progress bar.
         seen_by: "user", or "query" if `seen` has a row for each query, in the order of `eval_data` (for splits in
             which a user has several queries with different histories).
 

@@ -68,7 +68,6 @@ def write_ranks(
     """Write the ranks of a run's stages as an `.npz` file without pickle, atomically.
 
     Args:
-        path: of the file.
         stages: ranks by stage, from the base to the whole pipeline; they are read in that order.
         users: the name in the log of each internal user id.
         seen: bool [n_users, n_items], what was there before the targets of "valid" and of "test".

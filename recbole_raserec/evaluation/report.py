@@ -127,7 +127,6 @@ def protocol_description(
     """In words and options, how the figures of a run came about.
 
     Args:
-        config: gives `eval_args`.
         validation_in_history: the test queries read the validation item as the last of their history.
         validation_in_memory: the validation pairs had joined the memory when the test was run.
     """
@@ -187,7 +186,6 @@ def results_table(
         compare: add the improvement of the last over the first in percent.
         style: "text" for the terminal, or "markdown".
         width: columns of the terminal; metrics that do not fit go into a second band of the same block.
-        digits: after the point.
 
     Raises:
         ValueError: The models do not have the same protocols and metrics, or the style is unknown.
@@ -293,7 +291,6 @@ def csv_table(content: Content) -> str:
 STYLES: dict[str, Callable[[Content], str]] = {
     "text": text_table, "markdown": markdown_table, "latex": latex_table, "csv": csv_table
 }  # fmt: skip
-
 _CSV = (
     "dataset", "protocol", "model", "base", "metric", "mean", "std", "validation_mean", "improvement_percent",
     "p_users", "p_users_holm", "p_seeds", "p_seeds_holm", "seeds", "failed", "parameters", "training_seconds",

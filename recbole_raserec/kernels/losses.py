@@ -12,7 +12,6 @@ from recbole_raserec.kernels import native
 
 #: Bytes of the logit buffer: small enough to stay in cache between its passes.
 CHUNK_BYTES = 4 << 20
-
 #: Below this probability the loss is taken from the logits.
 TINY = 1e-30
 

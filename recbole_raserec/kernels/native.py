@@ -20,13 +20,10 @@ import torch
 
 #: Number of the interface; a library compiled from other sources is not used.
 INTERFACE = 3
-
 #: Libraries, the best first.
 NAMES = ("_native_avx512", "_native_avx2")
-
 #: Bytes of the exponentials that the cross-entropy keeps between the gradients of the rows and of the items.
 KEPT_BYTES = 16 << 20
-
 _BLOCK = 24  # rows that a thread takes at a time in cross_entropy.h
 
 

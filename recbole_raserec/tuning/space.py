@@ -39,25 +39,20 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 #: Where the shipped spaces lie.
 SPACES = PROPERTIES / "tune"
-
 #: Options that decide what is measured: values under different ones cannot be compared.
 MEASURES = frozenset(
     {*dataset_arguments, *evaluation_arguments, "ram_valid_metric", "model", "dataset", "seed", "reproducibility"}
 ) - {"MAX_ITEM_LIST_LENGTH"}
-
 #: The distribution of a type, and what an entry may hold.
 _TYPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "float": (FloatDistribution, ("low", "high", "log", "step")),
     "int": (IntDistribution, ("low", "high", "log", "step")),
     "categorical": (CategoricalDistribution, ("choices",)),
 }
-
 #: Significant digits of a value that is drawn.
 _DIGITS = 6
-
 #: Combinations with which a value is tried that is refused beside the other options as they are.
 _COMPANY = 10
-
 #: Name of a parameter -> its distribution.
 Space = dict[str, Any]
 
@@ -184,10 +179,8 @@ def check_space(config: Config, space: Space, path: Path) -> list[str]:
         if option in unread:
             problems.append(f"{option}: counts only with regeneration; give regeneration: true, or remove it")
         elif option in dead:
-            problems.append(
-                f"{option}: decides nothing with regeneration: {config['regeneration']}, regen_rows: "
-                f"{config['regen_rows']}, regenerated_data: {config['regenerated_data']}; change these, or remove it"
-            )
+            these = ", ".join(f"{name}: {config[name]}" for name in ("regeneration", "regen_rows", "regenerated_data"))
+            problems.append(f"{option}: decides nothing with {these}; change these, or remove it")
         names = [name for name in space if option_of(name) == option]
         for edge in edges(space[names[0]]):
             value = options_of(dict.fromkeys(names, edge))

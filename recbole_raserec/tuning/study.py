@@ -22,7 +22,6 @@ STORAGE = "study.db"
 
 SAMPLERS = ("tpe", "random", "grid", "gp")
 PRUNERS = ("median", "halving", "none")
-
 #: Draws at random before a sampler learns from what was found.
 _STARTUP = 10
 

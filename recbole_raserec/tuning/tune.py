@@ -39,21 +39,15 @@ from recbole_raserec.tuning.space import option_of, options_of, optuna
 
 #: Trials of a search whose number is not given.
 _MANY = 30
-
 #: Files of a search: the best trial as a configuration; its number and the record of its run; all trials; the study.
 BEST, RECORD, TRIALS, STUDY, PLOTS = "best.yaml", "best.json", "trials.csv", "study.json", "plots"
-
 #: Trials in the table, and its width in characters.
 _SHOWN, _WIDTH = 10, 100
-
 #: Optuna's names of how a trial ended -> ours.
 _STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
-
 #: What a trial is run with unless the options say otherwise: thirty trainings need no progress bar each.
 _QUIET = {"show_progress": False, "state": "WARNING"}
-
-#: How a trial may end without an end of the search: its options do not go together, its training diverges, or its
-#: memory does not suffice.
+#: How a trial may end without an end of the search: its options do not go together, or its memory does not suffice.
 _FAILURES = (ConfigError, DatasetError, MemoryError, torch.cuda.OutOfMemoryError)
 
 
@@ -189,8 +183,7 @@ def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given
             problems += uncountable
     if problems:
         raise ConfigError(problems)
-    number = trials or (len(combinations) if sampler == "grid" else _MANY)
-    number = min(number, len(combinations)) if sampler == "grid" else number
+    number = min(trials or len(combinations), len(combinations)) if sampler == "grid" else trials or _MANY
     own = ("model", "dataset", "config_files", "result_file")
     kept = {name: value for name, value in options.items() if name not in own}
     config = config.with_options({name: value for name, value in _QUIET.items() if name not in kept})
@@ -312,13 +305,11 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
 def _test(search: Search, number: int, options: dict[str, Any]) -> None:
     """Print the test figures of the best trial: as they are stored, otherwise its run goes on to its test."""
     path = search.directory / RECORD
-    if path.is_file():
-        stored = read_json(path)
-        if stored["trial"] == number:
-            print("\n" + record_table(stored["record"]))
-            return
-    record = run(search.config.with_options(options))
-    write_json(path, {"trial": number, "record": record})
+    stored: Any = read_json(path) if path.is_file() else {"trial": None}
+    if stored["trial"] == number:
+        print("\n" + record_table(stored["record"]))
+    else:
+        write_json(path, {"trial": number, "record": run(search.config.with_options(options))})
 
 
 def _trial_record(trial: Any, space: spaces.Space) -> dict[str, Any]:
@@ -357,10 +348,9 @@ def _write_trials(path: Path, trials: Sequence[Mapping[str, Any]], names: Sequen
 
 def _trials_table(record: Mapping[str, Any]) -> str:
     """The best trials of a study's record, and what became of the others."""
-    names = list(dict.fromkeys(map(option_of, record["space"])))
-    maximize = record["direction"] == "maximize"
+    names, sign = list(dict.fromkeys(map(option_of, record["space"]))), -1 if record["direction"] == "maximize" else 1
     complete = [trial for trial in record["trials"] if trial["state"] == "complete"]
-    complete.sort(key=lambda trial: (-trial["value"] if maximize else trial["value"], trial["number"]))
+    complete.sort(key=lambda trial: (sign * trial["value"], trial["number"]))
     rows = [["trial", record["metric"], "epochs", "seconds", *names]]
     for trial in complete[:_SHOWN]:
         seconds = "-" if trial["seconds"] is None else f"{trial['seconds']:.0f}"

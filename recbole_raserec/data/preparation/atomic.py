@@ -76,10 +76,8 @@ def check_inter(path: Path, required: dict[str, str], separator: str = "\t", enc
     """Look at the beginning of an atomic file before RecBole reads all of it.
 
     Args:
-        path: the file.
         required: type by name of the columns the run needs, `{"user_id": "token", ...}`.
         separator: between columns (RecBole's option `field_separator`).
-        encoding: of the file.
 
     Raises:
         DatasetError: it is empty, no text, has no header or no interactions, or lacks a required column.

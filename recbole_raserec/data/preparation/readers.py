@@ -53,7 +53,6 @@ _NO_NUMBER = "rating or time is missing or not a number"
 _UNWRITABLE = "RecBole's tab-separated files cannot hold it. Replace it, or check --format."
 _MARK = "\x1f"
 _ROWS = 1 << 17  # records between two steps of the progress bar
-
 #: Line, user, item, rating (None: none), time. Without a user the line is no record, and the item is the reason.
 Record = tuple[int, Optional[str], str, Any, Any]
 
@@ -344,11 +343,7 @@ def _numbers(texts: pd.Series, parse: Callable[[str], float]) -> np.ndarray:
 
 
 def parse_time(text: str) -> float:
-    """A number as it stands, or an ISO date (`2014-07-23`, `2014-07-23 10:00:00`; UTC unless it says) in seconds.
-
-    Raises:
-        ValueError: neither.
-    """
+    """A number as it stands, or an ISO date (`2014-07-23 10:00:00`; UTC unless it says) in seconds, or a ValueError."""
     with contextlib.suppress(ValueError):
         return float(text)
     date = datetime.datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
