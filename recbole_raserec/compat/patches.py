@@ -196,14 +196,11 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
 
         return {"state_dict": read_tensors(os.path.join(file, "model.safetensors"))[0]}
     if options.get("weights_only") is None and options.get("pickle_module") is None:
-        reader = types.ModuleType("recbole_checkpoint_pickle")
-        reader.__dict__.update(vars(pickle), Unpickler=CheckpointUnpickler, load=_load_pickle)
+        reader: Any = types.ModuleType("recbole_checkpoint_pickle")
+        reader.__dict__.update(vars(pickle), Unpickler=CheckpointUnpickler)
+        reader.load = lambda file, **more: CheckpointUnpickler(file, **more).load()  # torch < 1.6: a row of pickles
         options.update(weights_only=False, pickle_module=reader)
     return torch.load(file, map_location, **options)
-
-
-def _load_pickle(file: Any, **options: Any) -> Any:
-    return CheckpointUnpickler(file, **options).load()  # torch's format before 1.6 is a row of pickles
 
 
 @patch("pandas-fillna", _DATASET)

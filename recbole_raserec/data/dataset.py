@@ -84,8 +84,7 @@ class SequenceDataset(SequentialDataset):
 
     def _filter_by_inter_num(self) -> None:
         """RecBole's k-core filter: in each round all users and items whose count is out of bounds go together."""
-        names = ("user_inter_num_interval", "item_inter_num_interval")
-        bounds = [self._parse_intervals_str(self.config[name]) for name in names]
+        bounds = [self._parse_intervals_str(self.config[f"{side}_inter_num_interval"]) for side in ("user", "item")]
         plain = self.user_feat is None and self.item_feat is None and self.uid_field and self.iid_field
         if not plain or any(interval is not None and len(interval) != 1 for interval in bounds):
             super()._filter_by_inter_num()

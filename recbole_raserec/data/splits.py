@@ -56,7 +56,6 @@ def prepare(
     """Read, filter and split the data set as RecBole does, and put this package's loaders on it.
 
     Args:
-        config: of the run.
         dataset_class: see `get_dataset_class`.
         trim: the model gives the same result on batches cut to their longest row.
         same_target: the model's loss reads same-target windows (DuoRec).

@@ -7,6 +7,7 @@ advantage, network file systems, is none where one process writes.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
 from collections.abc import Mapping
@@ -129,10 +130,8 @@ def best_first(study: Any) -> list[Any]:
 
 def importances(study: Any) -> Optional[dict[str, float]]:
     """The share of the value's variation that each parameter accounts for; None where too few trials are complete."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.suppress(ImportError, RuntimeError, ValueError):
         warnings.simplefilter("ignore")
-        try:
-            found = optuna.importance.get_param_importances(study)
-        except (ImportError, RuntimeError, ValueError):
-            return None
-    return {name: float(share) for name, share in found.items()} or None
+        found = optuna.importance.get_param_importances(study)
+        return {name: float(share) for name, share in found.items()} or None
+    return None

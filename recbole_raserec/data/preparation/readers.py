@@ -251,8 +251,7 @@ def _sequences(stream: _Text, options: Options) -> Iterator[Record]:
 
 
 def _amazon(stream: _Text, options: Options) -> Iterator[Record]:
-    columns = options.columns
-    keys = {role: (columns[role],) if columns.get(role) else AMAZON_KEYS[role] for role in ROLES}
+    keys = {**AMAZON_KEYS, **{role: (key,) for role, key in options.columns.items() if key}}
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
