@@ -20,11 +20,12 @@ from recbole_raserec.config.options import (
     REMEDIES,
     SEEN_KEPT,
     SEEN_REMOVED,
-    Rule,
-    number,
+    Options,
+    accepted,
+    in_words,
+    is_number,
 )
-from recbole_raserec.config.registry import REFUSED, SUPPORTED, get_model
-from recbole_raserec.config.sources import all_keys, model_keys
+from recbole_raserec.config.sources import REFUSED, SUPPORTED, all_keys, get_model, get_trainer_class, model_keys
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
 from recbole_raserec.storage import read_manifest
@@ -60,25 +61,32 @@ def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins:
 
 
 def check_values(
-    options: dict[str, Any], rules: Mapping[str, Rule], origins: Mapping[str, str], defaults: Mapping[str, Any]
+    values: dict[str, Any], options: type[Options], origins: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> list[str]:
-    """Problems of the values that `rules` refuse; those accepted take their rule's type, in place."""
+    """Problems of the values that their options refuse; those accepted take their option's type, in place.
+
+    Args:
+        values: by name; those that `options` does not declare are left alone.
+        options: what the run checks.
+        origins: where each was given, as the message shows it.
+        defaults: values to suggest.
+    """
+    given = {name: values[name] for name in options.model_fields if name in values}
+    right = accepted(options, given)
+    values.update(right)
     problems = []
-    for name, rule in rules.items():
-        if name not in options:
+    for name in given:
+        if name in right:
             continue
-        value = options[name]
-        if rule.accepts(value):
-            options[name] = value if rule.kind is None else rule.kind(value)
-            continue
-        guess = nearest(value, rule.choices) if isinstance(value, str) else None
+        value, words = values[name], in_words(options.model_fields[name])
+        guess = nearest(value, words.choices) if isinstance(value, str) else None
         if guess is not None:
             remedy = f"did you mean {guess}?"
-        elif rule.accepts(defaults.get(name)):
+        elif accepted(options, {name: defaults.get(name)}):
             remedy = f"write for example {name}: {defaults[name]}"
         else:
             remedy = "change or remove it"
-        problems.append(f"{name}: {shown(value)}{origins.get(name, '')} is not {rule.requirement}; {remedy}")
+        problems.append(f"{name}: {shown(value)}{origins.get(name, '')} is not {words.requirement}; {remedy}")
     return problems
 
 
@@ -207,7 +215,7 @@ def _check_eval_args(options: Mapping[str, Any]) -> list[str]:
     share: Any = parts[0][1] if len(parts) == 1 else None
     held_out = kind == "LS" and share in ("valid_and_test", "valid_only", "test_only")
     ratio = kind == "RS" and isinstance(share, (list, tuple)) and len(share) > 0
-    if not held_out and not (ratio and all(number(0).accepts(part) for part in share) and sum(share) > 0):
+    if not held_out and not (ratio and all(is_number(part) and part >= 0 for part in share) and sum(share) > 0):
         problems.append(
             f"eval_args: split {shown(split)} is neither {{LS: valid_and_test | valid_only | test_only}} nor "
             "{RS: [0.8, 0.1, 0.1]}; write split: {LS: valid_and_test}"
@@ -329,8 +337,6 @@ def layout_problems(config: Any, target: Any) -> list[str]:
 def _training_problems(target: Any, asked: str, remedy: str) -> list[str]:
     """What of a model's training cannot be split into shares of each batch."""
     from recbole.trainer import Trainer
-
-    from recbole_raserec.config.registry import get_trainer_class
 
     model, trainer, problems = target["model"], get_trainer_class(target), []
     if model == "DARec":

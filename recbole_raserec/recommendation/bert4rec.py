@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
 
+from recbole_raserec.config import Count, Dropout, LearningOptions, PositiveShare, SequentialOptions, Share, option
 from recbole_raserec.kernels import linear_cross_entropy, use_fast_dropout
 from recbole_raserec.recommendation.sasrec import attention_branch, feed_forward_branch
+
+
+class BERT4RecOptions(LearningOptions, SequentialOptions):
+    """BERT4Rec (arXiv 1904.06690), with RecBole's sizes."""
+
+    hidden_dropout_prob: Dropout = option(0.2, "dropout of the hidden states, in [0, 1)")
+    attn_dropout_prob: Dropout = option(0.2, "dropout of the attention weights, in [0, 1)")
+    loss_type: Literal["CE", "BPR"] = option(
+        "CE", "CE (softmax over all items) or BPR (one sampled negative for each masked item)"
+    )
+    mask_ratio: PositiveShare = option(0.2, "share of a window's items that are masked")
+    ft_ratio: Share = option(0.5, "share of the batches in which the last item alone is masked, as when ranking")
+    transform: Literal["mask_itemseq"] = option("mask_itemseq", "RecBole's name of the masking")
+    train_batch_size: Count = option(512, "windows in a batch, on average")
 
 
 class BERT4Rec(RecBoleBERT4Rec):
@@ -22,6 +37,7 @@ class BERT4Rec(RecBoleBERT4Rec):
     :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`.
     """
 
+    options = BERT4RecOptions
     trims = True
 
     def __init__(self, config: Any, dataset: Any):

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from torch import nn
 
+from recbole_raserec.config import Count, Options, Share, option
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import use_fast_dropout
-from recbole_raserec.recommendation.duorec import DuoRec
-from recbole_raserec.recommendation.sasrec import attention_branch, feed_forward_branch
+from recbole_raserec.recommendation.duorec import ContrastOptions, DuoRec
+from recbole_raserec.recommendation.sasrec import SASRecOptions, attention_branch, feed_forward_branch
+
+
+class FilterOptions(Options):
+    """BSARec's filter."""
+
+    filter_weight: Share = option(
+        0.7, "of the filter's output, the paper's alpha; the attention's has the rest; in [0, 1]", heading=""
+    )
+    filter_cutoff: Count = option(5, "the paper's c: the first c // 2 + 1 frequencies are the low ones")
+    filter_scope: Literal["causal", "window"] = option(
+        "causal",
+        "causal: the filter sees earlier positions; window: all of the window's (the paper's; training: prefix only)",
+    )
+
+
+class BSARecOptions(ContrastOptions, FilterOptions, SASRecOptions):
+    """BSARec (arXiv 2312.10325): SASRec's encoder with a frequency filter beside the attention; trained as SASRec is,
+    with DuoRec's contrast on top if asked for."""
+
+    n_heads: Count = option(1, "attention heads; must divide hidden_size")
+    contrast: Literal["un", "su", "us", "us_x", "none"] = option(
+        "none", "as of DuoRec: un, su, us, us_x or none", heading=""
+    )
 
 
 class BSARec(DuoRec):
@@ -30,6 +54,8 @@ class BSARec(DuoRec):
     Options beside DuoRec's, whose contrast is off by default: `filter_weight` (the paper's alpha), `filter_cutoff` (its
     c), `filter_scope`. The compiled encoder is not used.
     """
+
+    options = BSARecOptions
 
     mean: torch.Tensor
 

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 import torch
 
+from recbole_raserec.config import Dropout, Options, Positive, PositiveShare, Weight, option
 from recbole_raserec.data import PACKED_TARGETS, SAME_TARGET, SAME_TARGET_ROWS
 from recbole_raserec.kernels import info_nce
 from recbole_raserec.recommendation.base import row_weights
-from recbole_raserec.recommendation.sasrec import SASRec
+from recbole_raserec.recommendation.sasrec import SASRec, SASRecOptions
+
+
+class ContrastOptions(Options):
+    """DuoRec's contrastive loss."""
+
+    contrast: Literal["un", "su", "us", "us_x", "none"] = option(
+        "us_x",
+        "un: two dropout views; su: original and same-target sequence; us: both; us_x: dropout view against "
+        "same-target sequence (the paper's); none",
+        heading="",
+    )
+    lmd: Weight = option(0.1, "weight of the unsupervised contrast (two dropout views)")
+    lmd_sem: Weight = option(0.1, "weight of the supervised contrast (same target)")
+    contrast_share: PositiveShare = option(1.0, "share of a batch's rows in the supervised contrast, in (0, 1]")
+    tau: Positive = option(1.0, "temperature of the contrast, > 0")
+    sim: Literal["dot", "cos"] = option("dot", "similarity in the contrast: dot (the paper's) or cos")
+
+
+class DuoRecOptions(ContrastOptions, SASRecOptions):
+    """DuoRec (arXiv 2110.05730): SASRec's encoder, recommendation loss and a contrastive loss."""
+
+    weight_averaging: Dropout = option(
+        0.999, "moving average of the weights that is validated and kept; 0: the last ones"
+    )
+
 
 #: Contrast forms that need the window of another row with the same target.
 SUPERVISED = ("su", "us", "us_x")
@@ -41,6 +67,7 @@ class DuoRec(SASRec):
     Rows of one batch that share a target count as negatives of each other, as in the paper's public implementation.
     """
 
+    options = DuoRecOptions
     trims = True
 
     def __init__(self, config: Any, dataset: Any):

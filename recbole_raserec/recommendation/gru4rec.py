@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from recbole.model.sequential_recommender.gru4rec import GRU4Rec as RecBoleGRU4Rec
 
+from recbole_raserec.config import Count, Dropout, EncoderOptions, Loss, option
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+
+
+class GRU4RecOptions(EncoderOptions):
+    """GRU4Rec (Tan, Xu and Liu, DLRS 2016), with RecBole's sizes."""
+
+    embedding_size: Count = option(64, "length of an item's and a user's vector")
+    hidden_size: Count = option(128, "length of the recurrent state")
+    num_layers: Count = option(1, "recurrent layers")
+    dropout_prob: Dropout = option(0.3, "dropout of the items' vectors, in [0, 1)")
+    loss_type: Loss = "CE"
 
 
 class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
@@ -19,6 +30,7 @@ class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
     :class:`~recbole_raserec.recommendation.sasrec.SASRec`.
     """
 
+    options = GRU4RecOptions
     trims = True
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:

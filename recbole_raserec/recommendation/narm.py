@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from recbole.model.sequential_recommender.narm import NARM as RecBoleNARM
 
+from recbole_raserec.config import Count, Dropouts, EncoderOptions, Loss, option
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+
+
+class NARMOptions(EncoderOptions):
+    """NARM (Li et al., CIKM 2017), with RecBole's sizes."""
+
+    embedding_size: Count = option(64, "length of an item's and a user's vector")
+    hidden_size: Count = option(128, "length of the recurrent state")
+    n_layers: Count = option(1, "recurrent layers")
+    dropout_probs: Dropouts = option(
+        [0.25, 0.5], "dropout of the items' vectors, and of what the user's vector is made of, in [0, 1)"
+    )
+    loss_type: Loss = "CE"
 
 
 class NARM(SoftmaxOverItems, RecBoleNARM):
@@ -19,6 +32,7 @@ class NARM(SoftmaxOverItems, RecBoleNARM):
     :class:`~recbole_raserec.recommendation.sasrec.SASRec`.
     """
 
+    options = NARMOptions
     trims = True
 
     def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,15 @@ import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
+from recbole_raserec.config import EncoderOptions, Loss, SequentialOptions
 from recbole_raserec.kernels import Architecture, Ragged, encode
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+
+
+class SASRecOptions(EncoderOptions, SequentialOptions):
+    """SASRec (arXiv 1808.09781), with the sizes the RaSeRec and DuoRec papers use for it."""
+
+    loss_type: Loss = "CE"
 
 
 class SASRec(SoftmaxOverItems, RecBoleSASRec):
@@ -26,6 +33,8 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
     - `softmax_precision`: of the loss, see :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`.
     - `native_kernels`: whether to use the compiled kernels where they can be.
     """
+
+    options = SASRecOptions
 
     def __init__(self, config: Any, dataset: Any):
         super().__init__(config, dataset)

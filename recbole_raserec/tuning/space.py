@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from recbole.utils import dataset_arguments, evaluation_arguments
 
-from recbole_raserec.config import NOT_TRAINING, PROPERTIES, REGENERATION, check_run, read_yaml, regeneration_options
+from recbole_raserec.config import PROPERTIES, REGENERATION, check_run, read_yaml, regeneration_options
 from recbole_raserec.errors import ConfigError, nearest, shown
 from recbole_raserec.storage import plain
 
@@ -149,7 +149,7 @@ def check_space(config: Any, space: Space, path: Path) -> list[str]:
     for name in space:
         if name in MEASURES:
             problems.append(f"{name}: decides what is measured, and trials could not be compared; remove it")
-        elif name in NOT_TRAINING:
+        elif name in config.not_training:
             problems.append(f"{name}: changes nothing of what is trained; remove it")
         elif name in unread:
             problems.append(f"{name}: counts only with regeneration; give regeneration: true, or remove it")
@@ -161,7 +161,7 @@ def check_space(config: Any, space: Space, path: Path) -> list[str]:
     generator = random.Random(0)
     company = [{name: space[name].draw(generator) for name in space} for _ in range(_COMPANY)]
     for name, parameter in space.items():
-        if name in MEASURES or name in NOT_TRAINING:
+        if name in MEASURES or name in config.not_training:
             continue
         for value in parameter.edges():
             wrong = _refusals(config, {name: value})
