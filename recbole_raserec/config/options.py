@@ -42,25 +42,19 @@ def option(default: Any = _RECBOLE, sentence: str = "", *, heading: Optional[str
         heading: the comment above it in the YAML file, where it starts a paragraph; empty: a blank line alone.
         training: whether it decides what the trained weights are, and with that a run's fingerprint.
     """
-    shipped = default is not _RECBOLE
-    more = {"heading": heading, "training": training, "shipped": shipped}
-    return Field(default if shipped else None, description=sentence or None, json_schema_extra=more)
+    more = {"heading": heading, "training": training, "shipped": default is not _RECBOLE}
+    return Field(default if more["shipped"] else None, description=sentence or None, json_schema_extra=more)
 
 
-def _told(field: FieldInfo, name: str, otherwise: Any = True) -> Any:
-    """What `option` was told of a field."""
+def told(field: FieldInfo, name: str, otherwise: Any = True) -> Any:
+    """What `option` was told of a field: its `heading`, whether it decides the `training`, or is `shipped`."""
     extra = field.json_schema_extra
     return extra.get(name, otherwise) if isinstance(extra, dict) else otherwise
 
 
-def heading(field: FieldInfo) -> Optional[str]:
-    """The comment above an option in its YAML file."""
-    return _told(field, "heading", None)
-
-
 def shipped(options: type[Options]) -> dict[str, FieldInfo]:
     """The options of a class that have a default of this package, in the order of their declaration."""
-    return {name: field for name, field in options.model_fields.items() if _told(field, "shipped")}
+    return {name: field for name, field in options.model_fields.items() if told(field, "shipped")}
 
 
 def defaults(options: type[Options]) -> dict[str, Any]:
@@ -70,7 +64,7 @@ def defaults(options: type[Options]) -> dict[str, Any]:
 
 def without_training(options: type[Options]) -> frozenset[str]:
     """Options of a class that leave the trained weights as they are."""
-    return frozenset(name for name, field in options.model_fields.items() if not _told(field, "training"))
+    return frozenset(name for name, field in options.model_fields.items() if not told(field, "training"))
 
 
 def accepted(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,16 +182,13 @@ def _all(test: Callable[[Any], bool], length: Optional[int] = None) -> Callable[
     return lambda value: isinstance(value, (list, tuple)) and length in (None, len(value)) and all(map(test, value))
 
 
-def _devices(value: Any) -> bool:
-    text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-    return not isinstance(value, bool) and re.fullmatch(r"(\d+(,\d+)*)?", text.replace(" ", "")) is not None
-
-
 def _sizes(value: Any) -> bool:
     return _count(value) or (bool(value) and _all(lambda part: _count(part) or _all(_count, 2)(part))(value))
 
 
-_INTERVALS = re.compile(r"[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])](;[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])])*")
+def _devices(value: Any) -> bool:
+    text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    return not isinstance(value, bool) and re.fullmatch(r"(\d+(,\d+)*)?", text.replace(" ", "")) is not None
 
 
 def _interval(value: Any) -> str:
@@ -206,6 +197,18 @@ def _interval(value: Any) -> str:
         return f"[{value[0]},{value[1]}]"
     return value if isinstance(value, str) else ""
 
+
+def _is_interval(value: Any) -> bool:
+    one = r"[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])]"
+    return re.fullmatch(f"{one}(;{one})*", _interval(value)) is not None
+
+
+def _anything(value: Any) -> bool:
+    """For an option that is looked up, or that `config.checks` judges beside others."""
+    return True
+
+
+_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 Natural = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
@@ -218,56 +221,29 @@ Dropout = Annotated[float, Ge(0), Lt(1)]
 Text = Annotated[str, MinLen(1)]
 Precision = Literal["auto", "float32", "bfloat16"]
 Loss = Annotated[Literal["CE", "BPR"], Field(description="CE (softmax over all items) or BPR (one sampled negative)")]
-Names = Annotated[
-    Any, Accepts("a list of names", _all(lambda name: isinstance(name, str) and bool(name)), "list", list)
-]
+# fmt: off
+Names = Annotated[Any, Accepts(
+    "a list of names", _all(lambda part: isinstance(part, str) and bool(part)), "list", list)]
 Numbers = Annotated[Any, Accepts("a list of integers >= 0", _all(_count), "list", list)]
-Dropouts = Annotated[
-    Any,
-    Accepts("a list of two numbers in [0, 1)", _all(lambda part: is_number(part) and 0 <= part < 1, 2), "list", list),
-]
-Sizes = Annotated[
-    Any, Accepts("a size >= 0, or a list with a size or a pair of sizes for each layer", _sizes, "int or list")
-]
-Devices = Annotated[
-    Any, Accepts("a GPU number, several joined by commas, or empty for the CPU", _devices, "int or str")
-]
-Interval = Annotated[
-    Any,
-    Accepts(
-        'an interval such as "[5,inf)" (in quotes)',
-        lambda value: _INTERVALS.fullmatch(_interval(value)) is not None,
-        "str",
-        _interval,
-    ),
-]
-Level = Annotated[
-    Any,
-    Accepts(
-        "one of debug, info, warning, error, critical",
-        lambda value: isinstance(value, str) and value.lower() in ("debug", "info", "warning", "error", "critical"),
-    ),
-]
+Dropouts = Annotated[Any, Accepts(
+    "a list of two numbers in [0, 1)", _all(lambda part: is_number(part) and 0 <= part < 1, 2), "list", list)]
+Sizes = Annotated[Any, Accepts(
+    "a size >= 0, or a list with a size or a pair of sizes for each layer", _sizes, "int or list")]
+Devices = Annotated[Any, Accepts("a GPU number, several joined by commas, or empty for the CPU", _devices)]
+Interval = Annotated[Any, Accepts('an interval such as "[5,inf)" (in quotes)', _is_interval, "str", _interval)]
+Level = Annotated[Any, Accepts(
+    f"one of {', '.join(_LEVELS)}", lambda value: isinstance(value, str) and value.lower() in _LEVELS)]
 Port = Annotated[Any, Accepts("a port, 1 to 65535", lambda value: str(value) in map(str, range(1, 1 << 16)), "int")]
-Processes = Annotated[
-    Any, Accepts("-1 or an integer >= 1", lambda value: type(value) is int and (value == -1 or value >= 1), "int")
-]
-Regenerates = Annotated[
-    Any,
-    Accepts("true, false or personalised", lambda value: value in (True, False, "personalised"), "bool or str"),
-]
-
-
-def unchecked(requirement: str, kind: str) -> Accepts:
-    """The type of an option that is looked up, or that `config.checks` judges beside others."""
-    return Accepts(requirement, lambda value: True, kind)
-
-
-EvalArgs = Annotated[Any, unchecked("a mapping with split, order, group_by, mode", "dict")]
-Metrics = Annotated[Any, unchecked("a list of names", "list")]
-Cutoffs = Annotated[Any, unchecked("a list of integers > 0", "list")]
-Metric = Annotated[Any, unchecked("one of metrics at one of topk", "str")]
-ModelName = Annotated[Any, unchecked("a model", "str")]
+Processes = Annotated[Any, Accepts(
+    "-1 or an integer >= 1", lambda value: type(value) is int and (value == -1 or value >= 1), "int")]
+Regenerates = Annotated[Any, Accepts(
+    "true, false or personalised", lambda value: value in (True, False, "personalised"), "bool or str")]
+EvalArgs = Annotated[Any, Accepts("a mapping with split, order, group_by, mode", _anything, "dict")]
+Metrics = Annotated[Any, Accepts("a list of names", _anything, "list")]
+Cutoffs = Annotated[Any, Accepts("a list of integers > 0", _anything, "list")]
+Metric = Annotated[Any, Accepts("one of metrics at one of topk", _anything)]
+ModelName = Annotated[Any, Accepts("a model", _anything)]
+# fmt: on
 
 # Options of every run, by section of `properties/overall.yaml`.
 
@@ -407,14 +383,9 @@ class EvaluationOptions(Options):
     """Evaluation: leave-one-out in time order, every item ranked"""
 
     eval_args: EvalArgs = option(
-        {
-            "split": {"LS": "valid_and_test"},
-            "order": "TO",
-            "group_by": "user",
-            "mode": {"valid": "full", "test": "full"},
-        },
-        "keys that are left out keep the value they have here",
-    )
+        {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user",
+         "mode": {"valid": "full", "test": "full"}}, "keys that are left out keep the value they have here",
+    )  # fmt: skip
     metrics: Metrics = option(["Recall", "NDCG"], training=False)
     topk: Cutoffs = option([5, 10, 20], training=False)
     valid_metric: Metric = option("NDCG@10", "early stopping; one of metrics at one of topk")

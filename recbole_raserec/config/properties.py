@@ -23,9 +23,9 @@ from recbole_raserec.config.options import (
     Options,
     ProcessOptions,
     TrainingOptions,
-    heading,
     in_words,
     shipped,
+    told,
 )
 from recbole_raserec.config.sources import MODELS, PROPERTIES, options_of
 
@@ -73,7 +73,7 @@ def yaml_of(options: type[Options]) -> str:
     """The options of a class as a part of a YAML file, with a comment each."""
     lines = _comment(title(options))
     for name, field in in_order(options).items():
-        above = heading(field)
+        above = told(field, "heading", None)
         lines += [] if above is None else ["", *(_comment(above) if above else [])]
         lines += _entry(name, field)
     return "\n".join(lines) + "\n"
@@ -87,9 +87,9 @@ def _cell(value: Any) -> str:
 def table(options: type[Options]) -> list[str]:
     """The options of a class that say what they do, as lines of a Markdown table."""
     own = in_order(options)
-    told = {**own, **{name: field for name, field in options.model_fields.items() if field.description}}
+    rows = {**own, **{name: field for name, field in options.model_fields.items() if field.description}}
     lines = ["| option | default | accepts | meaning |", "|---|---|---|---|"]
-    for name, field in told.items():
+    for name, field in rows.items():
         default = _cell(field.default) if name in own else "RecBole's"
         lines.append(f"| `{name}` | {default} | {in_words(field).requirement} | {field.description or ''} |")
     return lines

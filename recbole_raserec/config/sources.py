@@ -118,13 +118,9 @@ def config_files_in(options: Mapping[str, Any]) -> list[str]:
 
 #: Model name -> folder whose face has the class of that name.
 MODELS = {
-    "SASRec": "recbole_raserec.recommendation",
-    "DuoRec": "recbole_raserec.recommendation",
-    "BSARec": "recbole_raserec.recommendation",
-    "GRU4Rec": "recbole_raserec.recommendation",
-    "NARM": "recbole_raserec.recommendation",
-    "FEARec": "recbole_raserec.recommendation",
-    "BERT4Rec": "recbole_raserec.recommendation",
+    **dict.fromkeys(
+        ("SASRec", "DuoRec", "BSARec", "GRU4Rec", "NARM", "FEARec", "BERT4Rec"), "recbole_raserec.recommendation"
+    ),
     "DARec": "recbole_raserec.recommendation.darec",
     "RaSeRec": "recbole_raserec.retrieval",
 }
@@ -239,44 +235,26 @@ def keys_read_by(model_class: type) -> frozenset[str] | None:
 
 # What is known of models: which batches may be cut, and what RaSeRec retrieves with.
 
-#: Models whose scores, loss and gradients stay the same when ``item_seq`` [B, L] is cut to the longest sequence of the
+#: Models whose scores, loss and gradients stay the same when `item_seq` [B, L] is cut to the longest sequence of the
 #: batch: padding never enters them. (In RecBole the padding row of an embedding is initialised like any other, so that
 #: a model that sums over positions without a mask, STAMP for one, does depend on L.) A batch transform, such as the
 #: masking of BERT4Rec, has to come after the cut.
-TRIMMABLE: frozenset[str] = frozenset(
-    {
-        "BERT4Rec",
-        "CORE",
-        "FDSA",
-        "FPMC",
-        "GCSAN",
-        "GRU4Rec",
-        "GRU4RecF",
-        "GRU4RecKG",
-        "KSR",
-        "NARM",
-        "S3Rec",
-        "SASRec",
-        "SASRecF",
-        "SRGNN",
-        "TransRec",
-    }
-)
+TRIMMABLE = frozenset({
+    "BERT4Rec", "CORE", "FDSA", "FPMC", "GCSAN", "GRU4Rec", "GRU4RecF", "GRU4RecKG", "KSR", "NARM", "S3Rec", "SASRec",
+    "SASRecF", "SRGNN", "TransRec",
+})  # fmt: skip
 
 
 def trims(model: Any) -> bool:
-    """Tells whether batches for ``model`` may be cut to their longest sequence without a change of any result.
+    """Whether batches for a model, or its class, may be cut to their longest sequence without a change of any result.
 
-    A model that :data:`TRIMMABLE` does not know says so itself with a class attribute ``trims = True``.
-
-    Args:
-        model: a model or its class.
+    A model that `TRIMMABLE` does not know says so itself with a class attribute `trims = True`.
     """
     kind = model if isinstance(model, type) else type(model)
     return bool(getattr(kind, "trims", kind.__name__ in TRIMMABLE))
 
 
-#: What the option ``backbone`` may name.
+#: What the option `backbone` may name.
 SUPPORTED: tuple[str, ...] = (
     "BERT4Rec", "BSARec", "CORE", "Caser", "DARec", "DuoRec", "FEARec", "FOSSIL", "FPMC", "GCSAN", "GRU4Rec",
     "HGN", "HRM", "LightSANs", "NARM", "NPE", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP",
