@@ -147,6 +147,7 @@ class WidenedOptions(SASRecOptions):
 
     widening: Annotated[int, Field(ge=1, lt=9)] = options.option(3, "how much wider the last layer is")
     shape: Optional[Literal["round", "square"]] = options.option(None, "of the last layer", training=False)
+    slack: options.Share = options.option(0, "of the widening", later=True)
 
 
 class Widened(SASRec):
@@ -169,8 +170,12 @@ def test_a_new_option_of_a_model_is_written_in_one_place():
     changed = Config(Widened, "planted", argv=["--widening=4"]).training_options()
     assert {**changed, "widening": 3} == config.training_options()
     assert Config(Widened, "planted", argv=["--shape=square"]).training_options() == config.training_options()
+    plain = Config(SASRec, "planted", argv=[]).training_options()
+    assert config.training_options() == {**plain, "model": "Widened", "widening": 3}
+    slack = Config(Widened, "planted", argv=["--slack=1"]).training_options()
+    assert slack == {**config.training_options(), "slack": 1.0}
     assert "  # (int) how much wider the last layer is\n" in properties.yaml_of(WidenedOptions)
-    assert "| `shape` |  | one of round, square, or null | of the last layer |" in properties.table(WidenedOptions)
+    assert "| `shape` | | one of round, square, or null | of the last layer |" in properties.table(WidenedOptions)
 
 
 @pytest.mark.parametrize(

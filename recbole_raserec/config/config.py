@@ -30,6 +30,7 @@ from recbole_raserec.config.options import (
     defaults,
     options_for,
     overall_defaults,
+    unchanged_later,
     without_training,
 )
 from recbole_raserec.config.sources import (
@@ -415,15 +416,15 @@ class Config(RecBoleConfig):
 
         Paths are left out, `backbone_checkpoint` too: a fingerprint of the retrieval stage has to hold the backbone's.
         """
-        options = {name: value for name, value in self.explain().items() if name not in self.not_training}
+        options = self.explain()
+        without = self.not_training | unchanged_later(self._options(), options)
+        options = {name: value for name, value in options.items() if name not in without}
         # Regenerated data have a fingerprint of their own, which the run's holds where there are any.
         unread = set(REGENERATION) if options.get("regeneration") else {*REGENERATION, "memory_regenerated"}
         options = {name: value for name, value in options.items() if name not in unread}
         processes = layout_of(self.final_config_dict).size
         if processes > 1:  # dropout masks are drawn by each for its rows
             options["world_size"] = processes
-        if options["valid_protocol"] == "auto":  # what it was before there was the option
-            del options["valid_protocol"]
         protocol = dict(options["eval_args"])
         protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
         return {**options, "eval_args": protocol}

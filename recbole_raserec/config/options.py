@@ -33,7 +33,10 @@ class Options(BaseModel):
 _RECBOLE: Any = object()
 
 
-def option(default: Any = _RECBOLE, sentence: str = "", *, heading: Optional[str] = None, training: bool = True) -> Any:
+def option(
+    default: Any = _RECBOLE, sentence: str = "", *, heading: Optional[str] = None, training: bool = True,
+    later: bool = False,
+) -> Any:  # fmt: skip
     """Declare an option.
 
     Args:
@@ -41,13 +44,15 @@ def option(default: Any = _RECBOLE, sentence: str = "", *, heading: Optional[str
         sentence: what it does.
         heading: the comment above it in the YAML file, where it starts a paragraph; empty: a blank line alone.
         training: whether it decides what the trained weights are, and with that a run's fingerprint.
+        later: added after version 0.1.0 with a default that changes nothing. The fingerprint holds other values alone,
+            so that what older versions trained is found.
     """
-    more = {"heading": heading, "training": training, "shipped": default is not _RECBOLE}
+    more = {"heading": heading, "training": training, "later": later, "shipped": default is not _RECBOLE}
     return Field(default if more["shipped"] else None, description=sentence or None, json_schema_extra=more)
 
 
 def told(field: FieldInfo, name: str, otherwise: Any = True) -> Any:
-    """What `option` was told of a field: its `heading`, whether it decides the `training`, or is `shipped`."""
+    """What `option` was told of a field: `heading`, `training`, `later`; or whether it is `shipped`, with a default."""
     extra = field.json_schema_extra
     return extra.get(name, otherwise) if isinstance(extra, dict) else otherwise
 
@@ -65,6 +70,12 @@ def defaults(options: type[Options]) -> dict[str, Any]:
 def without_training(options: type[Options]) -> frozenset[str]:
     """Options of a class that leave the trained weights as they are."""
     return frozenset(name for name, field in options.model_fields.items() if not told(field, "training"))
+
+
+def unchanged_later(options: type[Options], values: Mapping[str, Any]) -> frozenset[str]:
+    """The later options of a class that have their default in `values`."""
+    later = {name: field for name, field in options.model_fields.items() if told(field, "later", False)}
+    return frozenset(name for name, field in later.items() if values.get(name) == field.default)
 
 
 def accepted(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -393,6 +404,7 @@ class EvaluationOptions(Options):
         "auto",
         "validation figures of which protocol stop a training and tune the kNN head: seen_kept, seen_removed; auto: "
         "RecBole's, kept for sequential models, removed for general ones",
+        later=True,
     )
     eval_batch_size: Count = option(1024, training=False)
     eval_memory_mb: Positive = option(

@@ -91,7 +91,8 @@ def table(options: type[Options]) -> list[str]:
     lines = ["| option | default | accepts | meaning |", "|---|---|---|---|"]
     for name, field in rows.items():
         default = _cell(field.default) if name in own else "RecBole's"
-        lines.append(f"| `{name}` | {default} | {in_words(field).requirement} | {field.description or ''} |")
+        cells = (f"`{name}`", default, in_words(field).requirement, field.description or "")
+        lines.append("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|")
     return lines
 
 
