@@ -394,7 +394,7 @@ class Config(RecBoleConfig):
         """The configuration of the SASRec whose item vectors the regenerator starts from.
 
         The options that were given hold for it too, where SASRec knows them; without any for another model, it is a
-        run of ``--model=SASRec`` of the same data, and its checkpoint is shared with that.
+        run of `--model=SASRec` of the same data, and its checkpoint is shared with that.
         """
         if self.model == "SASRec":
             return self.without_regeneration()
