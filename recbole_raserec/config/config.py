@@ -62,9 +62,9 @@ _LABELLED = (ModelType.CONTEXT, ModelType.DECISIONTREE)
 _PROTOCOL = ("eval_args", "metrics", "topk", "valid_metric")
 
 
-def _ours(*parts: str) -> dict[str, Any]:
+def _ours(name: str) -> dict[str, Any]:
     """The options in a shipped YAML file; none if there is no such file."""
-    path = PROPERTIES.joinpath(*parts[:-1], parts[-1] + ".yaml")
+    path = PROPERTIES / f"{name}.yaml"
     return read_yaml(path) if path.is_file() else {}
 
 
@@ -211,7 +211,7 @@ class Config(RecBoleConfig):
     def _shipped(name: str, model_class: Any) -> dict[str, Any]:
         """The defaults of a model: declared beside it, or changed in its YAML file."""
         declared = {key: value for options in options_of(name, model_class) for key, value in defaults(options).items()}
-        return {**declared, **_ours("model", name)}
+        return {**declared, **_ours(f"model/{name}")}
 
     def _update_internal_config_dict(self, file: str | os.PathLike) -> dict[str, Any]:
         content = read_yaml(file)
@@ -233,7 +233,7 @@ class Config(RecBoleConfig):
         self.internal_config_dict.update({**overall_defaults(), **_ours("overall")})
         for name, kind in models.items():
             self.internal_config_dict.update(self._shipped(name, kind))
-        self.internal_config_dict.update(_ours("dataset", dataset))
+        self.internal_config_dict.update(_ours(f"dataset/{dataset}"))
         if model_class.type in _LABELLED:
             self.internal_config_dict.update(protocol)
         # The columns RecBole lists for a model that reads features; our data set files name only those of a sequence.

@@ -25,7 +25,10 @@ from pydantic_core import core_schema
 
 
 class Options(BaseModel):
-    """Base of the classes that declare options. The docstring of such a class heads its part of the YAML file."""
+    """Base of the classes that declare options. The docstring of such a class heads its part of the YAML file.
+
+    Options of several classes are checked together, field by field: validators belong into their types (`Annotated`).
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -88,13 +91,9 @@ def accepted(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any
     return {name: getattr(valid, name) for name in values}
 
 
-def combined(classes: Iterable[type[Options]]) -> type[Options]:
-    """One class with the options of several; of those of one name the first counts."""
-    return _combined(tuple(dict.fromkeys(classes)))
-
-
 @functools.cache
-def _combined(classes: tuple[type[Options], ...]) -> type[Options]:
+def combined(classes: tuple[type[Options], ...]) -> type[Options]:
+    """One class with the options of several; of those of one name the first counts."""
     fields: dict[str, FieldInfo] = {}
     for options in reversed(classes):
         fields.update(options.model_fields)
@@ -152,7 +151,7 @@ def _words(kind: Any, metadata: Iterable[Any]) -> Words:
     if origin is Annotated:
         return _words(parts[0], [*parts[1:], *marks])
     if origin is Literal:
-        return Words("one of " + ", ".join(parts), "str", parts)
+        return Words("one of " + ", ".join(map(str, parts)), "str", tuple(map(str, parts)))
     if type(None) in parts:
         words = _words(Union[tuple(part for part in parts if part is not type(None))], marks)
         return words._replace(requirement=f"{words.requirement}, or null")
