@@ -16,6 +16,7 @@ import recbole.model.general_recommender
 import recbole.model.sequential_recommender
 import yaml
 from config_helpers import only_problem, write
+from pipeline_helpers import figures
 from pydantic import Field
 from recbole.config import Config as RecBoleConfig
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
@@ -322,3 +323,10 @@ def test_recbole_lists_of_arguments_do_not_grow():
     before = list(dataset_arguments)
     Config("SASRec", "ml-100k", argv=[])
     assert dataset_arguments == before
+
+
+def test_weight_decay_of_the_retrieval_stage(tiny_run):
+    plain, decayed = (tiny_run(ram_weight_decay=value, ram_learning_rate=0.1) for value in (None, 10.0))
+    assert decayed.trained == [("RaSeRec", 0)]  # the backbone was found
+    assert figures(plain.record)["base"] == figures(decayed.record)["base"]
+    assert figures(plain.record)["ours"] != figures(decayed.record)["ours"]

@@ -82,6 +82,7 @@ CHANGES = {
     "ram_dropout": 0.1,
     "ram_learning_rate": 0.01,
     "ram_weight_averaging": 0.9,
+    "ram_weight_decay": 0.01,
     "ram_train_batch_size": 8,
     "ram_epochs": 3,
     "ram_stopping_step": 1,

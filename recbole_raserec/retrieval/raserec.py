@@ -97,6 +97,7 @@ class RaSeRecOptions(Options):
     ram_dropout: Dropout = option(0.5, "dropout, in [0, 1); the paper's")
     ram_learning_rate: Positive = option(0.001, "Adam; the paper's", heading="Its training")
     ram_weight_averaging: Dropout = option(0, "`weight_averaging` of this training")
+    ram_weight_decay: Optional[Weight] = option(None, "of this training; null: as `weight_decay`", later=True)
     ram_train_batch_size: Count = option(1024, "queries in a batch; the paper's")
     ram_epochs: Count = option(50, "at most")
     ram_stopping_step: Natural = option(

@@ -186,4 +186,6 @@ def _ram_config(config: Any) -> Any:
     stage = copy.deepcopy(config)
     for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
         stage[name] = config[f"ram_{name}"]
+    if config["ram_weight_decay"] is not None:
+        stage["weight_decay"] = config["ram_weight_decay"]
     return stage
