@@ -18,7 +18,7 @@ INSTALL_REQUIRES = [
     "pyyaml>=6.0",
     "packaging>=21",
     "click>=8.1",
-    "filelock>=3.12",
+    "filelock>=3.19",
     "jinja2>=3.1",
     "psutil>=5.9",
     "pydantic>=2.8",
@@ -40,10 +40,13 @@ EXTRAS_REQUIRE = {
     "tune": ["optuna>=4.0"],
     "test": [
         *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20", *SERVE, "httpx>=0.27"),
-        *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20", "optuna>=4.0"),
+        *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20", "optuna>=4.0", "import-linter>=2.5"),
     ],
     "fuzz": ["schemathesis>=4.10"],  # wants Python 3.10
-    "dev": ["ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm", "types-setuptools"],
+    "dev": [
+        *("ruff>=0.6", "mypy>=1.11", "import-linter>=2.5", "types-PyYAML", "types-tqdm", "types-setuptools"),
+        *("types-tabulate", "types-psutil"),
+    ],
 }
 
 SOURCES = Path("recbole_raserec/kernels/src")

@@ -23,11 +23,10 @@ import torch
 from grid import Results, cells, mean
 from trained import Trained
 
-from recbole_raserec.config.config import Config
-from recbole_raserec.config.sources import read_yaml
-from recbole_raserec.data.preparation.download import ensure_dataset
+from recbole_raserec.config import Config, read_yaml
+from recbole_raserec.data.preparation import ensure_dataset
 from recbole_raserec.evaluation.protocols import PROTOCOLS
-from recbole_raserec.recommendation.stage import train_model
+from recbole_raserec.recommendation import train_model
 from recbole_raserec.retrieval.stage import fine_tune
 from recbole_raserec.tuning.adaption import Adaption
 

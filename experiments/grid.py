@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.evaluation.report import versions
-from recbole_raserec.storage.files import one_at_a_time, read_json, replacing, write_json
+from recbole_raserec.storage import locked, read_json, replacing, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Data sets whose timestamp is the position in the user's history.
@@ -80,7 +80,7 @@ def fill(
             if str(seed) in found(rows, args.output)[label]:  # several processes may share the file
                 continue
             record = {**make(rows[label], seed, args), "arguments": settings(args), "versions": versions()}
-            with one_at_a_time(args.output):
+            with locked(args.output):
                 results = found(rows, args.output)
                 results[label][str(seed)] = record
                 write_json(args.output, {"rows": results})

@@ -26,9 +26,8 @@ from recbole_raserec.data.preparation.download import ensure_dataset
 from recbole_raserec.data.splits import prepare_data
 from recbole_raserec.regeneration.inference import generate
 from recbole_raserec.regeneration.pairs import Pairs, make_pairs, pieces, training_sequences
-from recbole_raserec.regeneration.regenerator import build
+from recbole_raserec.regeneration.regenerator import BEST, build, held_out_loss, schedule_of, split
 from recbole_raserec.regeneration.stage import regenerate
-from recbole_raserec.regeneration.training import BEST, held_out_loss, schedule, split
 from recbole_raserec.storage.files import read_tensors
 
 ROWS = {"from SASRec's item vectors": ("--regen_pretrained=True",), "from scratch": ("--regen_pretrained=False",)}
@@ -55,7 +54,7 @@ def measure(options: Sequence[str], seed: int, args: argparse.Namespace) -> dict
     model = build(config, train.store.n_items, weights["items.weight"][: train.store.n_items])
     model.load_state_dict(weights)
     model.eval()
-    plan = schedule(config)
+    plan = schedule_of(config)
     learn, held = split(pairs, plan.held_out, plan.seed)
     record: dict[str, Any] = {
         "regenerator": held_out_loss(model, pairs, held), **baselines(pairs, learn, held, train.store.n_items),

@@ -182,7 +182,7 @@ def test_refused_models_name_the_reason(name: str):
     assert "SASRec" in message.split("These work")[1]
 
 
-def foreign(name: str, scored: str):
+def unlisted(name: str, scored: str):
     """A model that RecBole does not have: GRU4Rec's vector, ranked in its own way."""
     base = get_model("GRU4Rec")
     ways = {
@@ -201,14 +201,14 @@ def foreign(name: str, scored: str):
 @pytest.mark.parametrize("built", ["GRU4Rec"], indirect=True)
 @pytest.mark.parametrize(("scored", "reason"), [("cosine", "differ"), ("short", "shape"), ("nan", "differ")])
 def test_unknown_model_that_scores_otherwise_is_refused(built: Built, scored: str, reason: str):
-    built.model.__class__ = foreign("Mine", scored)
+    built.model.__class__ = unlisted("Mine", scored)
     with pytest.raises(ConfigError, match=f"backbone: Mine cannot.*{reason}"):
         wrap_backbone(built.model, built.config, built.dataset)
 
 
 @pytest.mark.parametrize("built", ["GRU4Rec"], indirect=True)
 def test_unknown_model_that_scores_by_dot_product_works(built: Built):
-    built.model.__class__ = foreign("Mine", "dot")
+    built.model.__class__ = unlisted("Mine", "dot")
     wrapped = wrap_backbone(built.model, built.config, built.dataset)
     assert type(wrapped) is Backbone
     assert not wrapped.trims  # nobody said so

@@ -113,3 +113,9 @@ def test_the_bias_keeps_its_digits_in_low_precision(built):
     targets = batch[ours.POS_ITEMS][batch["MASK_INDEX"] > 0]
     expected = -torch.log_softmax(ours.output_bias.detach().double(), dim=0)[targets].mean().item()
     assert ours.calculate_loss(batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_rows_have_no_weights():
+    """Personalised regeneration asks for `weighted_loss`, which masked training does not have; FEARec's loss has it."""
+    assert hasattr(get_model("FEARec"), "weighted_loss")
+    assert not hasattr(BERT4Rec, "weighted_loss")

@@ -17,7 +17,8 @@ from recbole_raserec.config.config import Config
 from recbole_raserec.data.splits import prepare_data
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation.backbone import wrap_backbone
-from recbole_raserec.recommendation.darec.model import DARec, adapter_pairs, hard_contrast, mine_hard_negatives
+from recbole_raserec.recommendation.darec.language_model import adapter_pairs
+from recbole_raserec.recommendation.darec.model import DARec, hard_contrast, mine_hard_negatives
 from recbole_raserec.retrieval.queries import encode_split
 
 QUICK_SASREC = {"hidden_size": 8, "inner_size": 8, "n_layers": 1}

@@ -85,7 +85,7 @@ def test_options_that_do_not_fit_are_said(workdir):
         run(workdir, collaborative="SASRec", collaborative_layers=[7])
 
 
-def test_a_checkpoint_as_backbone_brings_its_collaborator_or_none(workdir):
+def test_a_checkpoint_as_backbone_brings_its_collaborative_model_or_none(workdir):
     write_data(workdir, random_log(0))
     for vectors in (None, "GRU4Rec"):
         run(workdir, collaborative=vectors, checkpoint_dir=str(workdir / str(vectors)))
@@ -98,7 +98,7 @@ def test_a_checkpoint_as_backbone_brings_its_collaborator_or_none(workdir):
         assert not list((workdir / f"over-{vectors}").glob("SASRec-*"))
 
 
-def test_a_collaborator_of_another_split_is_refused(workdir):
+def test_a_collaborative_model_of_another_split_is_refused(workdir):
     write_data(workdir, random_log(0))
     split = {"eval_args": {"split": {"RS": [0.6, 0.2, 0.2]}}}
     options = {"data_path": str(workdir), "checkpoint_dir": str(workdir / "saved"), "show_progress": False}

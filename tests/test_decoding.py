@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_raserec.kernels import native
-from recbole_raserec.regeneration.inference import LEAST, Decoder, _Steps, generate
-from recbole_raserec.regeneration.native_decoder import compiled
+from recbole_raserec.regeneration.inference import Decoder, TorchSteps, compiled, generate, uniform
 from recbole_raserec.regeneration.pairs import Sequences
 from recbole_raserec.regeneration.regenerator import Regenerator
 
@@ -38,9 +37,12 @@ def compare(model: Regenerator, sequences: Sequences, gamma: float) -> None:
     decoder = Decoder(model, gamma, seed=3)
     assert decoder._compiled is not None
     numbers = np.arange(len(sequences))
-    items, coins = sequences.padded(numbers), torch.from_numpy(decoder._uniform(numbers, 0) < gamma)
+    items, coins = (
+        sequences.padded(numbers),
+        torch.from_numpy(uniform(3, numbers, model.conditions, model.pattern_length, 0) < gamma),
+    )
     with torch.no_grad():
-        wanted = _Steps(decoder.exact, 0.0).run(items, coins, torch.zeros(coins.shape))[0].view(coins.shape)
+        wanted = TorchSteps(decoder.exact, 0.0).run(items, coins, torch.zeros(coins.shape))[0].view(coins.shape)
         found, close = decoder._compiled.run(items, coins)
     assert torch.equal(found[~close], wanted[~close])
     assert torch.equal(decoder.decode(items, numbers), wanted)
@@ -116,17 +118,17 @@ def test_weights_that_are_not_numbers_end_patterns_and_harm_nothing(flavour):
     model = model_of(100)
     with torch.no_grad():
         model.items.weight[50:] = torch.nan
-    steps = compiled(model, LEAST, 1e-5)
+    steps = compiled(model, 1e-5)
     written, _ = steps.run(rows_of(100, 30).padded(np.arange(30)), torch.zeros(30, 3, 4, dtype=torch.bool))
     assert 0 <= int(written.min()) <= int(written.max()) < 100
 
 
 def test_what_does_not_fit_is_left_to_torch(flavour):
-    assert compiled(model_of(50, size=24, heads=2), LEAST, 0.0) is None  # heads of 12
-    assert compiled(model_of(50, inner_size=20), LEAST, 0.0) is None
-    assert compiled(model_of(50, conditions=61), LEAST, 0.0) is None
-    assert compiled(model_of(50).double(), LEAST, 0.0) is None
-    steps = compiled(model_of(50), LEAST, 0.0)
+    assert compiled(model_of(50, size=24, heads=2), 0.0) is None  # heads of 12
+    assert compiled(model_of(50, inner_size=20), 0.0) is None
+    assert compiled(model_of(50, conditions=61), 0.0) is None
+    assert compiled(model_of(50).double(), 0.0) is None
+    steps = compiled(model_of(50), 0.0)
     with pytest.raises(IndexError, match=r"\[0, 50\)"):
         steps.run(torch.tensor([[3, 50]]), torch.zeros(1, 3, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="fit"):

@@ -12,9 +12,8 @@ import distributed_helpers
 import pytest
 from conftest import random_log, write_log
 
-import recbole_raserec.distributed.launch as launcher
-from recbole_raserec.distributed.group import current
-from recbole_raserec.distributed.launch import Layout, supervise
+from recbole_raserec.distributed import current
+from recbole_raserec.distributed.launch import Layout, start, work
 from recbole_raserec.errors import ProcessError
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.quick_start import run_process, run_recbole_raserec
@@ -118,8 +117,7 @@ def together(logs, killed):
         "undisturbed": ("SASRec", given(logs, "two", LONG)),
         "killed": ("SASRec", given(logs, "killed", LONG)),
     }
-    layout = Layout(nproc=2, size=2)
-    return supervise(distributed_helpers.pipelines, (layout, str(logs), {**jobs(logs, "two"), **more}), 2)
+    return start(Layout(2, 2), distributed_helpers.pipelines, (str(logs), {**jobs(logs, "two"), **more}), threads=1)
 
 
 # ------------------------------------------------------------------ the same training, the same figures
@@ -158,9 +156,8 @@ def test_a_loss_that_is_no_mean_over_rows_is_refused(together):
 def test_a_process_does_what_the_runner_does(logs, monkeypatch):
     """What each process of `launch` is given to do, in this one."""
     monkeypatch.chdir(logs)
-    monkeypatch.setattr(launcher, "supervise", lambda do, arguments, count: do(0, logs, *arguments))
     options = given(logs, "worked", {**STILL, "threads": None})
-    record = launcher.start(Layout(), run_process, ("SASRec", "tiny", None, options, []), cuda=False)
+    record = work(0, logs, Layout(), run_process, ("SASRec", "tiny", None, options, []), False, None)
     assert record["model"] == "SASRec"
     assert record["metrics"]["base"]["test"]
     assert current().size == 1

@@ -1,17 +1,20 @@
 """Locks between processes: one holder, freed by its end, handed on to what it starts."""
 
+import errno
+import fcntl
+import logging
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
-from recbole_raserec.storage.files import INHERITED, lock_file, one_at_a_time
+from recbole_raserec.storage import descriptor, locked, try_lock
 
 HOLD = """
 import sys, time
-from recbole_raserec.storage import one_at_a_time
-with one_at_a_time(sys.argv[1]):
+from recbole_raserec.storage import locked
+with locked(sys.argv[1]):
     print("in", flush=True)
     time.sleep(60)
 """
@@ -27,69 +30,76 @@ def holder(tmp_path):
         process.kill()
 
 
-def test_the_second_gets_none_and_the_file_keeps_what_it_holds(tmp_path):
+def fails(code):
+    def flock(handle, operation):
+        raise OSError(code, "no")
+
+    return flock
+
+
+def test_the_second_gets_none_until_the_first_releases(tmp_path):
     path = tmp_path / "lock"
-    first = lock_file(path)
-    first.write(b"holder")
-    assert lock_file(path) is None
-    assert path.read_bytes() == b"holder"
-    first.close()
-    with lock_file(path) as second:
-        assert second is not None
-    assert path.read_bytes() == b"holder"
+    first = try_lock(path)
+    assert try_lock(path) is None
+    thread = threading.Thread(target=first.release)
+    thread.start()
+    thread.join()
+    second = try_lock(path)
+    assert second is not None
+    second.release()
+    second.release()
+    assert path.exists()
 
 
-def test_who_waits_is_told_once_and_comes_in_when_the_holder_dies(tmp_path, holder):
-    told = []
-
-    def waiting():
-        told.append(time.monotonic())
-        assert lock_file(tmp_path / ".thing.lock") is None
-        holder.kill()
-
-    with one_at_a_time(tmp_path / "thing", waiting):
-        assert len(told) == 1
-        assert lock_file(tmp_path / ".thing.lock") is None
-    with one_at_a_time(tmp_path / "thing", pytest.fail):
+def test_who_waits_says_so_once_and_comes_in_when_the_holder_dies(tmp_path, holder, caplog):
+    caplog.set_level(logging.INFO)
+    threading.Timer(0.5, holder.kill).start()
+    with locked(tmp_path / "thing", "SASRec"):
+        assert [record.message for record in caplog.records if record.name == "root"] == [
+            f"SASRec: another run is working in {tmp_path / 'thing'}; waiting for it"
+        ]
+        assert try_lock(tmp_path / "thing" / ".lock") is None
+    caplog.clear()
+    with locked(tmp_path / "thing"):
         pass
+    assert not [record for record in caplog.records if record.name == "root"]
 
 
-@pytest.mark.skipif(not INHERITED, reason="processes do not inherit open files on this system")
+@pytest.mark.skipif(sys.platform == "win32", reason="processes do not inherit open files on this system")
 def test_a_started_process_holds_the_lock_with_its_starter(tmp_path):
-    held = lock_file(tmp_path / "lock")
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()])
-    held.close()
-    assert lock_file(tmp_path / "lock") is None
-    child.communicate(b"\n")
-    lock_file(tmp_path / "lock").close()
+    start = (
+        "import subprocess, sys\n"
+        "from recbole_raserec.storage import descriptor, try_lock\n"
+        "held = try_lock(sys.argv[1])\n"
+        "wait = [sys.executable, '-c', 'input()']\n"
+        "subprocess.Popen(wait, stdin=0, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, "
+        "pass_fds=[descriptor(held)])\n"
+        "import os; os._exit(1)\n"  # as if killed
+    )
+    path = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", start, str(path)], stdin=subprocess.PIPE) as starter:
+        assert starter.wait() == 1
+        assert try_lock(path) is None
+        starter.stdin.write(b"\n")
+        starter.stdin.close()
+        try_lock(path, wait=True).release()
 
 
-def test_a_file_system_without_locks_lets_everybody_in(tmp_path, monkeypatch):
-    import errno
-
-    from recbole_raserec.storage import files as file_locks
-
-    def refuse(handle):
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    monkeypatch.setattr(file_locks, "_lock", refuse)
-    with one_at_a_time(tmp_path / "thing", pytest.fail), one_at_a_time(tmp_path / "thing", pytest.fail):
-        pass
+def test_a_file_system_without_locks_lets_everybody_in_with_a_warning(tmp_path, monkeypatch, caplog):
+    for code in (errno.ENOSYS, errno.ENOLCK):
+        caplog.clear()
+        monkeypatch.setattr(fcntl, "flock", fails(code))
+        with locked(tmp_path / "thing"), locked(tmp_path / "thing"):
+            assert "has no locks" in caplog.text
+        assert descriptor(try_lock(tmp_path / "lock")) is None
 
 
 def test_a_lock_that_fails_is_not_waited_for(tmp_path, monkeypatch):
-    import errno
-
-    from recbole_raserec.storage import files as file_locks
-
-    def fail(handle):
-        raise OSError(errno.EIO, "input/output error")
-
-    monkeypatch.setattr(file_locks, "_lock", fail)
-    with pytest.raises(OSError, match="input/output"), one_at_a_time(tmp_path / "thing", pytest.fail):
+    monkeypatch.setattr(fcntl, "flock", fails(errno.EIO))
+    with pytest.raises(OSError, match="no"), locked(tmp_path / "thing"):
         pass
 
 
 def test_a_missing_directory_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
-        lock_file(tmp_path / "none" / "lock")
+        try_lock(tmp_path / "none" / "lock")

@@ -1,4 +1,4 @@
-"""The frozen language model: the attention over places is the model's own, adapters start at nothing."""
+"""The frozen language model: the attention over laid-out tokens is the model's own, adapters start at nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.recommendation.darec.language_model import LanguageModel, computes_in_bfloat16, load_pretrained
-from recbole_raserec.recommendation.darec.token_layout import Places, View, histories_as_rows, texts_as_rows
+from recbole_raserec.recommendation.darec.language_model import (
+    AttentionView,
+    LanguageModel,
+    TokenLayout,
+    computes_in_bfloat16,
+    load_pretrained,
+)
 
 #: Tokens of each item of a history.
 HISTORY = st.lists(st.integers(1, 4), min_size=1, max_size=5)
@@ -28,7 +33,7 @@ def plain_texts(lengths):
     """Texts without a special token, each a row."""
     row = torch.repeat_interleave(torch.tensor(lengths))
     position = torch.cat([torch.arange(n) for n in lengths])
-    return Places(row, torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool), position, len(lengths))
+    return TokenLayout(row, torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool), position, len(lengths))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -39,9 +44,9 @@ def test_hidden_states_are_those_of_the_model_itself(tmp_path, family):
     theirs = transformers.AutoModel.from_pretrained(tmp_path / family, attn_implementation="eager").eval()
     lengths = [5, 1, 9]
     ids = torch.randint(2, len(WORDS), (sum(lengths),), generator=torch.Generator().manual_seed(1))
-    places = plain_texts(lengths)
+    layout = plain_texts(lengths)
     with torch.no_grad():
-        found = ours(ours.embed(ids), View(places, places.visible(ours.causal)))
+        found = ours(ours.embed(ids), AttentionView(layout, layout.visible(ours.causal)))
         for part, text in zip(found.split(lengths), ids.split(lengths)):
             expected = theirs(input_ids=text[None]).last_hidden_state[0]
             assert (part - expected).abs().max() < 1e-5
@@ -51,9 +56,9 @@ def test_hidden_states_are_those_of_the_model_itself(tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_act_in_every_layer_and_the_model_stays_frozen(tmp_path, family):
     ours = language(tmp_path, family).train()
-    places = texts_as_rows(torch.tensor([3, 2]))
-    x = torch.randn(len(places.row), SIZE)
-    view = View(places, places.visible(ours.causal))
+    layout = TokenLayout.of_texts(torch.tensor([3, 2]))
+    x = torch.randn(len(layout.row), SIZE)
+    view = AttentionView(layout, layout.visible(ours.causal))
     before = ours(x, view)
     assert torch.equal(before, ours(x, view))  # its own dropout is off
     assert set(ours.adapters) == {"0_attention", "0_feed_forward", "1_feed_forward"}
@@ -81,7 +86,7 @@ def test_a_checkpoint_knows_its_language_model(tmp_path):
 def test_what_cannot_be_read_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"llm: .*nothing.* cannot be read"):
         load_pretrained(str(tmp_path / "nothing"))
-    with pytest.raises(ConfigError, match="adapter_sizes: 1 entries for 2 layers"):
+    with pytest.raises(ConfigError, match="adapter_sizes: 1 entries, but the language model has 2 layers"):
         language(tmp_path, "bert", sizes=((4, 4),))
 
 
@@ -91,8 +96,8 @@ def test_what_cannot_be_read_is_said(tmp_path):
 )
 def test_views(rows, causal, own_item):
     """Against the sentence it is: earlier items and the same one, whose special token is seen by itself alone."""
-    places = histories_as_rows(torch.tensor([len(r) for r in rows]), torch.tensor([n for r in rows for n in r]))
-    visible = places.visible(causal, own_item)
+    layout = TokenLayout.of_histories(torch.tensor([len(r) for r in rows]), torch.tensor([n for r in rows for n in r]))
+    visible = layout.visible(causal, own_item)
     for number, row in enumerate(rows):
         tokens = [(item, at == n) for item, n in enumerate(row) for at in range(n + 1)]
         for q, (item, special) in enumerate(tokens):
@@ -112,9 +117,9 @@ def test_in_bfloat16_states_and_gradients_are_nearly_the_same(tmp_path, family):
     with torch.no_grad():
         for adapter in ours.adapters.values():
             adapter.up.weight.normal_(std=0.1)
-    places = texts_as_rows(torch.tensor([3, 6, 2]))
-    view = View(places, places.visible(ours.causal))
-    x, direction = torch.randn(2, len(places.row), SIZE, generator=torch.Generator().manual_seed(2))
+    layout = TokenLayout.of_texts(torch.tensor([3, 6, 2]))
+    view = AttentionView(layout, layout.visible(ours.causal))
+    x, direction = torch.randn(2, len(layout.row), SIZE, generator=torch.Generator().manual_seed(2))
     x.requires_grad_()
     found = {}
     for ours.autocast in (False, True):

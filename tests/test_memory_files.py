@@ -14,7 +14,7 @@ from memory_helpers import HIDDEN, bank_of, log_of
 
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.retrieval.memory import MemoryBank
-from recbole_raserec.storage import arrays as arrays_module
+from recbole_raserec.storage import files
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def reseal(directory, change):
     manifest = json.loads((directory / "manifest.json").read_text())
     del manifest["sha256"]
     change(manifest)
-    (directory / "manifest.json").write_text(json.dumps({**manifest, "sha256": arrays_module._seal(manifest)}))
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "sha256": files._seal(manifest)}))
 
 
 def test_round_trip(saved):
@@ -134,7 +134,7 @@ def test_a_forged_array_file_is_refused_even_with_the_right_checksums(saved, for
     path.write_bytes(forge())
 
     def change(manifest):
-        manifest["arrays"]["targets"].update(bytes=path.stat().st_size, sha256=arrays_module.sha256(path))
+        manifest["arrays"]["targets"].update(bytes=path.stat().st_size, sha256=files.sha256(path))
 
     reseal(directory, change)
     with pytest.raises(CheckpointError, match=r"targets-.*not a plain \.npy array"):
@@ -181,8 +181,8 @@ def test_an_interrupted_save_leaves_a_whole_bank(saved, stage):
     grown.add(*log_of(13, 5, 5))
     target = {
         "write_array": (np.lib.format, "write_array"),
-        "manifest": (arrays_module, "write_json"),
-        "tidy": (arrays_module, "_OWN_PART"),
+        "manifest": (files, "write_json"),
+        "tidy": (files, "_OWN_PART"),
     }[stage]
     with mock.patch.object(*target, side_effect=KeyboardInterrupt) as patched:
         patched.fullmatch.side_effect = KeyboardInterrupt

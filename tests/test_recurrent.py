@@ -12,8 +12,7 @@ from test_sasrec import check, close
 from tiny_models import LENGTH, N_ITEMS, Ids, batch, build, disturb, options
 
 from recbole_raserec.quick_start import run_recbole_raserec
-from recbole_raserec.recommendation.gru4rec import GRU4Rec
-from recbole_raserec.recommendation.narm import NARM
+from recbole_raserec.recommendation.recurrent import NARM, GRU4Rec
 
 KINDS = [(RecBoleGRU4Rec, GRU4Rec), (RecBoleNARM, NARM)]
 each_kind = pytest.mark.parametrize(("peer", "kind"), KINDS, ids=["GRU4Rec", "NARM"])

@@ -15,7 +15,7 @@ from recbole_raserec.config.config import Config
 from recbole_raserec.data.regenerated import ORIGINS
 from recbole_raserec.errors import ConfigError, DatasetError
 from recbole_raserec.regeneration import stage as regenerate_module
-from recbole_raserec.regeneration.stage import REPORT
+from recbole_raserec.regeneration.report import REPORT
 
 
 def test_one_origin_alone(tiny):
@@ -126,13 +126,13 @@ def test_a_generated_memory_is_barred_from_its_own_users_training(tiny):
 def test_it_goes_on_where_it_was_killed(tiny, monkeypatch, tmp_path):
     import shutil
 
-    from recbole_raserec.regeneration import training
+    from recbole_raserec.regeneration import regenerator
 
     whole = tiny("SASRec")
     (directory,) = tmp_path.glob("saved/regeneration-*")
     kept = json.loads((directory / REPORT).read_text())
     shutil.rmtree(tmp_path / "saved")
-    epoch = training._epoch
+    epoch = regenerator._epoch
 
     def killed(*args):
         if args[5]:  # steps so far: in the second epoch
@@ -140,7 +140,7 @@ def test_it_goes_on_where_it_was_killed(tiny, monkeypatch, tmp_path):
         return epoch(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_epoch", killed)
+        patch.setattr(regenerator, "_epoch", killed)
         with pytest.raises(KeyboardInterrupt):
             tiny("SASRec")
     again = tiny("SASRec")
@@ -151,10 +151,10 @@ def test_it_goes_on_where_it_was_killed(tiny, monkeypatch, tmp_path):
 
 
 def test_sets_that_are_generated_otherwise_share_the_regenerator(tiny, monkeypatch, tmp_path):
-    from recbole_raserec.regeneration import training
+    from recbole_raserec.regeneration import regenerator
 
     first = tiny("SASRec")
-    monkeypatch.setattr(training, "_epoch", None)  # no training any more
+    monkeypatch.setattr(regenerator, "_epoch", None)  # no training any more
     other = tiny("SASRec", regen_gamma=0.9, regen_temperature=0.7)
     assert other.data.fingerprint != first.data.fingerprint
     assert len(list(tmp_path.glob("saved/regeneration-*"))) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ def logits_one_by_one(model: Regenerator, row: list[int], way: int, written: lis
     x = model.pattern_norm(model.items(steps) + model.pattern_positions.weight[: steps.shape[1]])
     mask = (items > 0)[:, None, None]
     for layer, keys_values in zip(model.decoder_layers(), model.keys_values(memory)):
-        x = layer(x, keys_values, mask)
+        x = layer.together(x, partial(layer.source, source=keys_values, mask=mask))
     return x[0, -1] @ model.items.weight.t()
 
 

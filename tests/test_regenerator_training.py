@@ -10,9 +10,9 @@ import torch
 from regeneration_helpers import model_of, pairs_of, sequences_of
 
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.regeneration import training
+from recbole_raserec.regeneration import regenerator
 from recbole_raserec.regeneration.pairs import make_pairs
-from recbole_raserec.regeneration.training import BEST, STATE, Schedule, epoch_batches, fit, held_out_loss, split
+from recbole_raserec.regeneration.regenerator import BEST, STATE, Schedule, epoch_batches, fit, held_out_loss, split
 from recbole_raserec.storage.files import read_tensors
 
 
@@ -88,7 +88,7 @@ def test_nothing_to_learn_from(tmp_path, schedule):
 
 def test_a_held_out_loss_that_is_no_number_is_not_taken_for_the_best(tmp_path, monkeypatch):
     losses = iter([3.0, float("nan")])
-    monkeypatch.setattr(training, "held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr(regenerator, "held_out_loss", lambda *_: next(losses))
     with pytest.raises(ConfigError, match=r"regen_learning_rate: 0\.001: .*lower it"):
         fit(model_of(), pairs_of(), Schedule(epochs=3, batch_pairs=64, held_out=0.2), tmp_path, False)
     tensors, meta = read_tensors(tmp_path / STATE)
@@ -98,7 +98,7 @@ def test_a_held_out_loss_that_is_no_number_is_not_taken_for_the_best(tmp_path, m
 
 def test_the_best_weights_are_those_of_the_history_where_an_epoch_cannot_be_repeated(tmp_path, schedule, monkeypatch):
     """Killed while it writes; then the epoch goes otherwise, as on a device whose sums are not repeatable."""
-    write = training.write_tensors
+    write = regenerator.write_tensors
 
     def killed(path, tensors, meta):
         if len(meta.get("history", [])) == 3:
@@ -106,7 +106,7 @@ def test_the_best_weights_are_those_of_the_history_where_an_epoch_cannot_be_repe
         write(path, tensors, meta)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "write_tensors", killed)
+        patch.setattr(regenerator, "write_tensors", killed)
         with pytest.raises(KeyboardInterrupt):
             trained(tmp_path, schedule)
     kept = read_tensors(tmp_path / STATE)[1]["history"]

@@ -18,15 +18,16 @@ import pytest
 from conftest import ROOT
 
 from recbole_raserec.distributed.group import Group, current
-from recbole_raserec.distributed.launch import Layout, supervise
+from recbole_raserec.distributed.launch import Layout, start
 from recbole_raserec.errors import ConfigError, ProcessError
 
+TWO = Layout(nproc=2, size=2)
 posix = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX systems")
 
 
 def test_an_error_of_this_package_is_raised_as_it_was():
     with pytest.raises(ConfigError) as caught:
-        supervise(distributed_helpers.refuse, (), 2)
+        start(TWO, distributed_helpers.refuse, ())
     assert caught.value.problems == ["first: problem", "second: problem"]
     assert str(caught.value) == str(ConfigError(["first: problem", "second: problem"]))
     assert not multiprocessing.active_children()
@@ -34,7 +35,7 @@ def test_an_error_of_this_package_is_raised_as_it_was():
 
 def test_any_other_error_is_told_in_full():
     with pytest.raises(ProcessError, match=r"(?s)process 1 of 2 failed:.*ZeroDivisionError: nothing to divide by"):
-        supervise(distributed_helpers.divide, (), 2)
+        start(TWO, distributed_helpers.divide, ())
     assert not multiprocessing.active_children()
 
 
@@ -49,7 +50,7 @@ def appear(folder, count):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the processes' end is set up by a function of glibc")
 def test_libraries_that_abort_at_the_end_do_not_undo_what_was_done(tmp_path):
-    assert supervise(distributed_helpers.abort_late, (str(tmp_path),), 2) == 7
+    assert start(TWO, distributed_helpers.abort_late, (str(tmp_path),)) == 7
     assert [(tmp_path / f"{number}.end").read_text() for number in range(2)] == ["said", "said"]
 
 
@@ -63,7 +64,7 @@ def test_an_interrupt_ends_all_processes(tmp_path):
     try:
         threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
-            supervise(distributed_helpers.sleep, (str(tmp_path),), 2)
+            start(TWO, distributed_helpers.sleep, (str(tmp_path),))
     finally:
         signal.signal(signal.SIGINT, before)
     assert not multiprocessing.active_children()
@@ -71,8 +72,8 @@ def test_an_interrupt_ends_all_processes(tmp_path):
 
 @posix
 def test_processes_end_with_the_one_that_started_them(tmp_path):
-    program = "from recbole_raserec.distributed.launch import supervise; import distributed_helpers, sys; "
-    program += "supervise(distributed_helpers.sleep, (sys.argv[1],), 2)"
+    program = "from recbole_raserec.distributed.launch import Layout, start; import distributed_helpers, sys; "
+    program += "start(Layout(2, 2), distributed_helpers.sleep, (sys.argv[1],))"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})
     pids = appear(tmp_path, 2)
@@ -99,7 +100,7 @@ def test_two_machines():
         port = free.getsockname()[1]
     machines = [Layout(nproc=1, size=2, offset=offset, ip="localhost", port=port) for offset in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda layout: supervise(distributed_helpers.sums, (layout,), 1), machines))
+        found = list(pool.map(lambda layout: start(layout, distributed_helpers.sums, ()), machines))
     for rank in (0, 1):
         assert found[rank] == {
             "rank": rank, "told": "by 0", "sum": [2.0, 1.0], "rows": [0, 1, 4, 9, 16, 25, 36],

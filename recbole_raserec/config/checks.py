@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import Any, Callable
 
 import torch
+from recbole.config import Config as RecBoleConfig  # ours, a subclass, imports this module
 from recbole.evaluator import metric_types
 from recbole.evaluator.register import metric_information
 from recbole.utils import EvaluatorType, ModelType
@@ -30,9 +31,6 @@ from recbole_raserec.config.sources import REFUSED, SUPPORTED, all_keys, get_mod
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
 from recbole_raserec.storage import read_manifest
-
-if TYPE_CHECKING:
-    from recbole_raserec.config.config import Config
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
@@ -260,7 +258,7 @@ def _check_nested(name: str, given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def check_run(config: Config) -> None:
+def check_run(config: RecBoleConfig) -> None:
     """What only the runner can refuse, still before any data is read.
 
     Raises:
@@ -283,7 +281,7 @@ def check_run(config: Config) -> None:
         installed(config)
 
 
-def _regeneration_problems(config: Config, name: str) -> list[str]:
+def _regeneration_problems(config: RecBoleConfig, name: str) -> list[str]:
     """What of a run that trains the model `name` cannot be regenerated."""
     data, checkpoint, pretrained = (
         config[option] for option in ("regenerated_data", "backbone_checkpoint", "pre_model_path")
@@ -318,7 +316,7 @@ def _regeneration_problems(config: Config, name: str) -> list[str]:
     return problems
 
 
-def layout_problems(config: Config, target: Config) -> list[str]:
+def layout_problems(config: RecBoleConfig, target: RecBoleConfig) -> list[str]:
     """What of a configuration cannot run in the processes it asks for, one sentence each; empty if all is well.
 
     Args:
@@ -364,14 +362,14 @@ def layout_problems(config: Config, target: Config) -> list[str]:
     return [problem for problem, found in problems.items() if found]
 
 
-def selection_protocol(config: Config) -> str:
+def selection_protocol(config: RecBoleConfig) -> str:
     """The protocol whose validation figures stop a training early and choose among trials."""
     if config["valid_protocol"] != "auto":
         return config["valid_protocol"]
     return SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
 
 
-def evaluation_problems(config: Config) -> list[str]:
+def evaluation_problems(config: RecBoleConfig) -> list[str]:
     """What in the evaluation options cannot be honoured here, one sentence each; empty if all is well."""
     problems = []
     usable = sorted(name for name, needs in metric_information.items() if needs == ["rec.topk"])

@@ -1,12 +1,9 @@
 """The processes that run one command together: who this one is, and what they tell each other.
 
 Every process runs the same program on the same data. What costs time is shared out by rows (the rows of a training
-batch, the queries of an evaluation, the windows to encode and to search for) and put together again, so that all of
-them hold the same values afterwards; what decides the course of the program is decided by the first one and told to the
-others; and the first one alone writes files. Without a group (:func:`current` outside of :func:`joined`) each function
-here does the plain thing, at no cost.
-
-This module knows tensors and processes, no models; :mod:`recbole_raserec.distributed.launch` starts the processes.
+batch, the queries of an evaluation, the windows to encode and to search for) and joined again, so that all of them hold
+the same values afterwards; the first one decides the course of the program and tells the others; and the first one
+alone writes files. Without a group (`current` outside of `joined`) each function here does the plain thing, at no cost.
 """
 
 from __future__ import annotations
@@ -21,11 +18,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-#: How long a process waits for the others at a step that all of them take; one that dies is noticed at once.
-TIMEOUT = datetime.timedelta(minutes=30)
-
-#: How long the others wait for what the first one makes alone, such as regenerated data.
-PATIENCE = datetime.timedelta(days=30)
+#: How long a process waits for the others at a step of all of them, and for what the first one makes alone, such as
+#: regenerated data. (One that dies is noticed at once.)
+STEP_TIMEOUT, FIRST_TIMEOUT = datetime.timedelta(minutes=30), datetime.timedelta(days=30)
 
 #: Distance of the processes' seeds of torch (2^32 over the golden ratio).
 _STRIDE = 0x9E3779B1
@@ -50,10 +45,8 @@ class Group:
         """Whether this process is the one that decides, writes and prints."""
         return self.rank == 0
 
-    # -- values -----------------------------------------------------------------------------------------------------
-
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives on the first process, on all of them. It may take long, and be anything that pickles."""
+        """What `make` returns on the first process, on all of them; it may take long, and be anything that pickles."""
         if self.size == 1:
             return make()
         self._turns += 1
@@ -63,73 +56,70 @@ class Group:
             value = make()
             self._store.set(key, "1")
         else:
-            self._store.wait([key], PATIENCE)
+            self._store.wait([key], FIRST_TIMEOUT)
         return self.broadcast(value)
 
     def broadcast(self, value: T) -> T:
         """The first process's `value`, on all of them."""
-        if self.size == 1:
-            return value
         held = [value]
-        dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0, device=torch.device("cpu"))
         return held[0]
 
+    def _each(self, value: T) -> list[T]:
+        """Every process's `value`, on all of them."""
+        found = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def gathered(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The named tensors of all processes, those of the first under their names, those of others under
-        :meth:`own_name`."""
-        if self.size == 1:
-            return values
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, {self.own_name(name): value.cpu() for name, value in values.items()})
-        return {name: value for part in found for name, value in part.items()}
+        """The named tensors of all processes: the first one's under their names, those of others under `own_name`."""
+        own = {self.own_name(name): value.cpu() for name, value in values.items()}
+        return {name: value for part in self._each(own) for name, value in part.items()}
 
     def own_name(self, name: str) -> str:
-        """The name under which :meth:`gathered` gives what this process called `name`."""
+        """The name under which `gathered` returns what this process called `name`."""
         return name if self.first else f"{name}.{self.rank}"
 
     def agreed(self, value: Any) -> bool:
         """Whether all processes have the same `value`."""
-        if self.size == 1:
-            return True
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return all(other == value for other in found)
+        return all(other == value for other in self._each(value))
 
     def first_here(self, do: Callable[[], Any]) -> None:
-        """`do` on the first process of each machine, and when all of these are through, on the others."""
+        """Call `do` on the first process of each machine, and then on the others."""
         if self.local_rank == 0:
             do()
         self.agreed(None)
         if self.local_rank:
             do()
 
-    # -- rows -------------------------------------------------------------------------------------------------------
-
     def span(self, rows: int) -> tuple[int, int]:
-        """This process's part start..stop of `rows` rows that lie next to each other.
+        """This process's part (start, stop) of `rows` rows that lie next to each other.
 
-        Fewer than two rows for each process are the first one's: some RecBole models squeeze a batch of one row away.
+        Fewer than two rows a process are all the first one's: some RecBole models squeeze a batch of one row away.
         """
         if rows < 2 * self.size:
             return (0, rows) if self.first else (0, 0)
         return rows * self.rank // self.size, rows * (self.rank + 1) // self.size
 
     def every(self, rows: int) -> slice:
-        """This process's part of `rows` rows, every `size`-th of them: even where rows are sorted by length. Few rows
-        are the first one's, as of :meth:`span`."""
+        """This process's part of `rows` rows, every `size`-th of them: a fair one where they are sorted by length.
+
+        Few rows are the first one's, as in `span`.
+        """
         if rows < 2 * self.size:
             return slice(0, rows if self.first else 0)
         return slice(self.rank, rows, self.size)
 
     def add_up(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum of the processes' tensors of like shape, in place, the same on all; zeros but for the own rows: the
-        rows of all."""
+        """The sum of the processes' tensors, all of one shape, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def joined_rows(self, part: torch.Tensor, where: slice, rows: int) -> torch.Tensor:
-        """All `rows` rows [N, ...], of which this process has `part` at the places `where`."""
+        """All `rows` rows [N, ...], of which this process has `part` at the rows `where`."""
         if self.size == 1:
             return part
         counted = torch.uint8 if part.dtype == torch.bool else part.dtype
@@ -137,27 +127,24 @@ class Group:
         whole[where] = part.to(counted)
         return self.add_up(whole).to(part.dtype)
 
-    # -- models -----------------------------------------------------------------------------------------------------
-
     def seed_torch(self, seed: int) -> None:
-        """Give the processes random numbers of torch of their own, such as dropout masks; those of NumPy and Python,
-        which draw negatives, stay the same on all. The first one's are left as they are."""
+        """Give the other processes torch random numbers of their own, such as dropout masks.
+
+        NumPy's and Python's, which draw negatives, stay the same on all.
+        """
         if not self.first:
             torch.manual_seed((seed + _STRIDE * self.rank) % 2**32)
 
     def send_weights(self, model: torch.nn.Module) -> None:
         """Give all processes the first one's parameters and buffers."""
-        if self.size == 1:
-            return
         for values in [*model.parameters(), *model.buffers()]:
-            if values.layout == torch.strided:
+            if self.size > 1 and values.layout == torch.strided:
                 held = values.data.contiguous()
                 dist.broadcast(held, src=0)
                 values.data.copy_(held)
 
 
-_ALONE = Group()
-_current = _ALONE
+_current = Group()
 
 
 def current() -> Group:
@@ -169,9 +156,7 @@ def current() -> Group:
 def joined(rank: int, size: int, local_rank: int, store: Any, cuda: bool) -> Iterator[Group]:
     """Belong to a group within: `gloo` between CPUs, and with `cuda` `nccl` between GPUs, one for each local rank.
 
-    Args:
-        rank, size, local_rank: as of :class:`Group`. store: of torch, which all of them share.
-        cuda: whether tensors lie on GPUs.
+    `cuda` says whether tensors lie on GPUs; the other arguments are those of `Group`.
     """
     global _current
     backend = "gloo"
@@ -179,11 +164,11 @@ def joined(rank: int, size: int, local_rank: int, store: Any, cuda: bool) -> Ite
         torch.cuda.set_device(local_rank)
         if dist.is_nccl_available():
             backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
     _current = Group(rank, size, local_rank, dist.PrefixStore("recbole_raserec", store))
     try:
         yield _current
         _current.agreed(None)  # a process that leaves closes the connections that others may still read from
         dist.destroy_process_group()  # not after an error: it could wait for one that is gone
     finally:
-        _current = _ALONE
+        _current = Group()

@@ -18,7 +18,7 @@ from recbole.utils import ModelType
 from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics
 from recbole_raserec.evaluation.ranks import write_ranks
 from recbole_raserec.kernels import loaded, peak_memory_mb
-from recbole_raserec.storage import write_json
+from recbole_raserec.storage import plain, write_json
 
 PROTOCOL_TITLES = {
     SEEN_KEPT: "seen items kept in the ranking (RecBole's way for sequential models)",
@@ -151,12 +151,12 @@ def result_record(
     record["curves"] = curves or {}
     record["versions"] = versions()
     record["options"] = options or {}
-    return _plain(record)
+    return plain(record)
 
 
 def write_result(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
     """Write a record as JSON, atomically."""
-    write_json(path, _plain(record))
+    write_json(path, plain(record))
 
 
 def protocol_description(
@@ -267,21 +267,6 @@ def percent(value: float | None) -> str:
 
 def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
-
-
-def _plain(value: Any) -> Any:
-    """`value` in the types JSON has: numpy numbers as numbers, what is not finite as null, the rest as its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if hasattr(value, "tolist"):  # numpy and torch scalars and arrays
-        return _plain(value.tolist())
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(_plain, value), key=str)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 # The tables of a comparison, each drawn from the content of ``compare.json``: text, Markdown, LaTeX and CSV.

@@ -5,8 +5,7 @@ from recbole_raserec.recommendation.bert4rec import BERT4Rec
 from recbole_raserec.recommendation.bsarec import BSARec
 from recbole_raserec.recommendation.duorec import DuoRec
 from recbole_raserec.recommendation.fearec import FEARec
-from recbole_raserec.recommendation.gru4rec import GRU4Rec
-from recbole_raserec.recommendation.narm import NARM
+from recbole_raserec.recommendation.recurrent import NARM, GRU4Rec
 from recbole_raserec.recommendation.sasrec import SASRec
 from recbole_raserec.recommendation.stage import train_model
 

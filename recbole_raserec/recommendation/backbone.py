@@ -1,18 +1,17 @@
-"""The one small interface through which retrieval sees a trained sequential model.
+"""The one small interface through which retrieval sees a trained sequential model: a score is a dot product.
 
-A :class:`Backbone` splits a model's score into a dot product: ``encode(...)`` gives the user vectors ``h``,
-``item_vectors()`` the vectors ``v`` they are multiplied with, so that ``h @ v.T (+ item_bias())`` is what the model's
-own ``full_sort_predict`` returns. For RecBole's models one small adapter per deviation says how (``adapters.py``), and
-nothing is taken on trust: :func:`wrap_backbone` compares the scores on a random batch and refuses a model whose scores
-disagree.
+A `Backbone` gives user vectors `h` and item vectors `v` so that `h @ v.T (+ bias)` is what the model's own
+`full_sort_predict` returns. RecBole's models differ in the arguments of `forward`, in the table that holds the item
+vectors and in what is done to it first; `ARGUMENTS`, `ITEM_TABLES` and a few small adapters say how. Nothing is taken
+on trust: `wrap_backbone` compares the scores on a random batch and refuses a model whose scores disagree.
 
-``python -m recbole_raserec.recommendation.backbone --table`` prints the table of ``docs/backbones.md``.
+`python -m recbole_raserec.recommendation.backbone --table` prints the table of `docs/backbones.md`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,14 +20,31 @@ import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 
-from recbole_raserec.config import REFUSED, SUPPORTED, TRIMMABLE, trims
+from recbole_raserec.config import REFUSED, SUPPORTED, TRIMMABLE, Config, trims
 from recbole_raserec.errors import ConfigError
+from recbole_raserec.evaluation import scores
 
-# What a sequential model is to whoever uses its vectors: a :class:`Backbone`, a score as a dot product.
+#: Arguments of a model's `forward` where they are not (item_seq, item_seq_len), in order.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "Caser": ("user", "item_seq"),
+    "FOSSIL": ("item_seq", "item_seq_len", "user"),
+    "FPMC": ("user", "item_seq", "item_seq_len"),
+    "HGN": ("item_seq", "user"),
+    "HRM": ("item_seq", "user", "item_seq_len"),
+    "NPE": ("item_seq", "user"),
+    "NextItNet": ("item_seq",),
+    "SHAN": ("item_seq", "user"),
+}
+
+#: Name of the embedding that items are ranked with where it is not `item_embedding`.
+ITEM_TABLES = {"HGN": "item_embedding_for_prediction"}
+
+#: Largest difference allowed between the two ways to score, relative to the largest score.
+TOLERANCE = 1e-5
 
 
 class Backbone(nn.Module):
-    """A model as user vectors times item vectors. This class fits ``forward(item_seq, item_seq_len) -> [B, H]``.
+    """A model as user vectors times item vectors.
 
     B: sequences in the batch, L: padded length, V: items including the padding item 0, H: size of the vectors.
 
@@ -42,21 +58,19 @@ class Backbone(nn.Module):
     Attributes:
         model: the wrapped model, a sub-module.
         n_items: V.
-        hidden_size: H, the size in which user and item vectors meet (not always the option ``hidden_size``).
-        needs_user: whether :meth:`encode` needs the users' ids.
-        trims: whether a batch may be cut to its longest sequence, see :data:`TRIMMABLE`.
+        hidden_size: H, the size in which user and item vectors meet (not always the option `hidden_size`).
+        needs_user: whether `encode` needs the users' ids.
+        trims: whether a batch may be cut to its longest sequence.
     """
 
     model: Any  # a recommender of any library; its attributes are checked when it is wrapped
-    #: the arguments of the model's forward, in order
-    arguments: tuple[str, ...] = ("item_seq", "item_seq_len")
-    #: the attribute that holds the embedding of the items to be ranked
-    item_table = "item_embedding"
 
     def __init__(self, model: nn.Module, n_items: int):
         super().__init__()
         self.model = model
         self.n_items = n_items
+        self.arguments = ARGUMENTS.get(type(model).__name__, ("item_seq", "item_seq_len"))
+        self.item_table = ITEM_TABLES.get(type(model).__name__, "item_embedding")
         self.needs_user = "user" in self.arguments
         self.trims = trims(model)
         with torch.no_grad():
@@ -67,22 +81,23 @@ class Backbone(nn.Module):
 
         Args:
             item_seq: long [B, L], oldest item first, padded with 0 on the right. L is MAX_ITEM_LIST_LENGTH, or anything
-                from the longest sequence of the batch on if :attr:`trims`.
+                from the longest sequence of the batch on if `trims`.
             item_seq_len: long [B], each at least 1.
-            user: long [B]; needed if :attr:`needs_user`, otherwise ignored.
+            user: long [B]; needed if `needs_user`, otherwise ignored.
 
         Returns:
             float [B, H].
 
         Raises:
-            ValueError: the model needs the users' ids and ``user`` is None.
+            ValueError: the model needs the users' ids and `user` is None.
         """
         if self.needs_user and user is None:
             raise ValueError(f"{type(self.model).__name__} has an embedding per user: encode() needs `user` ids [B].")
         return self._user_vectors(item_seq, item_seq_len, user)
 
     def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
-        given = {"item_seq": item_seq, "item_seq_len": item_seq_len, "user": user}
+        # HRM writes into the lengths it is given; the caller's must stay as they are
+        given = {"item_seq": item_seq, "item_seq_len": item_seq_len.clone(), "user": user}
         return self.model(*(given[name] for name in self.arguments))  # [B, H]
 
     def item_vectors(self) -> Tensor:
@@ -95,33 +110,8 @@ class Backbone(nn.Module):
         return None
 
     def scores(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None = None) -> Tensor:
-        """Gives the scores of all items, float [B, V]: the model's ``full_sort_predict``."""
-        scores = self.encode(item_seq, item_seq_len, user) @ self.item_vectors().T
-        bias = self.item_bias()
-        return scores if bias is None else scores + bias
-
-
-# RecBole's sequential models as backbones: one small adapter per deviation, and which models cannot be one, and why.
-#
-# They differ in the arguments of ``forward``, in the table that holds the item vectors and in what is done to it first.
-
-
-class SequenceOnly(Backbone):
-    """NextItNet: ``forward(item_seq)``."""
-
-    arguments = ("item_seq",)
-
-
-class UserThenSequence(Backbone):
-    """Caser: ``forward(user, item_seq)``."""
-
-    arguments = ("user", "item_seq")
-
-
-class SequenceThenUser(Backbone):
-    """SHAN: ``forward(item_seq, user)``."""
-
-    arguments = ("item_seq", "user")
+        """Gives the scores of all items, float [B, V]: the model's `full_sort_predict`."""
+        return scores(self.encode(item_seq, item_seq_len, user), self.item_vectors(), self.item_bias())
 
 
 class BERT4RecBackbone(Backbone):
@@ -140,10 +130,10 @@ class BERT4RecBackbone(Backbone):
 class COREBackbone(Backbone):
     """CORE: cosine over a temperature.
 
-    The temperature is shared out evenly, ``h / sqrt(temperature)`` and ``v / sqrt(temperature)``: CORE's user vectors
-    are weighted sums of item vectors, and folding all of it into one side would give the two different lengths, which
-    a mixture of user and item vectors would then weigh differently. In train mode the item vectors pass the model's
-    item dropout, as in its loss.
+    The temperature is shared out evenly, `h / sqrt(temperature)` and `v / sqrt(temperature)`: CORE's user vectors are
+    weighted sums of item vectors, and folding all of it into one side would give the two different lengths, which a
+    mixture of user and item vectors would then weigh differently. In train mode the item vectors pass the model's item
+    dropout, as in its loss.
     """
 
     def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
@@ -154,16 +144,8 @@ class COREBackbone(Backbone):
         return F.normalize(table, dim=-1) / self.model.temperature**0.5
 
 
-class FOSSILBackbone(Backbone):
-    """FOSSIL: ``forward(item_seq, item_seq_len, user)``."""
-
-    arguments = ("item_seq", "item_seq_len", "user")
-
-
 class FPMCBackbone(Backbone):
     """FPMC: user . item + last item . item, two dot products written as one of twice the size."""
-
-    arguments = ("user", "item_seq", "item_seq_len")
 
     def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
         last = item_seq.gather(1, (item_seq_len - 1).unsqueeze(1)).squeeze(1)  # [B]
@@ -173,23 +155,7 @@ class FPMCBackbone(Backbone):
         return torch.cat([self.model.IU_emb.weight, self.model.IL_emb.weight], dim=-1)[: self.n_items]
 
 
-class HGNBackbone(SequenceThenUser):
-    """HGN: ranks with a second item table."""
-
-    item_table = "item_embedding_for_prediction"
-
-
-class HRMBackbone(Backbone):
-    """HRM: ``forward(item_seq, user, item_seq_len)``."""
-
-    arguments = ("item_seq", "user", "item_seq_len")
-
-    def _user_vectors(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None) -> Tensor:
-        # With average pooling HRM writes into the lengths it is given; the caller's must stay as they are.
-        return super()._user_vectors(item_seq, item_seq_len.clone(), user)
-
-
-class NPEBackbone(SequenceThenUser):
+class NPEBackbone(Backbone):
     """NPE: ranks with the rectified item table."""
 
     def item_vectors(self) -> Tensor:
@@ -197,52 +163,33 @@ class NPEBackbone(SequenceThenUser):
 
 
 #: RecBole 1.2.1's sequential models that work as a backbone.
-ADAPTERS: dict[str, Callable[[nn.Module, int], Backbone]] = {
+ADAPTERS: dict[str, type[Backbone]] = {
+    **dict.fromkeys(("Caser", "FEARec", "FOSSIL", "GCSAN", "GRU4Rec", "HGN", "HRM", "LightSANs"), Backbone),
+    **dict.fromkeys(("NARM", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP"), Backbone),
     "BERT4Rec": BERT4RecBackbone,
     "CORE": COREBackbone,
-    "Caser": UserThenSequence,
-    "FEARec": Backbone,
-    "FOSSIL": FOSSILBackbone,
     "FPMC": FPMCBackbone,
-    "GCSAN": Backbone,
-    "GRU4Rec": Backbone,
-    "HGN": HGNBackbone,
-    "HRM": HRMBackbone,
-    "LightSANs": Backbone,
-    "NARM": Backbone,
     "NPE": NPEBackbone,
-    "NextItNet": SequenceOnly,
-    "SASRec": Backbone,
-    "SHAN": SequenceThenUser,
-    "SINE": Backbone,
-    "SRGNN": Backbone,
-    "STAMP": Backbone,
 }
 
 
-__all__ = ["ADAPTERS", "REFUSED", "SUPPORTED", "TRIMMABLE", "Backbone", "table", "trims", "wrap_backbone"]
-
-#: Largest difference allowed between the two ways to score, relative to the largest score.
-TOLERANCE = 1e-5
-
-
-def wrap_backbone(model: nn.Module, config: Any, dataset: Any) -> Backbone:
+def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset: Any) -> Backbone:
     """Wraps a RecBole sequential model, after a comparison of its scores with those of the wrapper.
 
-    Models are known by the name of their class. One that is in neither :data:`ADAPTERS` nor :data:`REFUSED` is taken
-    for ``forward(item_seq, item_seq_len) -> [B, H]`` times ``item_embedding``. The comparison needs no training data,
-    draws nothing from the global random generators and leaves train/eval mode as it was.
+    Models are known by the name of their class. One that is in neither `ADAPTERS` nor `REFUSED` is taken for
+    `forward(item_seq, item_seq_len) -> [B, H]` times `item_embedding`. The comparison needs no training data, draws
+    nothing from the global random generators and leaves train/eval mode as it was.
 
     Args:
         model: the model, trained or not.
-        config: RecBole's config: names of the user and item fields, MAX_ITEM_LIST_LENGTH.
-        dataset: anything with ``num(field)``, the number of users and of items including padding.
+        config: names of the user and item fields, MAX_ITEM_LIST_LENGTH; RecBole's Config works too.
+        dataset: anything with `num(field)`, the number of users and of items including padding.
 
     Returns:
         The adapter around the same model object.
 
     Raises:
-        ConfigError: naming ``backbone``, the model and those that work, when the model does not score by a dot product
+        ConfigError: naming `backbone`, the model and those that work, when the model does not score by a dot product
             of a user vector with item vectors, or needs data beyond the sequences.
     """
     name = type(model).__name__
@@ -252,7 +199,7 @@ def wrap_backbone(model: nn.Module, config: Any, dataset: Any) -> Backbone:
         backbone = ADAPTERS.get(name, Backbone)(model, int(dataset.num(config["ITEM_ID_FIELD"])))
         ours, own = _compare(backbone, config, dataset)
     except Exception as error:
-        # Whatever a foreign model does on this call, the person who named it is to read what was expected of it.
+        # Whatever an unknown model does on this call, the error has to say what was expected of it.
         raise _refusal(name, f"encoding a small random batch failed with {type(error).__name__}: {error}") from error
     if ours.shape != own.shape:
         raise _refusal(name, f"scores have shape {tuple(ours.shape)} and the model's own {tuple(own.shape)}")
@@ -264,18 +211,17 @@ def wrap_backbone(model: nn.Module, config: Any, dataset: Any) -> Backbone:
     return backbone
 
 
-def _compare(backbone: Backbone, config: Any, dataset: Any, batch: int = 4) -> tuple[Tensor, Tensor]:
-    """Scores a random batch in both ways: float [B, V] each."""
-    weight = next(backbone.parameters())
+def _compare(backbone: Backbone, config: Config | Mapping[str, Any], dataset: Any) -> tuple[Tensor, Tensor]:
+    """Scores a random batch of B = 4 in both ways: float [B, V] each."""
     generator = torch.Generator().manual_seed(0)
-    length = int(config["MAX_ITEM_LIST_LENGTH"])
+    length, item_id = int(config["MAX_ITEM_LIST_LENGTH"]), config["ITEM_ID_FIELD"]
     n_users = int(dataset.num(config["USER_ID_FIELD"]))
-    item_seq_len = torch.linspace(1, length, batch).long()  # [B]: one item ... full
-    item_seq = torch.randint(1, backbone.n_items, (batch, length), generator=generator)  # [B, L]
+    item_seq_len = torch.linspace(1, length, 4).long()  # [B]: one item ... full
+    item_seq = torch.randint(1, backbone.n_items, (4, length), generator=generator)  # [B, L]
     item_seq = item_seq * (torch.arange(length) < item_seq_len.unsqueeze(1))
-    user = torch.randint(1, n_users, (batch,), generator=generator)  # [B]
-    item_seq, item_seq_len, user = (x.to(weight.device) for x in (item_seq, item_seq_len, user))
-    item_id = config["ITEM_ID_FIELD"]
+    user = torch.randint(1, n_users, (4,), generator=generator)  # [B]
+    device = next(backbone.parameters()).device
+    item_seq, item_seq_len, user = (x.to(device) for x in (item_seq, item_seq_len, user))
     fields = {
         config["USER_ID_FIELD"]: user,
         item_id: torch.ones_like(user),
@@ -283,13 +229,13 @@ def _compare(backbone: Backbone, config: Any, dataset: Any, batch: int = 4) -> t
         config["ITEM_LIST_LENGTH_FIELD"]: item_seq_len.clone(),
     }
     with _evaluating(backbone), torch.no_grad():
-        own = backbone.model.full_sort_predict(Interaction(fields)).view(batch, -1)
+        own = backbone.model.full_sort_predict(Interaction(fields)).view(4, -1)
         return backbone.scores(item_seq, item_seq_len, user), own
 
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and afterwards the mode each sub-module had (``train()`` would set them all alike)."""
+    """Eval mode inside, and afterwards the mode each sub-module had (`train()` would set them all alike)."""
     before = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -311,16 +257,10 @@ def table() -> str:
     """Gives the Markdown table of all sequential models of RecBole 1.2.1."""
     rows = ["| Model | Backbone | Needs the user id | Trims | Why not |", "|---|---|---|---|---|"]
     for name in sorted([*ADAPTERS, *REFUSED], key=str.lower):
-        adapter = ADAPTERS.get(name)
-        user = "" if adapter is None else _yes("user" in getattr(adapter, "arguments", ()))
-        rows.append(
-            f"| {name} | {_yes(adapter is not None)} | {user} | {_yes(name in TRIMMABLE)} | {REFUSED.get(name, '')} |"
-        )
+        facts = (name in ADAPTERS, "user" in ARGUMENTS.get(name, ()), name in TRIMMABLE)
+        works, user, cut = ("yes" if fact else "no" for fact in facts)
+        rows.append(f"| {name} | {works} | {user if name in ADAPTERS else ''} | {cut} | {REFUSED.get(name, '')} |")
     return "\n".join(rows)
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 if __name__ == "__main__":

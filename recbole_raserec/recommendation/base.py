@@ -1,62 +1,81 @@
-"""What this package's models that score by user vector times item vector share: batches, the softmax over all items."""
+"""What this package's models share: user vectors times item vectors as scores, a softmax over all items as loss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Optional
 
-import torch
+from torch import Tensor
 
+from recbole_raserec.config import Config
 from recbole_raserec.data import PACKED_TARGETS, WEIGHT
+from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy, use_fast_dropout
 
 
-class SoftmaxOverItems:
-    """Goes in front of a RecBole sequential model with ``forward(item_seq, item_seq_len)`` and ``item_embedding``.
+class DotProduct:
+    """Goes in front of a RecBole sequential model with `forward(item_seq, item_seq_len)` and `item_embedding`.
 
-    The loss is RecBole's, from either kind of batch (windows with one target each, or packed) and with weighted rows;
-    the [B, V] scores behind it are never held. The model may also have ``encode_positions(item_seq)``, which serves
-    ``training: packed``. Options: `loss_type`, `softmax_precision`.
+    Option: `softmax_precision`, of the loss, see `recbole_raserec.kernels.linear_cross_entropy`.
     """
 
     ITEM_SEQ: str
     ITEM_SEQ_LEN: str
-    POS_ITEM_ID: str
-    loss_type: str
     forward: Any
-    encode_positions: Any
     item_embedding: Any
-    softmax_precision = "auto"
+    softmax_precision: str
 
-    def __init__(self, config: Any, dataset: Any):
+    def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)  # type: ignore[call-arg]
         use_fast_dropout(self)  # type: ignore[arg-type]
         self.softmax_precision = config["softmax_precision"] or "auto"
 
-    def item_vectors(self) -> torch.Tensor:
+    def item_vectors(self) -> Tensor:
         """Item table as it enters the dot product, [V, H]."""
         return self.item_embedding.weight
 
-    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """What ``full_sort_predict`` multiplies: user vectors [B, H], item vectors [V, H], no bias."""
+    def full_sort_vectors(self, interaction: Any) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        """User vectors [B, H], item vectors [V, H] and item bias [V] or None, of which the scores are made."""
         return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]), self.item_vectors(), None
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores of all items, [B, V]."""
+        return scores(*self.full_sort_vectors(interaction))
+
+
+class SoftmaxOverItems(DotProduct):
+    """A `DotProduct` model trained by next items: windows with one target each, or packed rows with many.
+
+    The loss is RecBole's, also with weighted rows; the [B, V] scores behind it are never held. A model that also has
+    `encode_positions(item_seq)` can be trained with `training: packed`. Option: `loss_type`.
+    """
+
+    POS_ITEM_ID: str
+    loss_type: str
+    encode_positions: Any
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """The loss of a training batch, a scalar: by `loss_type` cross-entropy over all items, or BPR (RecBole's)."""
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)  # type: ignore[misc]
         return self.weighted_loss(*self.encode_batch(interaction), row_weights(interaction))
 
-    def weighted_loss(self, h: torch.Tensor, targets: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
-        """Cross-entropy of user vectors [N, H] over all items, times `weights` [N] (None: 1), as a mean over the rows.
+    def weighted_loss(self, h: Tensor, targets: Tensor, weights: Optional[Tensor]) -> Tensor:
+        """Cross-entropy over all items times `weights`, as a mean over the rows.
 
-        Not over the sum of the batch's weights: batches hold windows of like length, and a factor that all short ones
-        share would be lost.
+        Not over the sum of the weights: batches hold windows of like length, and a factor that all short ones share
+        would be lost.
+
+        Args:
+            h: user vectors [N, H].
+            targets: int64 [N].
+            weights: [N], or None: 1.
         """
         loss = linear_cross_entropy(h, self.item_vectors(), targets, weights, self.softmax_precision)
         return loss if weights is None else loss * (weights.sum() / max(len(h), 1))
 
-    def encode_batch(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """User vectors [N, H] and target items [N] of a training batch: N rows of windows, or, packed, all targets."""
+    def encode_batch(self, interaction: Any) -> tuple[Tensor, Tensor]:
+        """User vectors [N, H] and target items [N] of a training batch: N windows, or all targets of packed rows."""
         item_seq, lengths = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         if PACKED_TARGETS not in interaction.columns:
             return self.forward(item_seq, lengths), interaction[self.POS_ITEM_ID]
@@ -64,14 +83,12 @@ class SoftmaxOverItems:
         predicted = targets > 0
         return self.encode_predicted(item_seq, lengths, predicted), targets[predicted]
 
-    def encode_predicted(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, predicted: torch.Tensor
-    ) -> torch.Tensor:
-        """User vectors [N, H] at the N places of `predicted`, bool [U, L], in one pass over the rows [U, L]."""
+    def encode_predicted(self, item_seq: Tensor, item_seq_len: Tensor, predicted: Tensor) -> Tensor:
+        """User vectors [N, H] at the N positions of `predicted`, bool [U, L], in one pass over the rows [U, L]."""
         return self.encode_positions(item_seq)[predicted]
 
 
-def row_weights(interaction: Any) -> Optional[torch.Tensor]:
+def row_weights(interaction: Any) -> Optional[Tensor]:
     """Weights of the rows that `encode_batch` gives for this batch, [N]; None where the data have none."""
     if WEIGHT not in interaction.columns:
         return None

@@ -1,14 +1,17 @@
-"""BERT4Rec (arXiv 1904.06690) with RecBole's parameters and results; only masked places are scored."""
+"""BERT4Rec (arXiv 1904.06690) with RecBole's parameters and results; only masked positions are scored."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, Optional
 
 import torch
+import torch.nn.functional as F
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
+from torch import Tensor
 
 from recbole_raserec.config import Count, Dropout, LearningOptions, PositiveShare, SequentialOptions, Share, option
-from recbole_raserec.kernels import linear_cross_entropy, use_fast_dropout
+from recbole_raserec.kernels import linear_cross_entropy
+from recbole_raserec.recommendation.base import DotProduct
 from recbole_raserec.recommendation.sasrec import attention_branch, feed_forward_branch
 
 
@@ -26,72 +29,61 @@ class BERT4RecOptions(LearningOptions, SequentialOptions):
     train_batch_size: Count = option(512, "windows in a batch, on average")
 
 
-class BERT4Rec(RecBoleBERT4Rec):
+class BERT4Rec(DotProduct, RecBoleBERT4Rec):
     """RecBole's BERT4Rec: same parameters, same names, same initialisation, same scores and loss within 1e-5.
 
-    What differs is the cost. The last layer is evaluated at the masked places alone; the places that RecBole scores and
-    multiplies by 0 (it pads each window to as many as the longest may have) are left out; the softmax over items runs
-    in reused buffers. A batch without a masked place that counts has the loss 0 (RecBole: not a number).
+    What differs is the cost. The last layer is evaluated at the masked positions alone; the positions that RecBole
+    scores and multiplies by 0 (it pads each window to as many as the longest may have) are left out; the softmax over
+    items runs in reused buffers. A batch without a masked position that counts has the loss 0 (RecBole: not a number).
 
-    Option beside those of RecBole's BERT4Rec: `softmax_precision`, see
-    :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`.
+    Option beside those of RecBole's BERT4Rec: `softmax_precision`, see SASRec.
     """
 
     options = BERT4RecOptions
     trims = True
 
-    def __init__(self, config: Any, dataset: Any):
-        super().__init__(config, dataset)
-        use_fast_dropout(self)
-        self.softmax_precision = config["softmax_precision"] or "auto"
+    def forward(self, item_seq: Tensor) -> Tensor:
+        """States of all positions of sequences [B, L], left-aligned, padded with 0: [B, L, H]."""
+        return self._encode(item_seq)
 
-    def forward(self, item_seq: torch.Tensor) -> torch.Tensor:
-        """Vectors of all places of sequences [B, L], left-aligned, padded with 0: [B, L, H]."""
-        return self.encode_places(item_seq)
-
-    def encode_places(self, item_seq: torch.Tensor, places: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Vectors at `places`, int64 [B, M], of sequences [B, L]; None: at all of them. [B, M, H]."""
+    def _encode(self, item_seq: Tensor, positions: Optional[Tensor] = None) -> Tensor:
+        """States at `positions`, int64 [B, M], of sequences [B, L]; None: at all of them. [B, M, H]."""
         lengths = (item_seq > 0).sum(dim=1).clamp(min=1)
-        positions = self.position_embedding.weight[: item_seq.shape[1]]  # [L, H]
-        hidden = self.dropout(self.LayerNorm(self.item_embedding(item_seq) + positions))  # [B, L, H]
+        hidden = self.item_embedding(item_seq) + self.position_embedding.weight[: item_seq.shape[1]]
+        hidden = self.dropout(self.LayerNorm(hidden))  # [B, L, H]
         layers = self.trm_encoder.layer
         for number, layer in enumerate(layers):
             query = hidden
-            if places is not None and number == len(layers) - 1:
-                query = hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.shape[2]))  # [B, M, H]
-            hidden = feed_forward_branch(layer, attention_branch(layer, query, hidden, False, lengths))
+            if positions is not None and number == len(layers) - 1:
+                query = hidden.gather(1, positions.unsqueeze(2).expand(-1, -1, hidden.shape[2]))  # [B, M, H]
+            hidden = feed_forward_branch(layer, attention_branch(layer, query, hidden, lengths))
         return self.output_ln(self.output_gelu(self.output_ffn(hidden)))
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
-        """Mean cross-entropy over the masked places, the first of a window never counted (RecBole), or its BPR."""
-        places = interaction[self.MASK_INDEX]  # [B, M], 0: none
-        counted = places > 0
+    def item_vectors(self) -> Tensor:
+        """Item table without the row of the mask, [V, H]."""
+        return self.item_embedding.weight[: self.n_items]
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """Mean cross-entropy over the masked positions, the first of a window never counted (RecBole), or its BPR."""
+        masked = interaction[self.MASK_INDEX]  # [B, M], 0: none
+        counted = masked > 0
         if not counted.any():
             return self.output_bias.sum() * 0
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
-        h = self.encode_places(interaction[self.MASK_ITEM_SEQ], places)[counted]  # [N, H]
-        items, bias = self.item_embedding.weight[: self.n_items], self.output_bias
+        h = self._encode(interaction[self.MASK_ITEM_SEQ], masked)[counted]  # [N, H]
         # The bias as two more dimensions of the item vectors, so that it keeps 16 bits where products are in bfloat16.
-        rest = (bias - bias.bfloat16()).detach()
-        table = torch.cat([items, (bias - rest).unsqueeze(1), rest.unsqueeze(1)], dim=1)
-        ones = h.new_ones(len(h), 2)
-        targets = interaction[self.POS_ITEMS][counted]
-        return linear_cross_entropy(torch.cat([h, ones], dim=1), table, targets, precision=self.softmax_precision)
+        rest = (self.output_bias - self.output_bias.bfloat16()).detach()
+        table = torch.cat([self.item_vectors(), (self.output_bias - rest).unsqueeze(1), rest.unsqueeze(1)], dim=1)
+        h, targets = torch.cat([h, h.new_ones(len(h), 2)], dim=1), interaction[self.POS_ITEMS][counted]
+        return linear_cross_entropy(h, table, targets, precision=self.softmax_precision)
 
-    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What ``full_sort_predict`` multiplies and adds: vectors of users [B, H] and items [V, H], item bias [V]."""
+    def full_sort_vectors(self, interaction: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """User vectors [B, H], item vectors [V, H] and item bias [V], of which the scores are made."""
         lengths = interaction[self.ITEM_SEQ_LEN]
         item_seq = self.reconstruct_test_data(interaction[self.ITEM_SEQ], lengths)
-        h = self.encode_places(item_seq, (lengths - 1).unsqueeze(1)).squeeze(1)
-        return h, self.item_embedding.weight[: self.n_items], self.output_bias
+        return self._encode(item_seq, (lengths - 1).unsqueeze(1)).squeeze(1), self.item_vectors(), self.output_bias
 
-    def full_sort_predict(self, interaction: Any) -> torch.Tensor:
-        """Scores of all items, [B, V]."""
-        h, items, bias = self.full_sort_vectors(interaction)
-        return h @ items.t() + bias
-
-    def reconstruct_test_data(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+    def reconstruct_test_data(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """Sequences [B, L] without their first item and with the mask behind their last, as RecBole ranks from them."""
-        longer = torch.nn.functional.pad(item_seq, (0, 1))
-        return longer.scatter(1, item_seq_len.unsqueeze(1), self.mask_token)[:, 1:]
+        return F.pad(item_seq, (0, 1)).scatter(1, item_seq_len.unsqueeze(1), self.mask_token)[:, 1:]

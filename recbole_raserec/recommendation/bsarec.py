@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Optional
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from recbole_raserec.config import Count, Options, Share, option
+from recbole_raserec.config import Config, Count, Options, Share, option
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import use_fast_dropout
 from recbole_raserec.recommendation.duorec import ContrastOptions, DuoRec
-from recbole_raserec.recommendation.sasrec import SASRecOptions, attention_branch, feed_forward_branch
+from recbole_raserec.recommendation.sasrec import SASRecOptions
 
 
 class FilterOptions(Options):
@@ -41,14 +42,14 @@ class BSARec(DuoRec):
     """Each layer mixes what a filter of the sequence gives with what attention gives, `filter_weight` to the rest.
 
     The filter splits the states of a window of N positions (N: `MAX_ITEM_LIST_LENGTH`) into low frequencies, the first
-    `filter_cutoff` // 2 + 1 of its discrete Fourier transform, and the others, and weighs these anew (paper, section
+    `filter_cutoff` // 2 + 1 of its discrete Fourier transform, and the others, and weighs these again (paper, section
     4.2): low + beta^2 high, with a trained beta for each of the H dimensions. Like the attention it is followed by
     dropout, the residual connection and a layer norm.
 
-    - ``filter_scope: window``: the paper's. Low frequencies are a circular weighted mean over the N positions, so that
-      a position sees later ones of its window; prefixes are encoded one by one (``training: prefix``). Padding is zero,
+    - `filter_scope: window`: the paper's. Low frequencies are a circular weighted mean over the N positions, so that
+      a position sees later ones of its window; prefixes are encoded one by one (`training: prefix`). Padding is zero,
       so that scores do not depend on it.
-    - ``filter_scope: causal`` (ours): the mean stops at the position itself, so that one pass gives the states of all
+    - `filter_scope: causal` (ours): the mean stops at the position itself, so that one pass gives the states of all
       prefixes, in either form of training.
 
     Options beside DuoRec's, whose contrast is off by default: `filter_weight` (the paper's alpha), `filter_cutoff` (its
@@ -57,9 +58,9 @@ class BSARec(DuoRec):
 
     options = BSARecOptions
 
-    mean: torch.Tensor
+    mean: Tensor
 
-    def __init__(self, config: Any, dataset: Any):
+    def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
         self._compiled = False
         self.filter_weight, self.causal = config["filter_weight"], config["filter_scope"] == "causal"
@@ -71,47 +72,25 @@ class BSARec(DuoRec):
         mean = low_pass(self.max_seq_length, config["filter_cutoff"] // 2 + 1)
         self.register_buffer("mean", mean.tril() if self.causal else mean, persistent=False)
 
-    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
-        """User vectors [B, H] of histories [B, L], left-aligned, of lengths [B]."""
-        hidden, inside = self._embed_inside(item_seq, item_seq_len)
-        for number in range(self.n_layers - 1):
-            hidden = self._layer(number, hidden, hidden, self.mean[: hidden.shape[1]], inside, causal=True)
-        last = item_seq_len - 1
-        query = self.gather_indexes(hidden, last).unsqueeze(1)  # [B, 1, H]
-        rows = self.mean[last].unsqueeze(1)  # [B, 1, N]
-        return self._layer(self.n_layers - 1, query, hidden, rows, inside, key_length=item_seq_len).squeeze(1)
-
-    def encode_positions(self, item_seq: torch.Tensor) -> torch.Tensor:
+    def encode_positions(self, item_seq: Tensor) -> Tensor:
         """User vector after every prefix of each row in one causal pass: [B, L] -> [B, L, H].
 
         Raises:
-            ConfigError: ``filter_scope`` is ``window``.
+            ConfigError: `filter_scope` is `window`.
         """
         if not self.causal:
             raise ConfigError(["filter_scope: window lets a position see later ones; set filter_scope: causal"])
-        hidden, inside = self._embed_inside(item_seq, (item_seq > 0).sum(dim=1))
-        for number in range(self.n_layers):
-            hidden = self._layer(number, hidden, hidden, self.mean[: hidden.shape[1]], inside, causal=True)
-        return hidden
+        return super().encode_positions(item_seq)
 
-    def _embed_inside(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inside = torch.arange(item_seq.shape[1], device=item_seq.device) < item_seq_len[:, None]  # [B, L]
-        return self._embed(item_seq), inside.unsqueeze(2)
-
-    def _layer(
-        self, number: int, query: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor, inside: torch.Tensor,
-        causal: bool = False, key_length: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """Layer `number` for the positions in `query` [B, Q, H] over `hidden` [B, L, H].
-
-        `rows` [(B,) Q, N]: theirs of the low-pass matrix; `inside` [B, L, 1]: where `hidden` is no padding.
-        """
-        layer = self.trm_encoder.layer[number]
-        low = rows[..., : hidden.shape[1]] @ (hidden * inside)  # [B, Q, H]
+    def _mix(self, number: int, query: Tensor, hidden: Tensor, item_seq_len: Tensor, alone: bool) -> Tensor:
+        """Filter and attention, mixed."""
+        length = hidden.shape[1]
+        inside = torch.arange(length, device=hidden.device) < item_seq_len[:, None]  # [B, L]: no padding
+        rows = self.mean[item_seq_len - 1].unsqueeze(1) if alone else self.mean[:length]  # [(B,) Q, N]
+        low = rows[..., :length] @ (hidden * inside.unsqueeze(2))  # [B, Q, H]
         filtered = self.filters[number](query, low)
-        attended = attention_branch(layer, query, hidden, causal, key_length)
-        mixed = self.filter_weight * filtered + (1 - self.filter_weight) * attended
-        return feed_forward_branch(layer, mixed)
+        attended = super()._mix(number, query, hidden, item_seq_len, alone)
+        return self.filter_weight * filtered + (1 - self.filter_weight) * attended
 
 
 class FrequencyFilter(nn.Module):
@@ -123,16 +102,16 @@ class FrequencyFilter(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.LayerNorm = nn.LayerNorm(hidden_size, eps=float(epsilon))
 
-    def forward(self, x: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
         """States `x` and their low frequencies `low`, [..., H] -> [..., H]."""
         beta = self.beta.square()
         return self.LayerNorm(self.dropout(low + beta * (x - low)) + x)
 
 
-def low_pass(length: int, frequencies: int) -> torch.Tensor:
+def low_pass(length: int, frequencies: int) -> Tensor:
     """The matrix [N, N] that keeps the first `frequencies` of a sequence of N = `length` positions.
 
-    As ``irfft(mask(rfft(x)))`` along the positions, with the mean as frequency 0.
+    As `irfft(mask(rfft(x)))` along the positions, with the mean as frequency 0.
     """
     spectrum = torch.fft.rfft(torch.eye(length, dtype=torch.float64), dim=0, norm="ortho")
     spectrum[frequencies:] = 0

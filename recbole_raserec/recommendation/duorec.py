@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Optional, Union
 
 import torch
+from torch import Tensor
 
-from recbole_raserec.config import Dropout, Options, Positive, PositiveShare, Weight, option
+from recbole_raserec.config import Config, Dropout, Options, Positive, PositiveShare, Weight, option
 from recbole_raserec.data import PACKED_TARGETS, SAME_TARGET, SAME_TARGET_ROWS
 from recbole_raserec.kernels import info_nce
 from recbole_raserec.recommendation.base import row_weights
@@ -48,40 +50,39 @@ class DuoRec(SASRec):
     """SASRec's encoder and cross-entropy plus InfoNCE between views.
 
     Views of a row: its encoding h, a second encoding h' of the same window under other dropout noise, the encoding s of
-    another training window with the same target item (drawn uniformly in each epoch).
+    another training window with the same target item (drawn uniformly in each epoch). Rows of one batch that share a
+    target count as negatives of each other, as in the paper's public implementation.
 
     Options beside SASRec's:
 
-    - `contrast`: ``un``: h against h', weight `lmd`; ``su``: h against s, weight `lmd_sem`; ``us``: both;
-      ``us_x`` (default): h' against s, weight `lmd_sem`; ``none``.
+    - `contrast`: `un`: h against h', weight `lmd`; `su`: h against s, weight `lmd_sem`; `us`: both; `us_x` (default):
+      h' against s, weight `lmd_sem`; `none`.
     - `lmd`, `lmd_sem`: weights of the losses.
-    - `contrast_share`: share of a batch's rows, drawn anew each time, that the contrast against s is taken over (the
-      paper: all). The windows behind s cost more than the rest of a step where the rest is ``packed``.
-    - `tau`: temperature. `sim`: ``dot`` or ``cos``.
+    - `contrast_share`: share of a batch's rows, drawn again each time, that the contrast against s is taken over (the
+      paper: all). The windows behind s cost more than the rest of a step where the rest is `packed`.
+    - `tau`: temperature. `sim`: `dot` or `cos`.
 
-    The defaults are the paper's, ``sim: dot`` with ``tau: 1``. They need patience: user vectors leave a layer norm with
+    The defaults are the paper's, `sim: dot` with `tau: 1`. They need patience: user vectors leave a layer norm with
     length 8, so that the contrast is 33 at the start (chance is 6.9) and the encoder first collapses to get rid of it.
     On amazon-beauty (seed 2020, the other options as shipped) validation NDCG@10 after 6, 20 and 40 epochs is .012,
-    .039 and .053, and .055 in the end; with ``sim: cos, tau: 0.1`` it is .043 and .051 after 6 and 20, and stays there.
-
-    Rows of one batch that share a target count as negatives of each other, as in the paper's public implementation.
+    .039 and .053, and .055 in the end; with `sim: cos, tau: 0.1` it is .043 and .051 after 6 and 20, and stays there.
     """
 
     options = DuoRecOptions
     trims = True
 
-    def __init__(self, config: Any, dataset: Any):
+    def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
         self.contrast = config["contrast"]
         self.lmd, self.lmd_sem = config["lmd"], config["lmd_sem"]
         self.tau, self.sim = config["tau"], config["sim"]
 
     @staticmethod
-    def needs_same_target(config: Any) -> bool:
+    def needs_same_target(config: Config | Mapping[str, Any]) -> bool:
         """Whether the loader has to add same-target windows to each batch."""
         return config["contrast"] in SUPERVISED
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """Cross-entropy over all items plus the weighted contrast of a training batch, a scalar."""
         if self.loss_type != "CE":
             return super().calculate_loss(interaction)
@@ -97,29 +98,25 @@ class DuoRec(SASRec):
         some = weights if weights is None else weights[rows]
         return loss + self.lmd_sem * self._nce(first, self._same_target(interaction), some)
 
-    def _second_view(self, interaction: Any, rows: Union[slice, torch.Tensor]) -> torch.Tensor:
+    def _second_view(self, interaction: Any, rows: Union[slice, Tensor]) -> Tensor:
         """h' of `rows`: what else a batch of windows holds is not encoded, what is packed is encoded as a whole."""
         if isinstance(rows, slice) or PACKED_TARGETS in interaction.columns:
             return self.encode_batch(interaction)[0][rows]
         return self.forward(interaction[self.ITEM_SEQ][rows], interaction[self.ITEM_SEQ_LEN][rows])
 
-    def _nce(self, first: torch.Tensor, second: torch.Tensor, weights: Optional[torch.Tensor]) -> torch.Tensor:
+    def _nce(self, first: Tensor, second: Tensor, weights: Optional[Tensor]) -> Tensor:
         return info_nce(first, second, self.tau, self.sim, weights)
 
-    def _same_target(self, interaction: Any) -> torch.Tensor:
-        return self.forward_ragged(
-            interaction[SAME_TARGET + self.ITEM_SEQ], interaction[SAME_TARGET + self.ITEM_SEQ_LEN]
-        )
+    def _same_target(self, interaction: Any) -> Tensor:
+        """s of the rows that the loader drew windows for, [B, H]."""
+        windows = interaction[SAME_TARGET + self.ITEM_SEQ]
+        return self.forward_ragged(windows, interaction[SAME_TARGET + self.ITEM_SEQ_LEN])
 
-    def forward_ragged(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
-        """:meth:`forward` for rows of unlike length: encoded in groups of like length, little padding. [B, H]."""
+    def forward_ragged(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """`forward` for rows of unlike length: encoded in groups of like length, with little padding. [B, H]."""
         if self.compiled():
             return self.forward(item_seq, item_seq_len)
         order = torch.argsort(item_seq_len)
-        parts = []
-        for group in order.chunk(GROUPS):
-            lengths = item_seq_len[group]
-            parts.append(self.forward(item_seq[group, : int(lengths.max())], lengths))
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        return torch.cat(parts)[inverse]
+        groups = [(item_seq[rows], item_seq_len[rows]) for rows in order.chunk(GROUPS)]
+        parts = [self.forward(rows[:, : int(lengths.max())], lengths) for rows, lengths in groups]
+        return torch.cat(parts)[torch.argsort(order)]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.fearec import FEARec as RecBoleFEARec
+from torch import Tensor
 
 from recbole_raserec.config import (
+    Config,
     Dropout,
     LearningOptions,
     Loss,
@@ -54,28 +57,27 @@ class FEARecOptions(LearningOptions, SequentialOptions):
 class FEARec(SoftmaxOverItems, RecBoleFEARec):
     """RecBole's FEARec: same parameters, same names, same initialisation, same scores and loss within 1e-5.
 
-    What differs is the cost, where attention is in the frequency domain alone (``dual_domain: false``, RecBole's
+    What differs is the cost, where attention is in the frequency domain alone (`dual_domain: false`, RecBole's
     default; with true, layers are RecBole's own):
 
     - The strength of a delay is a mean over the H dimensions of cross-correlations. The mean is taken of the spectra,
-      before the inverse transform, and the transforms are products with small matrices (:class:`Delays`).
-    - Each place takes a weighted mean of the places that the strongest delays lead to: one product with an [L, L]
-      matrix for each window.
-    - The last layer is evaluated at the last place alone.
+      before the inverse transform, and the transforms are products with small matrices (`Delays`).
+    - Each position takes a weighted mean of those that the strongest delays lead to: one product with an [L, L] matrix
+      for each window.
+    - The last layer is evaluated at the last position alone.
 
-    Without contrast (RecBole's default) and with ``loss_type: CE`` the windows of the same target, which RecBole draws
+    Without contrast (RecBole's default) and with `loss_type: CE` the windows of the same target, which RecBole draws
     for each batch and does not use, are not drawn, and the softmax over items runs in reused buffers.
 
-    All places of the padded window take part, so that windows are never cut; prefixes are encoded one by one.
+    All positions of the padded window take part, so that windows are never cut; prefixes are encoded one by one.
 
-    Options beside those of RecBole's FEARec: `softmax_precision`, see
-    :func:`~recbole_raserec.kernels.losses.linear_cross_entropy`; `contrast` may also be ``none``.
+    Options beside those of RecBole's FEARec: `softmax_precision`, see SASRec; `contrast` may also be `none`.
     """
 
     options = FEARecOptions
     trims = False
 
-    def __init__(self, config: Any, dataset: Any):
+    def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         with contextlib.redirect_stdout(io.StringIO()):  # RecBole prints each layer's frequencies
             super().__init__(config, dataset)
         self.fast = not config["dual_domain"] and not config["use_filter"]
@@ -92,7 +94,7 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
         items, starts = np.unique(targets[order], return_index=True)
         return dict(zip(items.tolist(), np.split(order, starts[1:])))
 
-    def forward(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> torch.Tensor:
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors [B, H] of histories [B, L], left-aligned, padded with 0 to L: `MAX_ITEM_LIST_LENGTH`."""
         if not self.fast:
             return super().forward(item_seq, item_seq_len)
@@ -105,7 +107,7 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
             hidden = feed_forward_branch(layer, mixed)
         return hidden
 
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """The loss of a training batch, a scalar: cross-entropy over all items, with `contrast` RecBole's sum."""
         if self.ssl in ("us", "un", "su", "us_x"):
             return RecBoleFEARec.calculate_loss(self, interaction)
@@ -113,7 +115,7 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
 
 
 class Delays:
-    """Which delays of a window of L places go together best, from some of its frequencies (paper, section 3.2).
+    """Which delays of a window of L positions go together best, from some of its frequencies (paper, section 3.2).
 
     Args:
         length: L.
@@ -132,13 +134,13 @@ class Delays:
         self.count = int(factor * math.log(length))
         self.length = length
 
-    def to(self, like: torch.Tensor) -> None:
+    def to(self, like: Tensor) -> None:
         """Move to device and type of `like`."""
         if self.transform.dtype != like.dtype or self.transform.device != like.device:
             for name in ("inverse", "constant", "transform"):  # in this order, as other threads may look at the last
                 setattr(self, name, getattr(self, name).to(like))
 
-    def strengths(self, hidden: torch.Tensor, query: Any, key: Any) -> torch.Tensor:
+    def strengths(self, hidden: Tensor, query: Any, key: Any) -> Tensor:
         """Mean over dimensions of the circular cross-correlations of query and key, [B, L, H] -> [B, L]."""
         spectrum = self.transform @ hidden  # [B, 2F, H]
         q = F.linear(spectrum, query.weight) + self.constant * query.bias
@@ -149,10 +151,16 @@ class Delays:
         product = torch.cat([real[:, :half] + real[:, half:], crossed[:, half:] - crossed[:, :half]], dim=1)
         return product @ self.inverse
 
-    def mixing(self, strengths: torch.Tensor, shared: bool, last: Optional[torch.Tensor]) -> torch.Tensor:
-        """Weights by which places take from places: [B, L, L]; with `last` [B] for that place alone, [B, 1, L].
+    def mixing(self, strengths: Tensor, shared: bool, last: Optional[Tensor]) -> Tensor:
+        """Weights by which positions take from positions.
 
-        `shared` (training): the delays that are strongest in the mean of the batch, for all its windows.
+        Args:
+            strengths: of the delays, [B, L].
+            shared: take the delays that are strongest in the mean of the batch, for all its windows (training).
+            last: int64 [B], the only positions wanted; None: all.
+
+        Returns:
+            [B, L, L], or [B, 1, L].
         """
         if shared:
             index = torch.topk(strengths.mean(dim=0), self.count).indices  # [C]
@@ -166,14 +174,14 @@ class Delays:
             values, index = torch.topk(strengths, self.count, dim=1)
             weights = torch.softmax(values, dim=1)
         spread = weights.new_zeros(len(weights), self.length).scatter(1, index, weights)  # [B, delay]
-        if last is None:  # row t holds them from place t on, around
+        if last is None:  # row t holds them from position t on, around
             return torch.cat([spread, spread], dim=1).unfold(1, self.length, 1)[:, 1:].flip(1)
         delay = torch.arange(self.length, device=last.device) - last[:, None]
         return spread.gather(1, delay % self.length).unsqueeze(1)
 
 
-def _attention(part: Any, delays: Delays, hidden: torch.Tensor, last: Optional[torch.Tensor]) -> torch.Tensor:
-    """RecBole's HybridAttention in the frequency domain, [B, L, H] -> [B, L, H], or [B, H] at the places `last`."""
+def _attention(part: Any, delays: Delays, hidden: Tensor, last: Optional[Tensor]) -> Tensor:
+    """RecBole's HybridAttention in the frequency domain, [B, L, H] -> [B, L, H], or [B, H] at positions `last`."""
     delays.to(hidden)
     strengths = delays.strengths(hidden, part.query_layer, part.key_layer)
     taken = delays.mixing(strengths, part.training, last) @ hidden  # weights sum to 1, so that values may come after

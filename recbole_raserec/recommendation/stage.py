@@ -7,17 +7,17 @@ from typing import Any, Optional
 
 from recbole.utils import init_seed
 
-from recbole_raserec.config import get_model
+from recbole_raserec.config import Config, get_model
 from recbole_raserec.data import Splits, check_same_split, prepare_data, training_hash
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.evaluation import evaluate
-from recbole_raserec.recommendation.darec import find_collaborator, take_collaborator
+from recbole_raserec.recommendation.darec import find_collaborative_model
 from recbole_raserec.storage import BEST, fingerprint, load_weights, read_manifest, read_weights, version_of
 from recbole_raserec.training import DECIMALS, Outcome, Trial, evaluate_test, run_stage
 
 
 def train_model(
-    config: Any, checkpoint: Optional[str] = None, regenerated: Any = None, trial: Optional[Trial] = None
+    config: Config, checkpoint: Optional[str] = None, regenerated: Any = None, trial: Optional[Trial] = None
 ) -> Outcome:
     """Stage ii: train the configured model, continue its training, or reuse what a run with the same fingerprint left.
 
@@ -28,13 +28,15 @@ def train_model(
         trial: given where the run is one of a search.
 
     Raises:
-        CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
+        CheckpointError: `checkpoint`, or that of the collaborative model, belongs to another model or data set, or is
+            damaged.
+        DatasetError: `regenerated` was made from another training split.
     """
-    collaborator = None
+    collaborative = None
     if config["collaborative"] and checkpoint:  # the checkpoint holds its own
         config["collaborative_options"] = read_manifest(checkpoint)["options"].get("collaborative_options")
     elif config["collaborative"]:
-        collaborator = find_collaborator(config, lambda other: train_model(other).directory)
+        collaborative = find_collaborative_model(config, lambda other: train_model(other).directory)
     splits = prepare_data(config, None if regenerated is None else regenerated.data)
     if regenerated is not None and regenerated.data.training is not None:
         own = splits.train._dataset.original
@@ -47,19 +49,21 @@ def train_model(
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
     options = config.training_options()
-    if collaborator is not None and not checkpoint:
-        take_collaborator(config, model, splits, *collaborator)
     if checkpoint:
         return _from_checkpoint(config, splits, model, Path(checkpoint), trial)
     parts = [] if regenerated is None else [regenerated.fingerprint]
     parts += version_of(config["model"])
-    parts += [collaborator[1]["fingerprint"]] if collaborator is not None else []
+    if collaborative is not None:
+        directory, manifest = collaborative
+        check_same_split("collaborative", directory, manifest, config, splits)
+        load_weights(model.collaborator.model, read_weights(directory, manifest), directory / BEST)
+        parts += [manifest["fingerprint"]]
     parts += model.fingerprint_parts() if hasattr(model, "fingerprint_parts") else []
     mark = fingerprint(options, splits.fingerprint, *parts)
     return run_stage(config, splits, model, splits.train, mark, {"options": config.explain()}, trial=trial)
 
 
-def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path, trial: Optional[Trial]) -> Outcome:
+def _from_checkpoint(config: Config, splits: Splits, model: Any, directory: Path, trial: Optional[Trial]) -> Outcome:
     """The weights of another run's checkpoint, evaluated on this run's data."""
     manifest = read_manifest(directory)
     if manifest["model"] != config["model"]:
@@ -68,8 +72,7 @@ def _from_checkpoint(config: Any, splits: Splits, model: Any, directory: Path, t
             f"set --backbone={manifest['model']} or name another directory."
         )
     check_same_split("backbone_checkpoint", directory, manifest, config, splits)
-    weights = read_weights(directory, manifest)
-    load_weights(model, weights, directory / BEST)
+    load_weights(model, read_weights(directory, manifest), directory / BEST)
     model.eval()
     metrics = {"valid": evaluate(model, splits.valid, config, splits.seen["valid"], decimals=DECIMALS)}
     ranks = None

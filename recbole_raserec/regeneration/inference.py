@@ -3,16 +3,19 @@
 At each step a coin decides: with probability gamma the next item is chosen among the sequence's own (restrictive),
 otherwise among all (generative); never one that the pattern has already. The public code always tosses restrictive.
 
-All sequences of a batch and all K conditions are decoded together, on kept keys and values; greedily on a CPU by the
+All sequences of a batch and all K conditions are decoded together, on stored keys and values; greedily on a CPU by the
 compiled kernels. The last bits of a product depend on the size of the batch and on the kernel, and with them, in
 float32, now and then an item. So a pattern with any choice closer than float32 can tell is decoded again in float64
 (draws always are), and coins and draws are functions of (seed, sequence, condition, step): the patterns do not depend
 on the batch size.
+
+Mined and generated patterns, each once, then make the regenerated set.
 """
 
 from __future__ import annotations
 
 import copy
+import ctypes
 from typing import Optional
 
 import numpy as np
@@ -20,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 from recbole_raserec.data import ORIGINS, Patterns, Regenerated
-from recbole_raserec.regeneration.native_decoder import compiled
+from recbole_raserec.kernels import Library, loaded, pointer
 from recbole_raserec.regeneration.pairs import Sequences
-from recbole_raserec.regeneration.regenerator import KeyValue, Regenerator
+from recbole_raserec.regeneration.regenerator import Attention, DecoderLayer, KeyValue, Regenerator, first_occurrences
 
 #: Items a pattern has at least; a single one has no prefix.
 LEAST = 2
@@ -31,17 +34,19 @@ _COIN, _DRAW = 0, 1
 
 _ROWS = 256  # rows whose logits over all items are held at a time
 _BLOCK = 128  # columns of a block of logits, see best_two
-#: Rounding of a logit in float32, as a share of |h| |item|: four times what is seen.
-_UNSURE = 2e-5
+_UNSURE = 2e-5  # rounding of a logit in float32, as a share of |h| |item|: four times what is measured
+_PANEL, _MOST_WAYS = 64, 60  # items in a panel and rows of a block, decode.h
 
 
 class Decoder:
     """Writes patterns with a trained regenerator.
 
     Args:
-        model: trained; it is copied. gamma: share of restrictive steps, in [0, 1].
-        temperature: 0: the best item (greedy); above: items are drawn, their logits divided by it. seed: of both.
-        native_kernels: use the compiled kernels where they are there and fit.
+        model: trained; it is copied.
+        gamma: share of restrictive steps, in [0, 1].
+        temperature: 0: the best item (greedy); above: items are drawn, their logits divided by it.
+        seed: of coins and draws.
+        native_kernels: use the compiled kernels where they are built and fit.
     """
 
     def __init__(
@@ -49,26 +54,30 @@ class Decoder:
     ):
         self.exact = copy.deepcopy(model).double().eval().requires_grad_(False)
         self.gamma, self.temperature, self.seed = float(gamma), float(temperature), int(seed)
-        self._fine = _Steps(self.exact, self.temperature)
+        self._fine = TorchSteps(self.exact, self.temperature)
         rough = copy.deepcopy(model).float().eval().requires_grad_(False)
         unsure = _UNSURE * float(rough.items.weight[1:].norm(dim=1).max())
-        self._compiled = compiled(rough, LEAST, unsure) if native_kernels and not temperature else None
-        self._rough = _Steps(rough, 0.0, unsure) if not temperature else None
+        self._compiled = compiled(rough, unsure) if native_kernels and not temperature else None
+        self._rough = TorchSteps(rough, 0.0, unsure) if not temperature else None
 
     @torch.no_grad()
     def decode(self, items: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
         """Patterns of sequences.
 
         Args:
-            items: int64 [B, S], padded with 0. numbers: int [B], of the sequences; they enter coins and draws.
+            items: int64 [B, S], padded with 0.
+            numbers: int [B], of the sequences; coins and draws depend on them.
 
         Returns:
             int64 [B, K, pattern_length], padded with 0; at least two items each, unless the sequence has too few for
             restrictive steps.
         """
-        restrictive = torch.from_numpy(self._uniform(numbers, _COIN) < self.gamma).to(items.device)
-        draws = torch.from_numpy(self._uniform(numbers, _DRAW)).to(items.device)
         shape = len(items), self.exact.conditions, self.exact.pattern_length
+        coins, draws = (
+            torch.from_numpy(uniform(self.seed, numbers, *shape[1:], stream)).to(items.device)
+            for stream in (_COIN, _DRAW)
+        )
+        restrictive = coins < self.gamma
         if self._rough is None:
             return self._fine.run(items, restrictive, draws)[0].view(shape)
         if self._compiled is not None:
@@ -80,15 +89,13 @@ class Decoder:
             found[close] = self._fine.run(items[again], restrictive[again], draws[again], close[again])[0]
         return found
 
-    def _uniform(self, numbers: np.ndarray, stream: int) -> np.ndarray:
-        return uniform(self.seed, numbers, self.exact.conditions, self.exact.pattern_length, stream)
 
-
-class _Steps:
-    """The decoding in one precision.
+class TorchSteps:
+    """The decoding by torch, in the model's precision.
 
     Args:
-        model: regenerator in evaluation mode. temperature: as of :class:`Decoder`.
+        model: regenerator in evaluation mode.
+        temperature: as in `Decoder`.
         unsure: difference of two logits, per length of h, below which a choice is close: rounding of products and of h.
     """
 
@@ -106,7 +113,9 @@ class _Steps:
         """Patterns [N, length] of sequences [B, S], and bool [N] where a choice was too close to tell.
 
         Args:
-            restrictive: bool [B, K, length]. draws: [B, K, length].
+            items: int64 [B, S], padded with 0.
+            restrictive: bool [B, K, length].
+            draws: doubles in [0, 1) [B, K, length].
             wanted: bool [B, K], the N that are decoded, in this order; all by default.
         """
         model, length = self.model, self.model.pattern_length
@@ -135,20 +144,20 @@ class _Steps:
                 logits = (model.items(own_items) @ h[rows][:, :, None]).squeeze(2)
                 used = (own_items[:, :, None] == written[rows, None]).any(2)
                 logits = logits.masked_fill(used | ~source.candidates[owner[rows]], -torch.inf)
-                place, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
+                column, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
                 last = own_items.shape[1]
-                picked = own_items.gather(1, place.clamp(max=last - 1)[:, None]).squeeze(1)
-                token[rows] = torch.where(place < last, picked, model.end)
+                picked = own_items.gather(1, column.clamp(max=last - 1)[:, None]).squeeze(1)
+                token[rows] = torch.where(column < last, picked, model.end)
                 close[rows] |= unsure
             free = (~restrictive[:, step] & going).nonzero().squeeze(1)
             for rows in free.split(_ROWS):
                 logits = self._logits[: len(rows)]
                 torch.mm(h[rows], self._table, out=logits)
                 logits[:, model.n_items :] = -torch.inf
-                logits.scatter_(1, written[rows], -torch.inf)  # unwritten places are 0, the padding
+                logits.scatter_(1, written[rows], -torch.inf)  # unwritten steps are 0, the padding
                 logits[:, 0] = -torch.inf
-                place, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
-                token[rows] = torch.where(place < model.n_items, place, model.end)
+                column, unsure = self._choose(logits, h[rows], end[rows], draws[rows, step], step)
+                token[rows] = torch.where(column < model.n_items, column, model.end)
                 close[rows] |= unsure
             going &= token != model.end
             if not bool(going.any()):
@@ -160,7 +169,7 @@ class _Steps:
         self, logits: torch.Tensor, h: torch.Tensor, end: torch.Tensor, draw: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Column of `logits` [R, C] that is taken, C or more: the end; and whether that was too close to tell."""
-        place, best, second = best_two(logits)
+        column, best, second = best_two(logits)
         if step < LEAST:  # no end yet, if there is any item at all
             end = torch.where(torch.isneginf(best), end, -torch.inf)
         if self.temperature:
@@ -169,7 +178,7 @@ class _Steps:
             drawn = torch.searchsorted(weights, (draw * weights[:, -1])[:, None], right=True).squeeze(1)
             return drawn, torch.zeros_like(drawn, dtype=torch.bool)
         gap = torch.where(end > best, end - best, best - torch.maximum(second, end))
-        return torch.where(end > best, logits.shape[1], place), gap <= self._unsure * h.norm(dim=1)
+        return torch.where(end > best, logits.shape[1], column), gap <= self._unsure * h.norm(dim=1)
 
 
 def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -190,6 +199,122 @@ def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return number * block + column, best, torch.maximum(inside.amax(dim=1), peaks.amax(dim=1))
 
 
+def compiled(model: Regenerator, unsure: float) -> Optional[CompiledSteps]:
+    """The compiled kernels' form of `TorchSteps` without temperature; None where they are not built or do not fit."""
+    found = loaded()
+    if found is None or model.projections.device.type != "cpu" or model.projections.dtype != torch.float32:
+        return None
+    layers = model.decoder_layers()
+    widths = [model.size // layer.own.heads for layer in layers] + [_inner(layer) for layer in layers]
+    fits = layers and model.conditions <= _MOST_WAYS and not any(width % found.width for width in widths)
+    return CompiledSteps(model, unsure, found) if fits else None
+
+
+class CompiledSteps:
+    """Greedy decoding by the compiled kernels: all steps of a few sequences at a time, all items in one sweep.
+
+    `kernels/src/decode.h` holds the loop; what it reads of the model is laid out here.
+
+    Args:
+        model: float32, in evaluation mode, on the CPU.
+        unsure: as in `TorchSteps`.
+        library: the compiled kernels.
+    """
+
+    def __init__(self, model: Regenerator, unsure: float, library: Library):
+        self._model, self._library = model, library
+        layers = model.decoder_layers()
+        size, ways, n_items = model.size, model.conditions, model.n_items
+        with torch.no_grad():
+            # [H, K * layers * 2H]: the source's projection into each space, and each layer's keys and values of it.
+            maps = torch.stack([torch.cat([_w(layer.source.key), _w(layer.source.value)], 1) for layer in layers])
+            self._into = torch.einsum("khg,lgj->hklj", model.projections, maps).reshape(size, -1).contiguous()
+            bias = torch.cat([_bias(layer.source.key, layer.source.value) for layer in layers])
+            self._into_bias = bias.repeat(ways)
+            self._weights = torch.cat([part.reshape(-1) for layer in layers for part in _parts(layer)])
+            self._positions = model.pattern_positions.weight.detach().contiguous()
+            self._norm = [model.pattern_norm.weight.detach(), model.pattern_norm.bias.detach()]
+            self._table = model.items.weight.detach().contiguous()
+            table = torch.zeros(-(-n_items // _PANEL), _PANEL, size)
+            table.view(-1, size)[:n_items] = self._table[:n_items]
+            if library.bfloat16:
+                rounded = table.bfloat16()
+                pairs = rounded.view(len(table), _PANEL, size // 2, 2).transpose(1, 2)
+                self._columns, rounded = pairs.contiguous(), rounded.float()
+            else:
+                self._columns, rounded = table.transpose(1, 2).contiguous(), table
+            # Slightly more: these are bounds, and float32 rounds them.
+            self._errors = (table - rounded).norm(dim=2).amax(1) * 1.0001
+            self._norms = rounded.norm(dim=2).amax(1) * 1.0001
+        self._numbers = [_inner(layers[0]), layers[0].own.heads, len(layers), n_items, LEAST]
+        self._settings = torch.tensor([model.pattern_norm.eps, unsure])
+
+    def run(self, items: torch.Tensor, restrictive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patterns int64 [B, K, length] of sequences [B, S], and bool [B, K] where a choice was too close to tell.
+
+        Args:
+            items: int64, padded with 0, no row empty.
+            restrictive: bool [B, K, length].
+
+        Raises:
+            IndexError: an item is not one of the model's.
+        """
+        model = self._model
+        shape = len(items), model.conditions, model.pattern_length
+        if restrictive.shape != shape or items.shape[1] > model.longest:
+            raise ValueError("sequences and coins must fit the regenerator.")
+        if items.numel() and not 0 <= int(items.min()) <= int(items.max()) < model.n_items:
+            raise IndexError(f"items must lie in [0, {model.n_items}).")
+        source = model.read(items).contiguous()
+        items, unused, own = items.contiguous(), first_occurrences(items), restrictive.contiguous()
+        written, close = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[:2], dtype=torch.bool)
+        numbers = torch.tensor(
+            [len(items), model.conditions, model.pattern_length, items.shape[1], model.size, *self._numbers]
+        )
+        failed = self._library.call.raserec_decode(
+            *map(pointer, (numbers, source, items, unused, own, self._into, self._into_bias, self._weights)),
+            *map(pointer, (self._positions, *self._norm, self._table, self._columns, self._errors, self._norms)),
+            pointer(self._settings), ctypes.c_int(torch.get_num_threads()), pointer(written), pointer(close),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory to decode in; lower the batch size.")
+        return written, close
+
+
+def _w(linear: torch.nn.Linear) -> torch.Tensor:
+    """[in, out]."""
+    return linear.weight.detach().t()
+
+
+def _bias(*linears: torch.nn.Linear) -> torch.Tensor:
+    return torch.cat([linear.bias.detach() for linear in linears])
+
+
+def _inner(layer: DecoderLayer) -> int:
+    first = layer.feed_forward[0]
+    assert isinstance(first, torch.nn.Linear)
+    return first.out_features
+
+
+def _parts(layer: DecoderLayer) -> list[torch.Tensor]:
+    """A layer's weights in the order of decode.h."""
+
+    def out(attention: Attention) -> list[torch.Tensor]:
+        return [_w(attention.out), attention.out.bias]
+
+    def norm(number: int) -> list[torch.Tensor]:
+        return list(layer.norms[number].parameters())  # gain, shift
+
+    own, source = layer.own, layer.source
+    wide, back = layer.feed_forward[0], layer.feed_forward[3]
+    assert isinstance(wide, torch.nn.Linear)
+    assert isinstance(back, torch.nn.Linear)
+    parts = [torch.cat([_w(own.query), _w(own.key), _w(own.value)], 1), _bias(own.query, own.key, own.value)]
+    parts += [*out(own), *norm(0), _w(source.query), source.query.bias, *out(source), *norm(1)]
+    parts += [_w(wide), wide.bias, _w(back), back.bias, *norm(2)]
+    return [part.detach() for part in parts]
+
+
 def generate(
     model: Regenerator, sequences: Sequences, gamma: float, temperature: float = 0.0, seed: int = 0,
     batch_size: int = 256, desc: Optional[str] = None, native_kernels: bool = True,
@@ -197,10 +322,14 @@ def generate(
     """Patterns of all sequences: int64 [S, K, pattern_length], padded with 0.
 
     Args:
-        model, gamma, temperature, seed, native_kernels: see :class:`Decoder`.
+        model: see `Decoder`.
         sequences: of at most `model.longest` items each.
-        batch_size: sequences decoded at a time; it changes nothing but speed and memory (K rows of V float64 each).
+        gamma: see `Decoder`.
+        temperature: see `Decoder`.
+        seed: see `Decoder`.
+        batch_size: sequences decoded at a time; it changes only speed and memory (K rows of V float64 each).
         desc: show a progress bar with this label.
+        native_kernels: see `Decoder`.
     """
     decoder, device = Decoder(model, gamma, temperature, seed, native_kernels), model.projections.device
     found = np.zeros((len(sequences), model.conditions, model.pattern_length), dtype=np.int64)
@@ -219,11 +348,11 @@ def uniform(seed: int, numbers: np.ndarray, ways: int, steps: int, stream: int) 
     The finaliser of splitmix64 (Steele, Lea and Flood, 2014) over a counter.
     """
     numbers = np.asarray(numbers, dtype=np.uint64)[:, None, None]
-    places = np.arange(ways * steps, dtype=np.uint64).reshape(ways, steps)
+    counters = np.arange(ways * steps, dtype=np.uint64).reshape(ways, steps)
     with np.errstate(over="ignore"):
         state = _mix(np.array([seed % (1 << 64)], np.uint64) + np.uint64(stream) * np.uint64(0xD1342543DE82EF95))
         state = _mix(state + (numbers + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-        state = _mix(state + (places + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+        state = _mix(state + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -233,19 +362,15 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-# The regenerated data set: original sequences, mined patterns, generated patterns, each once.
-
-
-_PATTERN, _GENERATED = ORIGINS.index("pattern"), ORIGINS.index("generated")
-
-
 def combine(original: Sequences, read: Sequences, patterns: Patterns, generated: np.ndarray) -> Regenerated:
     """What joins the original sequences: every mined pattern, then every generated one, in the order of the sequences
     and conditions; of equal ones the first, and none that is an original sequence.
 
     Args:
-        original: the training sequences. read: those the patterns were generated for.
-        patterns: mined ones. generated: int64 [len(read), K, L], padded with 0.
+        original: the training sequences.
+        read: those the patterns were generated for.
+        patterns: mined ones.
+        generated: int64 [len(read), K, L], padded with 0.
     """
     ways = generated.shape[1]
     rows = generated.reshape(-1, generated.shape[2])
@@ -254,7 +379,8 @@ def combine(original: Sequences, read: Sequences, patterns: Patterns, generated:
     items = np.concatenate([patterns.items, rows[kept][rows[kept] > 0]])
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([patterns.lengths(), lengths[kept]]))])
     users = np.concatenate([np.zeros(len(patterns), np.int64), np.repeat(read.users, ways)[kept]])
-    origin = np.repeat(np.array([_PATTERN, _GENERATED], np.uint8), [len(patterns), len(kept)])
+    numbers = np.array([ORIGINS.index("pattern"), ORIGINS.index("generated")], np.uint8)
+    origin = np.repeat(numbers, [len(patterns), len(kept)])
     fresh = first_of_each(
         np.concatenate([original.items, items]), np.concatenate([original.offsets, original.offsets[-1] + offsets[1:]])
     )[len(original) :]

@@ -1,9 +1,12 @@
 """Pre-training pairs of the regenerator: a training sequence and a frequent pattern it contains (DR4SR, section 4.1).
 
-A pattern is contained where its items occur in the sequence in that order, at any distance (the span bounds the
+Sequences are histories up to the last training target: no item of validation or test enters one, and so no pattern and
+no pair. The regenerator reads them in pieces of a length it can take.
+
+A sequence contains a pattern if the pattern's items occur in it in that order, at any distance (the span bounds the
 mining, not this). All sequences are matched at once against a prefix tree of the patterns: what a sequence has matched
-so far is one row (sequence, node, earliest place where the match can end), grown by whichever of its later items leads
-to a child of the node. The work depends on what the sequences contain, not on how many patterns there are.
+so far is one row (sequence, node, earliest position where the match can end), grown by those of its later items that
+lead to a child of the node. The work depends on what the sequences contain, not on how many patterns there are.
 """
 
 from __future__ import annotations
@@ -15,17 +18,87 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from recbole_raserec.data import Patterns, mine_patterns
+from recbole_raserec.data import Patterns, mine_patterns, pad_rows
 
 #: Rows grown at a time.
 _ROWS = 1 << 21
 
 
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Sequences one after the other, each of a user.
+
+    Attributes:
+        items: int64 [N].
+        offsets: int64 [S + 1].
+        users: int64 [S].
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    users: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def lengths(self) -> np.ndarray:
+        """Items of each sequence, [S]."""
+        return np.diff(self.offsets)
+
+    def padded(self, rows: np.ndarray) -> torch.Tensor:
+        """Some sequences as int64 [B, longest of them], padded with 0."""
+        return torch.from_numpy(pad_rows(self.items, self.offsets[rows], self.lengths()[rows]))
+
+
+def training_sequences(train: Any) -> Sequences:
+    """Every user's history up to the last training target, of a split of ours or of RecBole's, whose windows of a user
+    are in the order of their targets."""
+    if not hasattr(train, "windows"):
+        return _from_windows(train)
+    users, positions, _ = train.windows()
+    items, offsets = train.store.until(users, positions)
+    kept = np.flatnonzero(np.diff(offsets))
+    return Sequences(items, np.concatenate([[0], offsets[1:][kept]]), kept)
+
+
+def _from_windows(train: Any) -> Sequences:
+    """A user's first window and then the target of each: RecBole's windows are cut to the longest the model takes."""
+    rows, config = train.inter_feat.numpy(), train.config
+    users, targets = rows[train.uid_field], rows[train.iid_field]
+    order = np.argsort(users, kind="stable")
+    users, targets = users[order], targets[order]
+    first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]]))
+    windows = rows[train.iid_field + config["LIST_SUFFIX"]][order[first]]
+    lengths = rows[config["ITEM_LIST_LENGTH_FIELD"]][order[first]]
+    counts = np.diff(np.concatenate([first, [len(users)]])) + lengths
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    items = np.empty(offsets[-1], np.int64)
+    ahead = np.arange(windows.shape[1]) < lengths[:, None]  # of the first window
+    spots = offsets[:-1, None] + np.arange(windows.shape[1])
+    items[spots[ahead]] = windows[ahead]
+    behind = np.ones(len(items), dtype=bool)
+    behind[spots[ahead]] = False
+    items[behind] = targets
+    return Sequences(items, offsets, users[first])
+
+
+def pieces(sequences: Sequences, longest: int) -> Sequences:
+    """Cut sequences of more than `longest` items into pieces of at most so many, from their ends backwards.
+
+    (The papers drop what is before the last 50 items; here all of a long history takes part.)
+    """
+    lengths = sequences.lengths()
+    count = np.maximum(-(-lengths // longest), 1)
+    owner = np.repeat(np.arange(len(sequences)), count)
+    last = np.repeat(np.cumsum(count), count)  # pieces of a sequence are numbered forwards
+    behind = last - 1 - np.arange(len(owner))  # whole pieces after this one
+    ends = sequences.offsets[1:][owner] - behind * longest
+    starts = np.maximum(ends - longest, sequences.offsets[:-1][owner])
+    return Sequences(sequences.items, np.concatenate([starts, ends[-1:]]), sequences.users[owner])
+
+
 class PatternTree:
     """Prefix tree of patterns; node 0 is the empty prefix.
-
-    Args:
-        patterns: mined patterns.
 
     Attributes:
         pattern: int64 [nodes], the pattern that ends at each node, -1 where none does.
@@ -63,8 +136,9 @@ def contained_patterns(
     """Every (sequence, pattern) in which the pattern is a subsequence, sorted by both: int64 [M], [M].
 
     Args:
-        items: int [N], the sequences one after the other. offsets: int [S + 1].
-        patterns: mined patterns, see :func:`~recbole_raserec.data.patterns.mine_patterns`.
+        items: int [N], the sequences one after the other.
+        offsets: int [S + 1].
+        patterns: mined ones.
         desc: show a progress bar with this label.
     """
     items, offsets = np.asarray(items, dtype=np.int64), np.asarray(offsets, dtype=np.int64)
@@ -79,23 +153,22 @@ def contained_patterns(
         for part in np.split(np.arange(len(owners)), np.unique(cuts)):
             _match(tree, items, offsets, owners[part], starts[part], found)
             bar.update(len(part))
-    sequence = np.concatenate([s for s, _ in found]) if found else np.zeros(0, dtype=np.int64)
-    pattern = np.concatenate([p for _, p in found]) if found else np.zeros(0, dtype=np.int64)
+    sequence, pattern = map(np.concatenate, zip(*found)) if found else np.zeros((2, 0), dtype=np.int64)
     order = np.lexsort((pattern, sequence))
     return sequence[order], pattern[order]
 
 
 def _match(
-    tree: PatternTree, items: np.ndarray, offsets: np.ndarray, sequence: np.ndarray, place: np.ndarray,
+    tree: PatternTree, items: np.ndarray, offsets: np.ndarray, sequence: np.ndarray, start: np.ndarray,
     found: list[tuple[np.ndarray, np.ndarray]],
 ) -> None:  # fmt: skip
-    """Grow matches from the empty prefix; `place` is where the next item may stand."""
+    """Grow matches from the empty prefix; `start` [B] is the first position of the next item."""
     node = np.zeros(len(sequence), dtype=np.int64)
     while len(sequence):
-        reach = offsets[sequence + 1] - place
+        reach = offsets[sequence + 1] - start
         grown = np.repeat(np.arange(len(sequence)), reach)
         step = np.arange(len(grown)) - np.repeat(np.cumsum(reach) - reach, reach)
-        at = place[grown] + step
+        at = start[grown] + step
         child = tree.children(node[grown], items[at])
         keep = child >= 0
         grown, at, child = grown[keep], at[keep], child[keep]
@@ -104,7 +177,7 @@ def _match(
         owner, at, child = owner[order], at[order], child[order]
         first = np.ones(len(owner), dtype=bool)  # the earliest end of each (sequence, node)
         first[1:] = (owner[1:] != owner[:-1]) | (child[1:] != child[:-1])
-        sequence, node, place = owner[first], child[first], at[first] + 1
+        sequence, node, start = owner[first], child[first], at[first] + 1
         ends = tree.pattern[node]
         found.append((sequence[ends >= 0], ends[ends >= 0]))
 
@@ -116,9 +189,12 @@ def build_pairs(
     """Up to `per_sequence` of the patterns each sequence contains, drawn uniformly without replacement.
 
     Args:
-        items, offsets, patterns, desc: as :func:`contained_patterns`.
-        per_sequence: at most so many pairs of a sequence (the paper: 10).
-        seed: of the draw; the same seed gives the same pairs.
+        items: int [N], the sequences one after the other.
+        offsets: int [S + 1].
+        patterns: mined ones.
+        per_sequence: pairs of a sequence at most (the paper: 10).
+        seed: of the draw.
+        desc: show a progress bar with this label.
 
     Returns:
         sequence and pattern of each pair, int64 [M], [M], sorted by sequence.
@@ -138,94 +214,16 @@ def draw(sequence: np.ndarray, pattern: np.ndarray, per_sequence: int, seed: int
     return sequence[kept], pattern[kept]
 
 
-# What the regenerator reads and learns from: training sequences in pieces it can take whole, and pairs with patterns.
-#
-# Everything here comes from the training split: a user's history up to the last training target. Validation and test
-# items never enter a sequence, and so no pattern and no pair.
-
-
-@dataclasses.dataclass(frozen=True)
-class Sequences:
-    """Sequences one after the other, each of a user.
-
-    Attributes:
-        items: int64 [N]. offsets: int64 [S + 1]. users: int64 [S].
-    """
-
-    items: np.ndarray
-    offsets: np.ndarray
-    users: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def lengths(self) -> np.ndarray:
-        """Items of each sequence, [S]."""
-        return np.diff(self.offsets)
-
-    def padded(self, rows: np.ndarray) -> torch.Tensor:
-        """Some sequences as int64 [B, longest of them], padded with 0."""
-        return torch.from_numpy(_padded(self.items, self.offsets, rows))
-
-
-def training_sequences(train: Any) -> Sequences:
-    """Every user's history up to the last training target.
-
-    Args:
-        train: training split, a :class:`~recbole_raserec.data.dataset.SequenceDataset` or RecBole's, whose windows of a
-            user stand in the order of their targets.
-    """
-    if not hasattr(train, "windows"):
-        return _from_windows(train)
-    users, positions, _ = train.windows()
-    items, offsets = train.store.until(users, positions)
-    kept = np.flatnonzero(np.diff(offsets))
-    return Sequences(items, np.concatenate([[0], offsets[1:][kept]]), kept)
-
-
-def _from_windows(train: Any) -> Sequences:
-    """A user's first window and then the target of each: RecBole's windows are cut to the longest the model takes."""
-    rows, config = train.inter_feat.numpy(), train.config
-    users, targets = rows[train.uid_field], rows[train.iid_field]
-    order = np.argsort(users, kind="stable")
-    users, targets = users[order], targets[order]
-    first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]]))
-    windows = rows[train.iid_field + config["LIST_SUFFIX"]][order[first]]
-    lengths = rows[config["ITEM_LIST_LENGTH_FIELD"]][order[first]]
-    counts = np.diff(np.concatenate([first, [len(users)]])) + lengths
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    items = np.empty(offsets[-1], np.int64)
-    ahead = np.arange(windows.shape[1]) < lengths[:, None]  # of the first window
-    places = offsets[:-1, None] + np.arange(windows.shape[1])
-    items[places[ahead]] = windows[ahead]
-    behind = np.ones(len(items), dtype=bool)
-    behind[places[ahead]] = False
-    items[behind] = targets
-    return Sequences(items, offsets, users[first])
-
-
-def pieces(sequences: Sequences, longest: int) -> Sequences:
-    """Cut sequences of more than `longest` items into pieces of at most so many, from their ends backwards.
-
-    (The papers drop what is before the last 50 items; here all of a long history takes part.)
-    """
-    lengths = sequences.lengths()
-    count = np.maximum(-(-lengths // longest), 1)
-    owner = np.repeat(np.arange(len(sequences)), count)
-    last = np.repeat(np.cumsum(count), count)  # pieces of a sequence are numbered forwards
-    behind = last - 1 - np.arange(len(owner))  # whole pieces after this one
-    ends = sequences.offsets[1:][owner] - behind * longest
-    starts = np.maximum(ends - longest, sequences.offsets[:-1][owner])
-    return Sequences(sequences.items, np.concatenate([starts, ends[-1:]]), sequences.users[owner])
-
-
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """(sequence, pattern) pairs of one set of sequences.
 
     Attributes:
-        sequences: what is read. patterns: all mined ones.
-        sequence, pattern: int64 [M], sorted by sequence. offsets: int64 [S + 1], pairs of each sequence.
+        sequences: what is read.
+        patterns: all mined ones.
+        sequence: int64 [M], ascending.
+        pattern: int64 [M].
+        offsets: int64 [S + 1], pairs of each sequence.
     """
 
     sequences: Sequences
@@ -240,14 +238,15 @@ class Pairs:
     def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sequences `rows` [B, S], and of all their pairs the row in it [P] and the pattern [P, longest of them]."""
         counts = self.offsets[rows + 1] - self.offsets[rows]
-        place = np.repeat(self.offsets[rows] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        chosen = np.repeat(self.offsets[rows] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         owner = np.repeat(np.arange(len(rows)), counts)
-        patterns = _padded(self.patterns.items, self.patterns.offsets, self.pattern[place])
+        taken = self.pattern[chosen]
+        patterns = pad_rows(self.patterns.items, self.patterns.offsets[taken], self.patterns.lengths()[taken])
         return self.sequences.padded(rows), torch.from_numpy(owner), torch.from_numpy(patterns)
 
 
 def mine(whole: Sequences, span: int, min_support: int, pattern_length: int, desc: Optional[str] = None) -> Patterns:
-    """The patterns of `whole` sequences; arguments as of :func:`make_pairs`."""
+    """The patterns of `whole` sequences; arguments as of `make_pairs`."""
     return mine_patterns(
         whole.items, whole.offsets, span, min_support, 2, min(span, pattern_length),
         desc=f"Mine patterns{desc}" if desc is not None else None,
@@ -263,8 +262,14 @@ def make_pairs(
     Patterns with an item twice are left out of the pairs: decoding never repeats one.
 
     Args:
-        span, min_support: alpha and beta, see :func:`~recbole_raserec.data.patterns.mine_patterns`.
-        pattern_length: items of a pattern at most. seed: of the draw. desc: label of the progress bars.
+        sequences: what the regenerator reads.
+        whole: what is mined.
+        span: alpha of `mine_patterns`.
+        min_support: beta of `mine_patterns`.
+        pattern_length: items of a pattern at most.
+        per_sequence: pairs of a sequence at most.
+        seed: of the draw.
+        desc: label of the progress bars.
     """
     patterns = mine(whole, span, min_support, pattern_length, desc)
     usable = _without_repeats(patterns)
@@ -285,10 +290,3 @@ def _without_repeats(patterns: Patterns) -> tuple[Patterns, np.ndarray]:
     items = patterns.items[fine[owner]]
     offsets = np.concatenate([[0], np.cumsum(patterns.lengths()[kept])])
     return Patterns(items, offsets, patterns.support[kept]), kept
-
-
-def _padded(items: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    lengths = offsets[rows + 1] - offsets[rows]
-    columns = np.arange(int(lengths.max()) if len(lengths) else 0)
-    inside = columns < lengths[:, None]
-    return np.where(inside, items[np.where(inside, offsets[rows][:, None] + columns, 0)], 0)

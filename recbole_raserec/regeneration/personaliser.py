@@ -2,12 +2,12 @@
 
 A small network reads the model's vector of a row and gives a score. The scores weigh the rows in the model's training
 loss (inner problem); they are good if the model so trained predicts the original data well (outer problem). The
-gradient of the outer loss with respect to the scorer goes through the trained weights by implicit differentiation::
+gradient of the outer loss with respect to the scorer goes through the trained weights by implicit differentiation:
 
     dL_out/dphi = - p . d(dL_in/dtheta)/dphi,    p = (d2 L_in / dtheta2)^-1 dL_out/dtheta
 
 The inverse is a truncated Neumann series. Its Hessian-vector products, and the mixed derivative, are central
-differences of gradients and of losses: the model's kernels are asked for first derivatives alone.
+differences of gradients and of losses: the model's kernels have first derivatives only.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from recbole.utils import init_seed
 from torch import nn
 from tqdm import tqdm
 
-from recbole_raserec.config import regeneration_options
+from recbole_raserec.config import Config, regeneration_options
 from recbole_raserec.data import ORIGINS, SEQUENCE, BucketLoader, Regenerated, joined
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.regeneration.stage import REPORT, RegeneratedData
+from recbole_raserec.regeneration.report import REPORT, RegeneratedData, stored
 from recbole_raserec.storage import (
-    ARRAYS,
     fingerprint,
     load_optimizer,
+    locked,
     optimizer_tensors,
     part_of,
-    read_json,
     read_tensors,
     write_json,
     write_tensors,
@@ -48,16 +47,21 @@ from recbole_raserec.training import Outcome
 
 Tensors = Sequence[torch.Tensor]
 
+#: Raised when the same options and data would give other weights than before.
+VERSION = 2
+
+#: What a run that was killed continues from.
+STATE = "personaliser-state.safetensors"
+
 #: Length of a step of the central differences, over that of the direction.
 _STEP = 1e-2
 
+#: Rows scored at a time.
+_ROWS = 4096
+
 
 class Personaliser(nn.Module):
-    """Scores rows by the target model's vectors of them.
-
-    Args:
-        size: length H of the vectors.
-    """
+    """Scores rows by the target model's vectors of them, of length H = `size`."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -79,11 +83,14 @@ class Personaliser(nn.Module):
 def implicit_direction(
     parameters: Tensors, outer: Callable[[], torch.Tensor], inner: Callable[[], torch.Tensor], terms: int, rate: float
 ) -> list[torch.Tensor]:
-    """p above: ``rate * sum_{j <= terms} (I - rate H)^j g`` with H of `inner` and g the gradient of `outer`.
+    """p above: `rate * sum_{j <= terms} (I - rate H)^j g` with H of `inner` and g the gradient of `outer`.
 
     Args:
-        parameters: theta; left as they are. outer, inner: losses as functions of their present values, without noise.
-        terms: of the series beyond the first. rate: below 2 over the largest eigenvalue of H, or it diverges.
+        parameters: theta; left as they are.
+        outer: loss at their values, without noise.
+        inner: the same.
+        terms: of the series beyond the first.
+        rate: below 2 over the largest eigenvalue of H, or it diverges.
     """
     part = [g.clone() for g in _gradient(parameters, outer)]
     total = [g.clone() for g in part]
@@ -96,33 +103,32 @@ def implicit_direction(
 
 def hessian_product(parameters: Tensors, loss: Callable[[], torch.Tensor], direction: Tensors) -> list[torch.Tensor]:
     """The Hessian of `loss` times `direction`, by central differences of gradients."""
-    step = _step(direction)
-    ends = []
-    for sign in (1, -1):
-        with shifted(parameters, direction, sign * step):
-            ends.append([g.clone() for g in _gradient(parameters, loss)])
+    ends, step = _both_ends(parameters, direction, lambda: [g.clone() for g in _gradient(parameters, loss)])
     return [(a - b) / (2 * step) for a, b in zip(*ends)]
 
 
 @torch.no_grad()
 def row_slopes(parameters: Tensors, direction: Tensors, row_losses: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Slope of each row's loss along `direction`, [B], by central differences."""
-    step = _step(direction)
-    ends = []
-    for sign in (1, -1):
-        with shifted(parameters, direction, sign * step):
-            ends.append(row_losses().clone())
+    ends, step = _both_ends(parameters, direction, lambda: row_losses().clone())
     return (ends[0] - ends[1]) / (2 * step)
 
 
+def _both_ends(parameters: Tensors, direction: Tensors, value: Callable[[], Any]) -> tuple[list[Any], float]:
+    """`value` at the parameters moved by plus and minus a step along `direction`, and the step."""
+    length = float(torch.stack([d.double().square().sum() for d in direction]).sum().sqrt())
+    step, ends = _STEP / max(length, 1e-30), []
+    for sign in (1, -1):
+        with shifted(parameters, direction, sign * step):
+            ends.append(value())
+    return ends, step
+
+
 def scorer_loss(weights: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-    """A number whose gradient with respect to the scorer is that of the outer loss.
+    """A number whose gradient for the scorer is that of the outer loss, from its `weights` [B] and the `slopes` [B].
 
-    The inner loss is the mean of the rows' losses times their weights, so that ``p . dL_in/dtheta`` is the mean of
-    their slopes along p times their weights.
-
-    Args:
-        weights: [B], of the scorer. slopes: [B].
+    The inner loss is the mean of the rows' losses times their weights, so that `p . dL_in/dtheta` is the mean of their
+    slopes along p times their weights.
     """
     return -(weights * slopes).mean()
 
@@ -147,8 +153,12 @@ class Bilevel:
     """How the scorer learns.
 
     Attributes:
-        every: inner steps between two steps of the scorer. terms, rate: of the series. learning_rate: of the scorer.
-            tau: of its Gumbel-softmax. model_rate: learning rate of the model.
+        every: inner steps between two steps of the scorer.
+        terms: of the series.
+        rate: of the series.
+        learning_rate: of the scorer.
+        tau: of its Gumbel-softmax.
+        model_rate: learning rate of the model.
     """
 
     every: int = 10
@@ -160,12 +170,12 @@ class Bilevel:
 
 
 class Learner:
-    """Trains the scorer, the model beside it.
+    """Trains the scorer, and the model beside it.
 
     Args:
-        model: one of this package's (:class:`SoftmaxOverItems`), near its optimum on the original data; it goes
-            on training.
+        model: one of this package's, near its optimum on the original data.
         scorer: of vectors of its size.
+        plan: how.
     """
 
     def __init__(self, model: Any, scorer: Personaliser, plan: Bilevel):
@@ -182,9 +192,10 @@ class Learner:
         """A step of the model for each batch of `inner`, and after every so many one of the scorer.
 
         Args:
-            inner: batches of original and regenerated rows. outer: endless batches of original rows.
-            extra: batch -> bool [B], the regenerated rows of it; the others weigh 1. report: called with the outer
-                loss.
+            inner: batches of original and regenerated rows.
+            outer: endless batches of original rows.
+            extra: batch -> bool [B], the regenerated rows of it; the others weigh 1.
+            report: called with the outer loss.
 
         Raises:
             ConfigError: a loss is not finite.
@@ -204,13 +215,42 @@ class Learner:
             self.steps += 1
             if self.steps % plan.every == 0 and bool(rows.any()):
                 original = next(outer)
-                # cuDNN's recurrent layers have no backward pass in evaluation mode
-                with torch.backends.cudnn.flags(enabled=False):
-                    found = _scorer_step(
-                        model, scorer, self._scorer_steps, self._parameters, batch, rows, original, plan
-                    )
-                report(found)
+                with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers need training mode to go back
+                    report(self._scorer_step(batch, rows, original))
         model.eval()
+
+    def _scorer_step(self, batch: Any, rows: torch.Tensor, original: Any) -> float:
+        """One step of the scorer; returns the outer loss."""
+        model, scorer, plan = self.model, self.scorer, self.plan
+        model.eval()
+        # differences of rounded gradients are noise
+        precision, model.softmax_precision = model.softmax_precision, "float32"
+        with torch.no_grad():
+            h, targets = model.encode_batch(batch)
+        weights = torch.where(rows, scorer.sample(h, plan.tau), torch.ones_like(h[:, 0]))
+        fixed = weights.detach()
+        outer_loss = 0.0
+
+        def outer() -> torch.Tensor:
+            nonlocal outer_loss
+            loss = model.weighted_loss(*model.encode_batch(original), None)
+            outer_loss = float(loss.detach())
+            return loss
+
+        def inner() -> torch.Tensor:
+            return model.weighted_loss(*model.encode_batch(batch), fixed)
+
+        def row_losses() -> torch.Tensor:
+            return F.cross_entropy(model.encode_batch(batch)[0] @ model.item_vectors().t(), targets, reduction="none")
+
+        direction = implicit_direction(self._parameters, outer, inner, plan.terms, plan.rate)
+        loss = scorer_loss(weights, row_slopes(self._parameters, direction, row_losses))
+        _check_finite(float(loss.detach()), plan)
+        self._scorer_steps.zero_grad(set_to_none=True)
+        loss.backward()
+        self._scorer_steps.step()
+        model.softmax_precision = precision
+        return outer_loss
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that the next pass needs."""
@@ -220,10 +260,12 @@ class Learner:
         return {**named, **optimizer_tensors(self._scorer_steps, "scorer_steps")}
 
     def load(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Go on after what :meth:`tensors` gave.
+        """Continue after `steps` steps from what `tensors` returned then.
 
         Raises:
-            KeyError, ValueError, RuntimeError: it does not fit.
+            KeyError: it does not fit.
+            ValueError: it does not fit.
+            RuntimeError: it does not fit.
         """
         self.model.load_state_dict(part_of(tensors, "model"))
         self.scorer.load_state_dict(part_of(tensors, "scorer"))
@@ -242,71 +284,18 @@ def _check_finite(loss: float, plan: Bilevel) -> None:
         )
 
 
-def _scorer_step(
-    model: Any, scorer: Personaliser, optimizer: Any, parameters: Tensors, batch: Any, rows: torch.Tensor,
-    original: Any, plan: Bilevel,
-) -> float:  # fmt: skip
-    """One step of the scorer; returns the outer loss."""
-    model.eval()
-    # differences of rounded gradients are noise
-    precision, model.softmax_precision = model.softmax_precision, "float32"
-    with torch.no_grad():
-        h, targets = model.encode_batch(batch)
-    weights = torch.where(rows, scorer.sample(h, plan.tau), torch.ones_like(h[:, 0]))
-    fixed = weights.detach()
-    outer_loss = 0.0
-
-    def outer() -> torch.Tensor:
-        nonlocal outer_loss
-        loss = model.weighted_loss(*model.encode_batch(original), None)
-        outer_loss = float(loss.detach())
-        return loss
-
-    def inner() -> torch.Tensor:
-        return model.weighted_loss(*model.encode_batch(batch), fixed)
-
-    def row_losses() -> torch.Tensor:
-        return F.cross_entropy(model.encode_batch(batch)[0] @ model.item_vectors().t(), targets, reduction="none")
-
-    direction = implicit_direction(parameters, outer, inner, plan.terms, plan.rate)
-    loss = scorer_loss(weights, row_slopes(parameters, direction, row_losses))
-    _check_finite(float(loss.detach()), plan)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    model.softmax_precision = precision
-    return outer_loss
-
-
 def _gradient(parameters: Tensors, loss: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
     with torch.enable_grad():
         found = torch.autograd.grad(loss(), list(parameters), allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(parameters, found)]
 
 
-def _step(direction: Tensors) -> float:
-    length = float(torch.stack([d.double().square().sum() for d in direction]).sum().sqrt())
-    return _STEP / max(length, 1e-30)
-
-
-# DR4SR+ as a step of its own: the weight of each regenerated row for a target model.
-
-
-#: Raised when the same options and data would give other weights than before.
-VERSION = 2
-
-#: What a run that was killed goes on from.
-STATE = "personaliser-state.safetensors"
-
-#: Rows scored at a time.
-_ROWS = 4096
-
-
-def personalise(config: Any, made: RegeneratedData, base: Outcome) -> RegeneratedData:
-    """Learn what each regenerated row is worth to the configured model, or reuse what a former run found.
+def personalise(config: Config, made: RegeneratedData, base: Outcome) -> RegeneratedData:
+    """DR4SR+: learn what each regenerated row is worth to the configured model, or reuse what an earlier run found.
 
     Args:
-        config: of the target model, one of this package's. made: stage i.
+        config: of the target model, one of this package's.
+        made: stage i.
         base: that model, trained on the original data.
 
     Returns:
@@ -315,26 +304,31 @@ def personalise(config: Any, made: RegeneratedData, base: Outcome) -> Regenerate
     options = {name: config[name] for name in regeneration_options(config)}
     mark = fingerprint({**options, "seed": config["seed"], "version": VERSION}, made.fingerprint, base.fingerprint)
     directory = Path(config["checkpoint_dir"]) / f"personalised-{config['dataset']}-{mark[:12]}"
-    train, vocabulary = base.splits.train._dataset, base.splits.vocabulary()
-    if config["resume"] is not False and (directory / ARRAYS).exists() and (directory / REPORT).exists():
-        getLogger().info(f"Personalised weights: reusing {directory}")
-        found = read_json(directory / REPORT)
-        data = Regenerated.load(directory, train.user_num, train.item_num, mark, vocabulary)
-        return RegeneratedData(data, directory, mark, found["seconds"], found)
+    found = stored(config, base.splits, directory, mark)
+    if found is not None:
+        return found
+    with locked(directory, "Personalised weights"):
+        found = stored(config, base.splits, directory, mark)
+        return found if found is not None else _personalised(config, made, base, directory, mark)
+
+
+def _personalised(config: Config, made: RegeneratedData, base: Outcome, directory: Path, mark: str) -> RegeneratedData:
+    """Learn the weights and write them into `directory`."""
     started = time.perf_counter()
-    rows = made.data.with_ids_of(vocabulary)
+    train = base.splits.train._dataset
+    rows = made.data.with_ids_of(base.splits.vocabulary())
     both = joined(train, rows)
     model, scorer, losses, before = _learned(config, base.model, both, train, directory)
-    weights, place = _weights(model, scorer, both, rows, config["device"])
+    weights, targets = _weights(model, scorer, both, rows, config["device"])
     data = dataclasses.replace(rows, weights=weights)
     seconds = made.seconds + before + time.perf_counter() - started
     tail = losses[len(losses) // 2 :]
-    origin = np.repeat(data.origin, np.diff(data.offsets))[place]
+    origin = np.repeat(data.origin, np.diff(data.offsets))[targets]
     found = {**made.report, "seconds": seconds, "weights": {
         "outer_loss": float(np.mean(tail)) if tail else None,
-        "deciles": np.quantile(weights[place], np.linspace(0, 1, 11)).tolist(),
+        "deciles": np.quantile(weights[targets], np.linspace(0, 1, 11)).tolist(),
         "mean_by_origin": {
-            ORIGINS[number]: float(weights[place][origin == number].mean()) for number in np.unique(origin)
+            ORIGINS[number]: float(weights[targets][origin == number].mean()) for number in np.unique(origin)
         },
     }}  # fmt: skip
     data.save(directory, mark)
@@ -345,9 +339,9 @@ def personalise(config: Any, made: RegeneratedData, base: Outcome) -> Regenerate
 
 
 def _learned(
-    config: Any, base: Any, both: Any, train: Any, directory: Path
+    config: Config, base: Any, both: Any, train: Any, directory: Path
 ) -> tuple[Any, Personaliser, list[float], float]:
-    """Model, scorer, outer losses, and the seconds of former runs; after each pass the state lies in `directory`."""
+    """Model, scorer, outer losses, and the seconds of earlier runs; after each pass the state lies in `directory`."""
     init_seed(config["seed"], config["reproducibility"])
     model, n_users, device = copy.deepcopy(base), train.store.n_users, config["device"]
     scorer = Personaliser(model.item_vectors().shape[1]).to(device)
@@ -392,24 +386,21 @@ def _resume(learner: Learner, path: Path) -> tuple[int, list[float], float]:
         return int(meta["passes"]), [float(loss) for loss in meta["losses"]], float(meta["seconds"])
     except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise CheckpointError(f"{path} does not fit this run ({reason}); delete it to start anew.") from None
+        raise CheckpointError(f"{path} does not fit this run ({reason}); delete it to start again.") from None
 
 
 @torch.no_grad()
 def _weights(
     model: Any, scorer: Personaliser, both: Any, data: Regenerated, device: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score of each item as a target, float32 [N], and the places of the targets, int64 [T].
-
-    The first of a sequence is none and has a 1.
-    """
+    """Score of each item as a target, float32 [N], 1 for the first of a sequence, and the targets' rows, int64 [T]."""
     model.eval()
     weights = np.ones(len(data.items), dtype=np.float32)
     owner = np.repeat(np.arange(len(data)), np.diff(data.offsets))
-    place = np.flatnonzero(np.arange(len(data.items)) > data.offsets[owner])
-    first = len(both) - len(place)  # the regenerated rows come last, in the order of the items
-    for start in range(0, len(place), _ROWS):
-        rows = np.arange(start, min(start + _ROWS, len(place)))
+    targets = np.flatnonzero(np.arange(len(data.items)) > data.offsets[owner])
+    first = len(both) - len(targets)  # the regenerated rows come last, in the order of the items
+    for start in range(0, len(targets), _ROWS):
+        rows = np.arange(start, min(start + _ROWS, len(targets)))
         h, _ = model.encode_batch(both[first + rows].to(device))
-        weights[place[rows]] = scorer.score(h).cpu().numpy()
-    return weights, place
+        weights[targets[rows]] = scorer.score(h).cpu().numpy()
+    return weights, targets

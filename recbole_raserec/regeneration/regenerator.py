@@ -1,33 +1,42 @@
 """The regenerator (DR4SR, arXiv 2405.17795): reads a sequence, writes a pattern of it, in one of K ways.
 
-A transformer encoder-decoder over item ids. One sequence has many patterns; the diversity promoter makes that
-one-to-many map one-to-one: the encoder's output is projected into K spaces, a condition encoder reads the pattern and
-chooses among them by Gumbel-softmax, and the decoder attends to the chosen mixture. When patterns are generated there
-is nothing to read: each of the K spaces is tried in turn.
+A transformer encoder-decoder over item ids, each part of a layer followed by a residual sum and a layer norm. One
+sequence has many patterns; the diversity promoter makes that one-to-many map one-to-one: the encoder's output is
+projected into K spaces, a condition encoder reads the pattern and chooses among them by Gumbel-softmax, and the decoder
+attends to the chosen mixture. When patterns are generated there is nothing to read: each of the K spaces is tried.
+
+It learns from pairs, with early stopping on held-out sequences; a killed training continues after its last epoch.
 
 Shapes: B sequences of S items, P pairs of a sequence and a pattern, T steps of the decoder (pattern and end), K
-conditions, H hidden size.
+conditions, H hidden size, D = H / heads; in a layer N rows, Q queries, S source positions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from functools import cached_property, partial
+from logging import getLogger
+from pathlib import Path
 from typing import Any, Callable, Optional
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
-from recbole_raserec.errors import ConfigError
+from recbole_raserec.config import Config
+from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.kernels import use_fast_dropout
+from recbole_raserec.regeneration.pairs import Pairs
+from recbole_raserec.storage import load_optimizer, optimizer_tensors, part_of, read_tensors, write_tensors
 
-# Transformer layers of the regenerator. A decoder layer can go step by step, on keys and values it has kept.
-#
-# As in the original transformer: each part is followed by a residual sum and a layer norm. Shapes: N rows, Q queries,
-# S source positions, H hidden size, D = H / heads.
+STATE, BEST = "regenerator-state.safetensors", "regenerator.safetensors"
 
+#: Batches that are sorted by length together.
+_BLOCK = 32
 
 #: Keys and values of the source or of the steps so far, [N, heads, S, D] each.
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -104,19 +113,16 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, source: KeyValue, mask: torch.Tensor) -> torch.Tensor:
-        """All steps at once: [N, Q, H]; `mask` bool [N, 1, 1, S] of the source."""
-        return self.together(x, lambda h: self.source(h, source, mask))
-
     def together(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """All steps at once [N, Q, H], with `attend` [N, Q, H] -> [N, Q, H] as attention to the source."""
+        """All steps at once [N, Q, H]; `attend` [N, Q, H] -> [N, Q, H] is the attention to the source."""
         x = self.norms[0](x + self.dropout(self.own(x, self.own.keys_values(x), causal=True)))
         return self._rest(x, attend)
 
     def step(
         self, x: torch.Tensor, past: Optional[KeyValue], source: KeyValue, mask: torch.Tensor
     ) -> tuple[torch.Tensor, KeyValue]:
-        """One step [N, 1, H] after those whose keys and values are `past`: its output, and `past` with it."""
+        """One step [N, 1, H] after those of `past`: its output, and `past` with its keys and values; `mask` bool
+        [N, 1, 1, S] of the source."""
         new = self.own.keys_values(x)
         grown = new if past is None else (torch.cat([past[0], new[0]], 2), torch.cat([past[1], new[1]], 2))
         x = self.norms[0](x + self.dropout(self.own(x, grown)))
@@ -127,25 +133,20 @@ class DecoderLayer(nn.Module):
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
 
 
-# Attention of many pairs to few sequences: what pairs of one sequence share is computed once for all of them.
-#
-# Each pair p of a sequence b attends to a mixture of b's K latent spaces, X_b R_p with R_p = sum_k s_pk P_k. Keys and
-# values are linear in it, so neither the spaces nor the mixture ([P, S, H] numbers, in each layer twice) need be built:
-# a query q of p meets X_b as R_p W_key' q, and what the weights w take from X_b becomes a value as
-# W_value R_p' (X_b' w).
-#
-# Shapes: B sequences of S positions, P pairs, T steps of each, K spaces, N pairs of a sequence at most, H hidden size,
-# D = H / heads.
-
-
 @dataclasses.dataclass(frozen=True)
 class PairsOfSources:
-    """Which sequence each pair belongs to, how it mixes that sequence's spaces, and where it stands beside the others.
+    """Attention of many pairs to few sequences: what pairs of one sequence share is computed once for all of them.
+
+    Pair p of sequence b attends to a mixture of b's K latent spaces, X_b R_p with R_p = sum_k s_pk P_k. Keys and values
+    are linear in it, so neither spaces nor mixture ([P, S, H] numbers, twice in each layer) need be built: a query q of
+    p meets X_b as R_p W_key' q, and what the weights w take from X_b becomes a value as W_value R_p' (X_b' w).
 
     Attributes:
-        hidden: [B, S, H], the sequences. filled: bool [B, S], where an item stands.
-        mixtures: [P, H, H], R_p. slots: int64 [P], place of each pair among B x `width` ones, those of a sequence side
-            by side. width: N.
+        hidden: [B, S, H], the sequences.
+        filled: bool [B, S], where an item stands.
+        mixtures: [P, H, H], R_p.
+        slots: int64 [P], each pair's row in a grid of B x `width`, the pairs of a sequence side by side.
+        width: N, the most pairs of a sequence.
     """
 
     hidden: torch.Tensor
@@ -159,7 +160,8 @@ class PairsOfSources:
         cls, hidden: torch.Tensor, filled: torch.Tensor, owner: torch.Tensor, shares: torch.Tensor,
         projections: torch.Tensor,
     ) -> PairsOfSources:  # fmt: skip
-        """`owner`: int64 [P], the sequence of each pair, in any order; `shares` [P, K] of `projections` [K, H, H]."""
+        """Lay out pairs of the sequences `owner` int64 [P], in any order, that mix `projections` [K, H, H] by `shares`
+        [P, K]."""
         counts = torch.bincount(owner, minlength=len(hidden))
         order = torch.argsort(owner, stable=True)
         column = torch.empty_like(owner)
@@ -175,15 +177,13 @@ class PairsOfSources:
         return grid.index_copy(0, self.slots, x).view(len(self.hidden), self.width * x.shape[1], -1)
 
     def take_up(self, grid: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`lay_out`."""
+        """The inverse of `lay_out`."""
         return grid.reshape(len(self.hidden) * self.width, -1, grid.shape[2]).index_select(0, self.slots)
 
     def attend(self, attention: Attention, x: torch.Tensor) -> torch.Tensor:
-        """What ``attention(x, keys and values of each pair's mixture)`` gives: [P, T, H] -> [P, T, H]."""
+        """`attention(x, keys and values of each pair's mixture)`: [P, T, H] -> [P, T, H]."""
         (pairs, steps, size), heads = x.shape, attention.heads
-        key, value = (
-            linear.weight.view(heads, -1, size) for linear in (attention.key, attention.value)
-        )  # [heads, D, H]
+        key, value = (part.weight.view(heads, -1, size) for part in (attention.key, attention.value))  # [heads, D, H]
         query = attention.query(x).view(pairs * steps, heads, -1) / math.sqrt(size // heads)
         # the keys' bias adds the same to all logits of a query
         query = (query.transpose(0, 1) @ key).view(heads, pairs, steps, size).transpose(0, 1)  # [P, heads, T, H]
@@ -208,7 +208,8 @@ class Source:
 
     Attributes:
         items: int64 [B, S], left-aligned, padded with 0.
-        hidden: [B, S, H], the encoder's output. projections: [K, H, H], the latent spaces.
+        hidden: [B, S, H], the encoder's output.
+        projections: [K, H, H], the latent spaces.
         candidates: bool [B, S], first occurrences of items: what restrictive decoding chooses from.
     """
 
@@ -227,10 +228,15 @@ class Regenerator(nn.Module):
     """Encoder-decoder with diversity promoter.
 
     Args:
-        n_items: V, item ids are 1..V-1 (0: padding); two rows more are kept for start and end.
-        size: H. heads: divides H. layers: of the encoder and of the decoder each. inner_size: of the feed-forwards.
-        dropout: everywhere. conditions: K. longest: items of a source sequence at most. pattern_length: items of a
-            pattern at most.
+        n_items: V, item ids are 1..V-1 (0: padding); two more rows are start and end.
+        size: H.
+        heads: divides H.
+        layers: of the encoder and of the decoder each.
+        inner_size: of the feed-forward layers.
+        dropout: everywhere.
+        conditions: K.
+        longest: items of a source sequence at most.
+        pattern_length: items of a pattern at most.
     """
 
     def __init__(
@@ -269,8 +275,6 @@ class Regenerator(nn.Module):
         symbols = self.items.weight[self.n_items :]
         symbols.mul_(length / symbols.norm(dim=1, keepdim=True))
 
-    # -- source -----------------------------------------------------------------------------------------------------
-
     def read(self, items: torch.Tensor) -> torch.Tensor:
         """The encoder's output [B, S, H] for sequences [B, S], S at most `longest`."""
         x = self.items(items) + self.source_positions.weight[: items.shape[1]]
@@ -292,8 +296,6 @@ class Regenerator(nn.Module):
         """The decoder's layers, first to last."""
         return [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]
 
-    # -- training ---------------------------------------------------------------------------------------------------
-
     def condition(self, patterns: torch.Tensor) -> torch.Tensor:
         """Logits of the conditions [P, K] from the patterns [P, T - 1], padded with 0."""
         filled = patterns > 0
@@ -308,7 +310,8 @@ class Regenerator(nn.Module):
         """Log-probability of each pattern and its end among the items of its sequence that it has not used yet.
 
         Args:
-            source: encoded sequences. owner: int64 [P], row of `source` of each pair.
+            source: encoded sequences.
+            owner: int64 [P], row of `source` of each pair.
             patterns: int64 [P, T - 1], padded with 0; no item twice, all of them in the sequence.
             shares: [P, K], of the conditions, each row of sum 1.
 
@@ -329,10 +332,10 @@ class Regenerator(nn.Module):
         barred = F.pad(used | ~candidates[:, None], (0, 1))  # [P, T, S + 1]
         log_p = torch.log_softmax(logits.masked_fill(barred, -torch.inf), dim=2)
         last = torch.arange(steps.shape[1], device=steps.device) == lengths[:, None]  # the end's step, [P, T]
-        place = F.pad((same & candidates[:, None]).int().argmax(2), (0, 1))
-        place = torch.where(last, items.shape[1], place)
+        column = F.pad((same & candidates[:, None]).int().argmax(2), (0, 1))
+        column = torch.where(last, items.shape[1], column)
         counted = torch.arange(steps.shape[1], device=steps.device) <= lengths[:, None]
-        chosen = log_p.gather(2, place[..., None]).squeeze(2)
+        chosen = log_p.gather(2, column[..., None]).squeeze(2)
         return torch.where(counted, chosen, 0.0).sum(1)
 
     def forward(
@@ -344,7 +347,10 @@ class Regenerator(nn.Module):
         soon takes all patterns. (The paper names an entropy regulariser and not its form.)
 
         Args:
-            items: sequences [B, S]. owner: [P]. patterns: [P, T - 1]. tau: temperature of the Gumbel-softmax.
+            items: sequences int64 [B, S].
+            owner: int64 [P], row of `items` of each pair.
+            patterns: int64 [P, T - 1].
+            tau: temperature of the Gumbel-softmax.
         """
         logits = self.condition(patterns)
         shares = F.gumbel_softmax(logits, tau=tau)
@@ -365,7 +371,7 @@ class Regenerator(nn.Module):
 
 
 def first_occurrences(items: torch.Tensor) -> torch.Tensor:
-    """bool [B, S]: an item stands here, and not earlier in the row."""
+    """bool [B, S]: an item is here, and not earlier in the row."""
     same = items[:, :, None] == items[:, None]  # [B, S, S]
     earlier = torch.tril(same, diagonal=-1).any(2)
     return (items > 0) & ~earlier
@@ -382,28 +388,21 @@ def _initialise(module: nn.Module) -> None:
                 module.weight[module.padding_idx].zero_()
 
 
-# The regenerator and the schedule of its training, as the options `regen_*` say.
-
-
-def check_heads(config: Any) -> None:
+def check_heads(config: Config) -> None:
     """`regen_heads` must divide the vectors' length.
 
     Raises:
         ConfigError: it does not.
     """
     size = config.for_embeddings()["hidden_size"] if config["regen_pretrained"] else config["regen_hidden_size"]
-    if size % config["regen_heads"]:
-        raise ConfigError(
-            [f"regen_heads: {config['regen_heads']} does not divide vectors of length {size}; choose for example 1."]
-        )
+    heads = config["regen_heads"]
+    if size % heads:
+        raise ConfigError([f"regen_heads: {heads} does not divide vectors of length {size}; choose for example 1."])
 
 
-def build(config: Any, n_items: int, vectors: Any) -> Regenerator:
-    """A fresh regenerator for V = `n_items` items.
-
-    Args:
-        vectors: item vectors [V, H] it starts from; None: random ones of length `regen_hidden_size`.
-    """
+def build(config: Config, n_items: int, vectors: Optional[torch.Tensor]) -> Regenerator:
+    """A new regenerator for V = `n_items` items, which starts from item vectors [V, H], or from random ones of length
+    `regen_hidden_size`."""
     size, heads = config["regen_hidden_size"] if vectors is None else vectors.shape[1], config["regen_heads"]
     model = Regenerator(
         n_items, size, heads, config["regen_layers"], config["regen_inner_size"], config["regen_dropout"],
@@ -412,3 +411,183 @@ def build(config: Any, n_items: int, vectors: Any) -> Regenerator:
     if vectors is not None:
         model.use_item_vectors(vectors.to("cpu", torch.float32))
     return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How the regenerator learns.
+
+    Attributes:
+        epochs: at most.
+        patience: epochs without a better held-out loss before it stops.
+        learning_rate: of Adam with the paper's betas (.9, .98).
+        batch_pairs: about so many pairs in a batch.
+        held_out: share of the sequences whose pairs are not learned from.
+        entropy_weight: of the regulariser.
+        tau: temperature of the Gumbel-softmax at the first step.
+        tau_decay: its factor at each step; the paper's is .995.
+        tau_least: its lower bound; the paper's is .1.
+        seed: of shuffling, dropout and noise.
+    """
+
+    epochs: int = 40
+    patience: int = 3
+    learning_rate: float = 1e-3
+    batch_pairs: int = 1024
+    held_out: float = 0.05
+    entropy_weight: float = 0.1
+    tau: float = 1.0
+    tau_decay: float = 0.995
+    tau_least: float = 0.1
+    seed: int = 0
+
+
+def schedule_of(config: Config) -> Schedule:
+    """How the regenerator learns, as the options `regen_*` say."""
+    return Schedule(
+        config["regen_epochs"], config["regen_stopping_step"], config["regen_learning_rate"],
+        config["regen_batch_pairs"], config["regen_held_out"], config["regen_entropy"],
+        tau_decay=config["regen_tau_decay"], tau_least=config["regen_tau_least"], seed=config["seed"],
+    )  # fmt: skip
+
+
+def split(pairs: Pairs, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences with pairs: those to learn from and the held-out ones, int64 each."""
+    usable = np.flatnonzero(np.diff(pairs.offsets))
+    order = np.random.default_rng(seed).permutation(usable)
+    held = min(max(round(share * len(usable)), 1 if share and len(usable) > 1 else 0), max(len(usable) - 1, 0))
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def epoch_batches(pairs: Pairs, rows: np.ndarray, batch_pairs: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """`rows` in batches of about `batch_pairs` pairs and sequences of like length, in random order."""
+    counts, lengths = np.diff(pairs.offsets), pairs.sequences.lengths()
+    order = rng.permutation(rows)
+    block = np.cumsum(counts[order]) // (_BLOCK * batch_pairs)
+    order = order[np.lexsort((lengths[order], block))]
+    batch = (np.cumsum(counts[order]) - 1) // batch_pairs
+    parts = np.split(order, np.flatnonzero(np.diff(batch)) + 1)
+    return [parts[number] for number in rng.permutation(len(parts))]
+
+
+@torch.no_grad()
+def held_out_loss(model: Regenerator, pairs: Pairs, rows: np.ndarray, batch_pairs: int = 2048) -> float:
+    """Mean negative log-likelihood of a pair of `rows`, conditions equally likely (nats)."""
+    was_training, device = model.training, model.projections.device
+    model.eval()
+    total = count = 0.0
+    lengths = pairs.sequences.lengths()
+    order = rows[np.argsort(lengths[rows], kind="stable")]
+    batch = np.cumsum(np.diff(pairs.offsets)[order]) // batch_pairs
+    for part in np.split(order, np.flatnonzero(np.diff(batch)) + 1):
+        items, owner, patterns = (x.to(device) for x in pairs.batch(part))
+        total -= float(model.mixture_log_likelihood(items, owner, patterns).double().sum())
+        count += len(owner)
+    model.train(was_training)
+    return total / max(count, 1.0)
+
+
+def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, progress: bool) -> dict[str, Any]:
+    """Train until the held-out loss stops falling; the model ends with the weights of the lowest.
+
+    Args:
+        model: of random weights.
+        pairs: to learn from.
+        schedule: how.
+        directory: holds the state after each epoch, from which a later call with the same arguments continues.
+        progress: show progress bars.
+
+    Returns:
+        {"epochs": [{"loss", "held_out", "entropy", "seconds"}], "best": epoch, "held_out": loss of the best}.
+
+    Raises:
+        CheckpointError: `directory` holds a damaged state, or another run's.
+        ConfigError: the loss is not finite.
+        ValueError: there are no pairs.
+    """
+    learn, held = split(pairs, schedule.held_out, schedule.seed)
+    if not len(learn):
+        raise ValueError("no sequence contains a frequent pattern")
+    optimizer = torch.optim.Adam(model.parameters(), lr=schedule.learning_rate, betas=(0.9, 0.98))
+    history: list[dict[str, float]] = []
+    best: dict[str, torch.Tensor] = {}
+    steps = 0
+    if (directory / STATE).exists():
+        history, steps, best = _resume(model, optimizer, directory)
+        getLogger().info(f"Regenerator: resuming after epoch {len(history) - 1} from {directory}")
+    while len(history) < schedule.epochs and not (history and len(history) > _best(history) + schedule.patience):
+        epoch, started = len(history), time.perf_counter()
+        torch.manual_seed(schedule.seed * 1_000_003 + epoch)  # an epoch's noise depends on its number alone
+        rng = np.random.default_rng([schedule.seed, epoch])
+        batches = epoch_batches(pairs, learn, schedule.batch_pairs, rng)
+        desc = f"Regenerator {epoch:>3}"
+        loss, entropy, steps = _epoch(model, optimizer, pairs, batches, schedule, steps, desc if progress else None)
+        value = held_out_loss(model, pairs, held) if len(held) else loss
+        if not math.isfinite(value):
+            raise _diverged(schedule)
+        seconds = time.perf_counter() - started
+        history.append({"loss": loss, "held_out": value, "entropy": entropy, "seconds": seconds})
+        getLogger().info(f"regenerator epoch {epoch} [{seconds:.1f}s, loss: {loss:.4f}, held-out: {value:.4f}]")
+        if _best(history) == epoch:
+            best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        # one file, so that the best weights are those of the history whenever the run is killed
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        tensors.update({f"best.{name}": value for name, value in best.items()} | optimizer_tensors(optimizer))
+        write_tensors(directory / STATE, tensors, {"history": history, "steps": steps})
+    model.load_state_dict(best)
+    model.eval()
+    number = _best(history)
+    write_tensors(directory / BEST, best, {"epoch": number})
+    return {"epochs": history, "best": number, "held_out": history[number]["held_out"]}
+
+
+def _epoch(
+    model: Regenerator, optimizer: Any, pairs: Pairs, batches: list[np.ndarray], schedule: Schedule, steps: int,
+    desc: Optional[str],
+) -> tuple[float, float, int]:  # fmt: skip
+    """One pass: mean loss of a pair, mean entropy of the conditions' use, steps so far."""
+    device = model.projections.device
+    model.train()
+    total = entropies = count = 0.0
+    for rows in tqdm(batches, desc=desc, disable=desc is None, dynamic_ncols=True):
+        items, owner, patterns = (x.to(device) for x in pairs.batch(rows))
+        tau = max(schedule.tau * schedule.tau_decay**steps, schedule.tau_least)
+        losses, entropy = model(items, owner, patterns, tau)
+        loss = losses.mean() - schedule.entropy_weight * entropy
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        steps += 1
+        total += float(losses.detach().sum())
+        entropies += float(entropy.detach()) * len(owner)
+        count += len(owner)
+    if not math.isfinite(total):
+        raise _diverged(schedule)
+    return total / count, entropies / count, steps
+
+
+def _diverged(schedule: Schedule) -> ConfigError:
+    rate = schedule.learning_rate
+    return ConfigError([f"regen_learning_rate: {rate:g}: the regenerator's loss is not finite; lower it"])
+
+
+def _best(history: list[dict[str, float]]) -> int:
+    return int(np.argmin([epoch["held_out"] for epoch in history]))
+
+
+def _resume(
+    model: Regenerator, optimizer: Any, directory: Path
+) -> tuple[list[dict[str, float]], int, dict[str, torch.Tensor]]:
+    """History, steps and the best weights; the last ones are in `model`."""
+    path = directory / STATE
+    try:
+        tensors, meta = read_tensors(path)
+        device = model.projections.device
+        best = {name: value.to(device) for name, value in part_of(tensors, "best").items()}
+        for weights in (best, part_of(tensors, "model")):
+            model.load_state_dict(weights)
+        load_optimizer(optimizer, tensors)
+        return list(meta["history"]), int(meta["steps"]), best
+    except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise CheckpointError(f"{path} does not fit this run ({reason}); delete {directory} to start again.") from None

@@ -1,54 +1,109 @@
-"""What regeneration did to a training set, in figures, as text and as a plot."""
+"""A regenerated data set: where it lies, what it contains (figures, text, plot), and its rows as RecBole's files."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from logging import getLogger
+from pathlib import Path
+from typing import Any, Optional
 
 import numpy as np
+import yaml
+from tqdm import tqdm
 
-from recbole_raserec.data import ORIGINS, Regenerated
+from recbole_raserec.config import Config
+from recbole_raserec.data import ORIGINS, Regenerated, Splits, joined
+from recbole_raserec.errors import DatasetError, MissingExtraError
 from recbole_raserec.evaluation import plot_bars, plot_beside
 from recbole_raserec.regeneration.pairs import Sequences
+from recbole_raserec.storage import ARRAYS, read_json, replacing, write_json
+
+REPORT = "report.json"
 
 #: Examples of each origin in the report.
 EXAMPLES = 5
+
+#: User of the mined patterns' rows in files.
+PATTERN_USER = "[pattern]"
+
+_HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token\torigin:token\n"
+_ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class RegeneratedData:
+    """A finished stage i.
+
+    Attributes:
+        data: what joins the training split.
+        directory: where it lies.
+        fingerprint: of what its content rests on.
+        seconds: it took, over all its runs.
+        report: see `describe`.
+    """
+
+    data: Regenerated
+    directory: Path
+    fingerprint: str
+    seconds: float
+    report: dict[str, Any]
+
+
+def stored(config: Config, splits: Splits, directory: Path, mark: str) -> Optional[RegeneratedData]:
+    """What a run with the same fingerprint `mark` left in `directory`; None if nothing, or with `resume: false`."""
+    if config["resume"] is False or not (directory / ARRAYS).exists() or not (directory / REPORT).exists():
+        return None
+    getLogger().info(f"Regeneration: reusing {directory}")
+    users, items = splits.dataset.user_num, splits.dataset.item_num
+    data, found = Regenerated.load(directory, users, items, mark, splits.vocabulary()), read_json(directory / REPORT)
+    return RegeneratedData(data, directory, mark, found["seconds"], found)
 
 
 def describe(original: Sequences, extra: Regenerated, n_items: int, tokens: Sequence[str]) -> dict[str, Any]:
     """Sizes by origin, lengths, popularity of the targets, transitions, examples; ready for JSON.
 
     Args:
-        original: the training sequences. extra: what joins them. n_items: V. tokens: external item ids [V].
+        original: the training sequences.
+        extra: what joins them.
+        n_items: V.
+        tokens: external item ids [V].
     """
-    sets = {ORIGINS[0]: (original.items, original.offsets)}
-    for number, name in enumerate(ORIGINS[1:], start=1):
-        sets[name] = _taken(extra, extra.origin == number)
-    known = _transitions(*sets[ORIGINS[0]], n_items)
+    sets: dict[str, Any] = {ORIGINS[0]: original, **{name: extra.only(name) for name in ORIGINS[1:]}}
+    known = _transitions(original, n_items)
+    counted = [np.bincount(each.items[_inner(each.offsets)], minlength=n_items)[1:] for each in sets.values()]
     report: dict[str, Any] = {"items": n_items - 1, "origins": {}}
-    for name, (items, offsets) in sets.items():
-        moves = _transitions(items, offsets, n_items)
+    for name, each in sets.items():
+        moves, lengths = _transitions(each, n_items), np.diff(each.offsets)
         report["origins"][name] = {
-            "sequences": len(offsets) - 1,
-            "items": len(items),
-            "targets": int(np.maximum(np.diff(offsets) - 1, 0).sum()),
-            "lengths": np.bincount(np.minimum(np.diff(offsets), 50), minlength=51).tolist(),
+            "sequences": len(lengths),
+            "items": len(each.items),
+            "targets": int(np.maximum(lengths - 1, 0).sum()),
+            "lengths": np.bincount(np.minimum(lengths, 50), minlength=51).tolist(),
             "transitions": len(moves),
             "new_transitions": int((~np.isin(moves, known)).sum()),
             "examples": [
-                [str(tokens[item]) for item in items[offsets[row] : offsets[row + 1]]]
-                for row in np.unique(np.linspace(0, max(len(offsets) - 2, 0), EXAMPLES).astype(int))
-                if len(offsets) > 1
+                [str(tokens[item]) for item in each.items[each.offsets[row] : each.offsets[row + 1]]]
+                for row in np.unique(np.linspace(0, max(len(lengths) - 1, 0), EXAMPLES).astype(int))
+                if len(lengths)
             ],
         }
-    before = np.bincount(_targets(*sets[ORIGINS[0]]), minlength=n_items)[1:]
-    after = before + sum(np.bincount(_targets(*sets[name]), minlength=n_items)[1:] for name in ORIGINS[1:])
-    report["popularity"] = {"before": _shares(before), "after": _shares(after)}
+    report["popularity"] = {"before": _shares(counted[0]), "after": _shares(sum(counted[1:], counted[0]))}
     return report
 
 
-def text(report: dict[str, Any]) -> str:
+def write_report(directory: Path, report: Mapping[str, Any]) -> None:
+    """Write the report as text, plot (if matplotlib is installed) and, last, JSON."""
+    with replacing(directory / "report.txt") as part:
+        part.write_text(text(report) + "\n", encoding="utf-8")
+    with contextlib.suppress(MissingExtraError):
+        draw(report, directory / "report.png")
+    write_json(directory / REPORT, report)
+
+
+def text(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
     lines = [f"{'origin':<12}{'sequences':>12}{'targets':>12}{'mean length':>13}{'new transitions':>17}"]
     for name, found in report["origins"].items():
@@ -65,7 +120,7 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict[str, Any], path: str | os.PathLike) -> None:
+def draw(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     """Lengths by origin, and the targets' popularity before and after.
 
     Raises:
@@ -86,26 +141,17 @@ def draw(report: dict[str, Any], path: str | os.PathLike) -> None:
     )  # fmt: skip
 
 
-def _taken(extra: Regenerated, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    sizes = np.diff(extra.offsets)
-    return extra.items[np.repeat(chosen, sizes)], np.concatenate([[0], np.cumsum(sizes[chosen])])
-
-
 def _inner(offsets: np.ndarray) -> np.ndarray:
-    """Places that are not the first of their sequence."""
+    """Rows of items that are not the first of their sequence."""
     inner = np.ones(int(offsets[-1]), dtype=bool)
     inner[offsets[:-1][offsets[:-1] < offsets[-1]]] = False
     return np.flatnonzero(inner)
 
 
-def _targets(items: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    return items[_inner(offsets)]
-
-
-def _transitions(items: np.ndarray, offsets: np.ndarray, n_items: int) -> np.ndarray:
+def _transitions(each: Any, n_items: int) -> np.ndarray:
     """Distinct (item, next item), as one number each."""
-    later = _inner(offsets)
-    return np.unique(items[later - 1] * np.int64(n_items) + items[later])
+    later = _inner(each.offsets)
+    return np.unique(each.items[later - 1] * np.int64(n_items) + each.items[later])
 
 
 def _shares(counts: np.ndarray) -> list[float]:
@@ -113,3 +159,78 @@ def _shares(counts: np.ndarray) -> list[float]:
     ordered = np.sort(counts)[::-1]
     total = max(int(counts.sum()), 1)
     return [float(part.sum() / total) for part in np.array_split(ordered, 10)]
+
+
+def write_benchmark(splits: Splits, data: Regenerated, directory: Path, name: str, desc: Optional[str] = None) -> Path:
+    """Write `NAME/NAME.{train,valid,test}.inter` into `directory`, and `NAME/NAME.yaml`, the options that read them.
+
+    One row a window: the last items before the target, the target, where it comes from. RecBole loads them with
+    `--config_files=NAME.yaml` (`benchmark_filename`) and without this package.
+
+    Args:
+        splits: of the original data.
+        data: what joins the training split.
+        directory: of data sets.
+        name: of the new one.
+        desc: show progress bars with this label.
+
+    Returns:
+        the folder.
+
+    Raises:
+        DatasetError: an item's id holds a space, which separates the items of a list.
+    """
+    folder = Path(directory) / name
+    tokens = splits.vocabulary()
+    check_ids(tokens)
+    users = np.array([PATTERN_USER, *tokens["users"][1:]], dtype=object)
+    items = np.array(tokens["items"], dtype=object)
+    train = joined(splits.train._dataset, data)
+    parts = {"train": train, "valid": splits.valid._dataset, "test": splits.test._dataset}
+    for part_name, part in parts.items():
+        label = f"{desc} {part_name}" if desc is not None else None
+        _write(part, data if part_name == "train" else None, users, items, folder / f"{name}.{part_name}.inter", label)
+    options = {
+        "benchmark_filename": list(parts), "alias_of_item_id": ["item_id_list"],
+        "load_col": {"inter": ["user_id", "item_id_list", "item_id"]},
+        "MAX_ITEM_LIST_LENGTH": int(train.max_item_list_len), "train_neg_sample_args": None,
+        "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"},
+    }  # fmt: skip
+    with replacing(folder / f"{name}.yaml") as file:
+        file.write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    return folder
+
+
+def check_ids(vocabulary: Mapping[str, Sequence[str]]) -> None:
+    """Refuse ids that the files cannot hold.
+
+    Raises:
+        DatasetError: there is one.
+    """
+    spaced = [token for token in vocabulary["items"][1:] if " " in token]
+    if spaced:
+        raise DatasetError(
+            f"the item id {spaced[0]!r} holds a space, which separates the items of a list in RecBole's files; "
+            "rename it."
+        )
+
+
+def _write(part: Any, data: Optional[Regenerated], users: Any, items: Any, path: Path, desc: Optional[str]) -> None:
+    rows, positions, targets = part.windows()
+    owner = part.inter_feat[part.uid_field].numpy()
+    origin = np.zeros(len(rows), dtype=np.int64)
+    if data is not None:
+        extra = rows >= part.original.store.n_users
+        origin[extra] = data.origin[rows[extra] - part.original.store.n_users]
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(_HEADER)
+        for start in tqdm(range(0, len(rows), _ROWS), desc=desc, disable=desc is None, dynamic_ncols=True):
+            block = slice(start, start + _ROWS)
+            windows, lengths = part.store.windows(rows[block], positions[block], part.max_item_list_len)
+            words = zip(
+                users[owner[block]], items[windows].tolist(), lengths.tolist(), items[targets[block]], origin[block]
+            )
+            file.writelines(
+                f"{user}\t{' '.join(window[:length])}\t{target}\t{ORIGINS[source]}\n"
+                for user, window, length, target, source in words
+            )

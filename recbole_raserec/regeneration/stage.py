@@ -18,41 +18,58 @@ from recbole_raserec.config import ENCODERS, MINING, REGENERATION, Config, train
 from recbole_raserec.data import Regenerated, SequenceDataset, Splits, prepare_data, training_hash
 from recbole_raserec.data.preparation import ensure_dataset
 from recbole_raserec.distributed import current, layout_of
-from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, MissingExtraError
+from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
 from recbole_raserec.kernels import keep_freed_memory
 from recbole_raserec.recommendation import train_model
 from recbole_raserec.regeneration import report
-from recbole_raserec.regeneration.export import check_ids, write_benchmark
 from recbole_raserec.regeneration.inference import combine, generate
 from recbole_raserec.regeneration.pairs import Sequences, make_pairs, mine, pieces, training_sequences
-from recbole_raserec.regeneration.regenerator import build, check_heads
-from recbole_raserec.regeneration.training import STATE, fit, schedule
-from recbole_raserec.storage import ARRAYS, fingerprint, one_at_a_time, read_json, replacing, sha256, write_json
+from recbole_raserec.regeneration.regenerator import STATE, build, check_heads, fit, schedule_of
+from recbole_raserec.regeneration.report import REPORT, RegeneratedData
+from recbole_raserec.storage import fingerprint, locked, read_json, sha256
 from recbole_raserec.training import Trial
 
-# A finished stage i: what joins the training split, where it lies and how it came about.
+#: Raised when the same options and data would give another regenerated set than before.
+REGENERATION_VERSION = 1
+
+#: Options that the training of the regenerator does not depend on: sets that differ in them share one.
+_INFERENCE = ("regen_gamma", "regen_temperature")
 
 
-REPORT = "report.json"
+def regenerate(config: Config, trial: Optional[Trial] = None) -> RegeneratedData:
+    """Stage i: regenerate the training set, continue an interrupted run, or reuse what one with the same options, data
+    and seed left. With `regen_rows: patterns` patterns are mined and nothing is trained.
 
+    Of several runs that make the same set, or train the same regenerator, one works at a time: the others wait.
 
-@dataclasses.dataclass(frozen=True)
-class RegeneratedData:
-    """A finished stage i.
+    Args:
+        config: of a sequential model, with `regeneration` on.
+        trial: given where the run is one of a search.
 
-    Attributes:
-        data: what joins the training split. directory: where it lies. fingerprint: of its content's origin.
-        seconds: it took, over all its runs. report: see :func:`recbole_raserec.regeneration.report.describe`.
+    Returns:
+        the set; its rows are of the origin that `regen_rows` asks for.
+
+    Raises:
+        ConfigError: `regen_heads` does not divide the vectors.
+        DatasetError: no pattern is frequent, or there are no rows of the wanted origin.
+        CheckpointError: a stored part is damaged, or of another run.
     """
+    given = config["regenerated_data"]
+    origin = {"patterns": "pattern", "generated": "generated"}.get(config["regen_rows"])
+    if origin == "pattern" and not given:
+        return _mined(config)
+    made = current().from_first(lambda: _given(config, Path(given))) if given else _generated(config, trial)
+    if origin is None:
+        return made
+    data = made.data.only(origin)
+    if not len(data):
+        raise DatasetError(
+            f"regen_rows: {config['regen_rows']} are wanted, but {made.directory} holds none; write both."
+        )
+    return dataclasses.replace(made, data=data, fingerprint=fingerprint({"only": origin}, made.fingerprint))
 
-    data: Regenerated
-    directory: Path
-    fingerprint: str
-    seconds: float
-    report: dict[str, Any]
 
-
-def mined_splits(config: Any, plain: Splits, pretrained: bool) -> Splits:
+def mined_splits(config: Config, plain: Splits, pretrained: bool) -> Splits:
     """What is mined: `plain`, the split of the log, or the model's own where that leaves interactions out.
 
     Raises:
@@ -78,28 +95,7 @@ def mined_splits(config: Any, plain: Splits, pretrained: bool) -> Splits:
     return own
 
 
-def directory_of(config: Any, mark: str) -> Path:
-    """Where the set of fingerprint `mark` lies."""
-    return Path(config["checkpoint_dir"]) / f"regeneration-{config['dataset']}-{mark[:12]}"
-
-
-def waiting(directory: Path) -> Callable[[], None]:
-    """Says that another run makes what this one needs."""
-    return lambda: getLogger().info(f"Regeneration: another run is making {directory}; waiting for it")
-
-
-def finished(config: Any, splits: Splits, directory: Path, mark: str) -> Optional[RegeneratedData]:
-    """What a run with the same options left."""
-    if config["resume"] is False or not (directory / ARRAYS).exists() or not (directory / REPORT).exists():
-        return None
-    getLogger().info(f"Regeneration: reusing {directory}")
-    users, items = splits.dataset.user_num, splits.dataset.item_num
-    found = read_json(directory / REPORT)
-    data = Regenerated.load(directory, users, items, mark, splits.vocabulary())
-    return RegeneratedData(data, directory, mark, found["seconds"], found)
-
-
-def given_set(config: Any, directory: Path) -> RegeneratedData:
+def _given(config: Config, directory: Path) -> RegeneratedData:
     """A set that was made before, named by the user."""
     splits = mined_splits(config, prepare_data(config.for_embeddings()), pretrained=False)
     users, items, vocabulary = splits.dataset.user_num, splits.dataset.item_num, splits.vocabulary()
@@ -117,79 +113,13 @@ def given_set(config: Any, directory: Path) -> RegeneratedData:
     return RegeneratedData(data, directory, mark, float(found.get("seconds", 0.0)), found)
 
 
-def keep(
-    config: Any, splits: Splits, whole: Sequences, data: Regenerated, directory: Path, mark: str, started: float,
-    more: dict[str, Any], options: Iterable[str] = REGENERATION,
-) -> RegeneratedData:  # fmt: skip
-    """Write a set and its report, which names `options` and in which `more` joins.
-
-    Args:
-        started: a time of ``perf_counter``.
-    """
-    train, vocabulary = splits.train._dataset, splits.vocabulary()
-    data = dataclasses.replace(data, vocabulary=vocabulary, training=training_hash(train, vocabulary))
-    found = {
-        **report.describe(whole, data, train.item_num, vocabulary["items"]), "dataset": config["dataset"],
-        "options": {name: config[name] for name in sorted(options)}, **more,
-    }  # fmt: skip
-    found["seconds"] = seconds = time.perf_counter() - started
-    data.save(directory, mark)
-    write_report(directory, found)
-    getLogger().info(f"Regenerated data: {directory}\n{report.text(found)}")
-    return RegeneratedData(data, directory, mark, seconds, found)
-
-
-def write_report(directory: Path, found: dict[str, Any]) -> None:
-    """The report as text, plot (where matplotlib is there) and, last, JSON."""
-    with replacing(directory / "report.txt") as part:
-        part.write_text(report.text(found) + "\n", encoding="utf-8")
-    with contextlib.suppress(MissingExtraError):
-        report.draw(found, directory / "report.png")
-    write_json(directory / REPORT, found)
-
-
-#: Raised when the same options and data would give another regenerated set than before.
-REGENERATION_VERSION = 1
-
-#: Options that the training of the regenerator does not depend on: sets that differ in them share one.
-_INFERENCE = ("regen_gamma", "regen_temperature")
-
-
-def regenerate(config: Any, trial: Optional[Trial] = None) -> RegeneratedData:
-    """Stage i: regenerate the training set, continue an interrupted run, or reuse what one with the same options, data
-    and seed left. With `regen_rows: patterns` patterns are mined and nothing is trained.
-
-    Args:
-        config: of a sequential model, with `regeneration` on.
-        trial: given where the run is one of a search.
-
-    Raises:
-        ConfigError: `regen_heads` does not divide the vectors. DatasetError: no pattern is frequent, or there
-            are no rows of the wanted origin.
-        CheckpointError: a stored part is damaged or foreign.
-    """
-    given = config["regenerated_data"]
-    origin = {"patterns": "pattern", "generated": "generated"}.get(config["regen_rows"])
-    if origin == "pattern" and not given:
-        return _mine(config)
-    made = current().from_first(lambda: given_set(config, Path(given))) if given else _regenerate(config, trial)
-    if origin is None:
-        return made
-    mark, data = fingerprint({"only": origin}, made.fingerprint), made.data.only(origin)
-    if not len(data):
-        raise DatasetError(
-            f"regen_rows: {config['regen_rows']} are wanted, but {made.directory} holds none; write both."
-        )
-    return dataclasses.replace(made, data=data, fingerprint=mark)
-
-
-def _mine(config: Any) -> RegeneratedData:
+def _mined(config: Config) -> RegeneratedData:
     """Mined patterns alone: neither a regenerator nor the SASRec it starts from is needed, and no seed matters."""
     splits = mined_splits(config, prepare_data(config.for_embeddings()), pretrained=False)
     base = {name: config[name] for name in MINING}
     base.update(version=REGENERATION_VERSION, eval_args=config.training_options()["eval_args"], rows="patterns")
     mark = fingerprint(base, splits.fingerprint)
-    directory = directory_of(config, mark)
+    directory = _folder(config, "regeneration", mark)
 
     def make() -> RegeneratedData:
         started, whole = time.perf_counter(), training_sequences(_histories(splits))
@@ -201,83 +131,98 @@ def _mine(config: Any) -> RegeneratedData:
         data = combine(whole, whole, patterns, nothing)
         if not len(data):
             raise _no_pattern(config, whole, len(patterns))
-        directory.mkdir(parents=True, exist_ok=True)
-        return keep(config, splits, whole, data, directory, mark, started, {"patterns_mined": len(patterns)}, MINING)
+        return _keep(config, splits, whole, data, directory, mark, started, {"patterns_mined": len(patterns)}, MINING)
 
-    return current().from_first(lambda: _alone(make, config, splits, directory, mark, directory))
+    return current().from_first(lambda: _alone(make, config, splits, mark, directory))
 
 
-def _regenerate(config: Any, trial: Optional[Trial]) -> RegeneratedData:
-    options = {name: config[name] for name in sorted(REGENERATION) if not name.startswith("regen_personal")}
-    for name in ("regeneration", "regen_rows"):  # whether they are weighed, and which are taken, comes later
-        del options[name]
+def _generated(config: Config, trial: Optional[Trial]) -> RegeneratedData:
+    """Mined patterns, and those that a trained regenerator writes."""
     check_heads(config)
     source = train_model(config.for_embeddings(), trial=trial) if config["regen_pretrained"] else None
     plain = source.splits if source is not None else prepare_data(config.for_embeddings())
     splits = mined_splits(config, plain, config["regen_pretrained"])
     parts = [splits.fingerprint, source.fingerprint if source is not None else ""]
-    base = {
-        **options,
-        "seed": config["seed"],
-        "longest": config["MAX_ITEM_LIST_LENGTH"],
-        "version": REGENERATION_VERSION,
-    }
+    # whether rows are weighed, and which are taken, comes later
+    base = {name: config[name] for name in REGENERATION if not name.startswith("regen_personal")}
+    for name in ("regeneration", "regen_rows"):
+        del base[name]
+    base.update(seed=config["seed"], longest=config["MAX_ITEM_LIST_LENGTH"], version=REGENERATION_VERSION)
     base["eval_args"] = config.training_options()["eval_args"]
     mark = fingerprint(base, *parts)
-    directory = directory_of(config, mark)
     learned = fingerprint({name: value for name, value in base.items() if name not in _INFERENCE}, *parts)
-    trained = Path(config["checkpoint_dir"]) / f"regenerator-{config['dataset']}-{learned[:12]}"
+    directory, trained = _folder(config, "regeneration", mark), _folder(config, "regenerator", learned)
 
     def make() -> RegeneratedData:
-        items = splits.dataset.item_num
-        vectors = source.model.item_embedding.weight.detach()[:items] if source is not None else None
-        return _run(config, splits, vectors, trained, directory, mark)
+        started, progress, train = time.perf_counter(), bool(config["show_progress"]), _histories(splits)
+        whole = training_sequences(train)
+        read = pieces(whole, config["MAX_ITEM_LIST_LENGTH"])
+        pairs = make_pairs(
+            read, whole, config["regen_span"], config["regen_min_support"], config["regen_pattern_length"],
+            config["regen_pairs"], config["seed"], "" if progress else None,
+        )  # fmt: skip
+        if not len(pairs):
+            raise _no_pattern(config, whole, len(pairs.patterns))
+        getLogger().info(f"regeneration: {len(pairs.patterns)} patterns, {len(pairs)} pairs of {len(read)} sequences")
+        init_seed(config["seed"], config["reproducibility"])
+        vectors = None if source is None else source.model.item_embedding.weight.detach()[: train.item_num]
+        model = build(config, train.item_num, vectors).to(config["device"])
+        prepared = time.perf_counter() - started
+        if config["resume"] is False:
+            (trained / STATE).unlink(missing_ok=True)
+        history = fit(model, pairs, schedule_of(config), trained, progress)
+        started = time.perf_counter()
+        generated = generate(
+            model, read, config["regen_gamma"], config["regen_temperature"], config["seed"],
+            desc="Generate patterns" if progress else None, native_kernels=bool(config["native_kernels"]),
+        )  # fmt: skip
+        started -= prepared + sum(epoch["seconds"] for epoch in history["epochs"])
+        return _keep(
+            config, splits, whole, combine(whole, read, pairs.patterns, generated), directory, mark, started,
+            {
+                "patterns_mined": len(pairs.patterns), "pairs": len(pairs), "training": history,
+                "regenerator": trained.name, "seed": config["seed"],
+            },
+        )  # fmt: skip
 
-    # several sets share the regenerator
-    return current().from_first(lambda: _alone(make, config, splits, directory, mark, trained))
+    return current().from_first(lambda: _alone(make, config, splits, mark, directory, trained))
 
 
 def _alone(
-    make: Callable[[], RegeneratedData], config: Any, splits: Splits, directory: Path, mark: str, shared: Path
+    make: Callable[[], RegeneratedData], config: Config, splits: Splits, mark: str, directory: Path, *shared: Path
 ) -> RegeneratedData:
-    """The set that is there, or the one that `make` makes while no other run is at `shared`."""
-    found = finished(config, splits, directory, mark)
+    """The set of `directory`, or what `make` makes while no other run works in it or in the `shared` ones."""
+    found = report.stored(config, splits, directory, mark)
     if found is not None:
         return found
-    with one_at_a_time(shared, waiting(directory)):
-        found = finished(config, splits, directory, mark)
+    with contextlib.ExitStack() as held:
+        for folder in (directory, *shared):
+            held.enter_context(locked(folder, "Regeneration"))
+        found = report.stored(config, splits, directory, mark)
         return found if found is not None else make()
 
 
-def _run(config: Any, splits: Splits, vectors: Any, trained: Path, directory: Path, mark: str) -> RegeneratedData:
-    started, progress, train = time.perf_counter(), bool(config["show_progress"]), _histories(splits)
-    whole = training_sequences(train)
-    read = pieces(whole, config["MAX_ITEM_LIST_LENGTH"])
-    pairs = make_pairs(
-        read, whole, config["regen_span"], config["regen_min_support"], config["regen_pattern_length"],
-        config["regen_pairs"], config["seed"], "" if progress else None,
-    )  # fmt: skip
-    if not len(pairs):
-        raise _no_pattern(config, whole, len(pairs.patterns))
-    getLogger().info(f"regeneration: {len(pairs.patterns)} patterns, {len(pairs)} pairs of {len(read)} sequences")
-    init_seed(config["seed"], config["reproducibility"])
-    model = build(config, train.item_num, vectors).to(config["device"])
-    for folder in (directory, trained):
-        folder.mkdir(parents=True, exist_ok=True)
-    prepared = time.perf_counter() - started
-    if config["resume"] is False:
-        (trained / STATE).unlink(missing_ok=True)
-    history = fit(model, pairs, schedule(config), trained, progress)
-    started = time.perf_counter()
-    generated = generate(
-        model, read, config["regen_gamma"], config["regen_temperature"], config["seed"],
-        desc="Generate patterns" if progress else None, native_kernels=bool(config["native_kernels"]),
-    )  # fmt: skip
-    started -= prepared + sum(epoch["seconds"] for epoch in history["epochs"])
-    return keep(config, splits, whole, combine(whole, read, pairs.patterns, generated), directory, mark, started, {
-        "patterns_mined": len(pairs.patterns), "pairs": len(pairs), "training": history, "regenerator": trained.name,
-        "seed": config["seed"],
-    })  # fmt: skip
+def _folder(config: Config, what: str, mark: str) -> Path:
+    """Where the set or the regenerator of fingerprint `mark` lies."""
+    return Path(config["checkpoint_dir"]) / f"{what}-{config['dataset']}-{mark[:12]}"
+
+
+def _keep(
+    config: Config, splits: Splits, whole: Sequences, data: Regenerated, directory: Path, mark: str, started: float,
+    more: dict[str, Any], options: Iterable[str] = REGENERATION,
+) -> RegeneratedData:  # fmt: skip
+    """Write a set, `started` at a time of `perf_counter`, and its report, which also names `options` and `more`."""
+    train, vocabulary = splits.train._dataset, splits.vocabulary()
+    data = dataclasses.replace(data, vocabulary=vocabulary, training=training_hash(train, vocabulary))
+    found = {
+        **report.describe(whole, data, train.item_num, vocabulary["items"]), "dataset": config["dataset"],
+        "options": {name: config[name] for name in sorted(options)}, **more,
+    }  # fmt: skip
+    found["seconds"] = seconds = time.perf_counter() - started
+    data.save(directory, mark)
+    report.write_report(directory, found)
+    getLogger().info(f"Regenerated data: {directory}\n{report.text(found)}")
+    return RegeneratedData(data, directory, mark, seconds, found)
 
 
 def _histories(splits: Splits) -> Any:
@@ -288,7 +233,7 @@ def _histories(splits: Splits) -> Any:
     return train
 
 
-def _no_pattern(config: Any, whole: Sequences, patterns: int) -> DatasetError:
+def _no_pattern(config: Config, whole: Sequences, patterns: int) -> DatasetError:
     if patterns:
         return DatasetError(
             f"regeneration: of {patterns} patterns of the {len(whole)} training sequences none can be used; each is a "
@@ -309,17 +254,22 @@ def regenerate_dataset(
     """Stage i alone: the regenerated data set as RecBole's atomic files, with the report beside them.
 
     Args:
-        dataset: to regenerate. output: directory of data sets; the folder `name` of it is written.
-        name: of the new data set; default: that of the old one and ``-regenerated``.
-        model, config_file_list, config_dict, argv: as of :func:`recbole_raserec.quick_start.run_recbole_raserec`; the
-            model decides which options are known, and where it leaves interactions out (without features, say), the
-            files hold its split.
+        dataset: to regenerate.
+        output: directory of data sets; the folder `name` of it is written.
+        name: of the new data set; default: that of the old one and `-regenerated`.
+        model: decides which options are known; if it leaves interactions out (without features, say), the files hold
+            its split.
+        config_file_list: YAML files of options.
+        config_dict: options; they win over the files.
+        argv: command line options `--key=value`; they win over both. None reads `sys.argv`.
 
     Returns:
         the folder.
 
     Raises:
-        ConfigError, DatasetError, CheckpointError: as that function does.
+        ConfigError: options are wrong; all problems at once.
+        DatasetError: the data set is missing or unfit.
+        CheckpointError: a stored part is damaged, or of another run.
     """
     keep_freed_memory()
     given = {**(config_dict or {}), "regeneration": True}
@@ -333,17 +283,17 @@ def regenerate_dataset(
     pretrained = trains_regenerator(config) and config["regen_pretrained"]
     splits = mined_splits(config, prepare_data(config.for_embeddings()), pretrained)
     vocabulary = splits.vocabulary()
-    check_ids(vocabulary)
+    report.check_ids(vocabulary)
     made = regenerate(config)
     desc = "Write" if config["show_progress"] else None
-    folder = write_benchmark(splits, made.data, output, name or f"{config['dataset']}-regenerated", desc)
+    folder = report.write_benchmark(splits, made.data, output, name or f"{config['dataset']}-regenerated", desc)
     whole = training_sequences(splits.train._dataset)
     found = report.describe(whole, made.data, len(vocabulary["items"]), vocabulary["items"])
-    write_report(folder, {**made.report, **found})
+    report.write_report(folder, {**made.report, **found})
     return folder
 
 
-def _check_alone(config: Any) -> None:
+def _check_alone(config: Config) -> None:
     """What stage i alone refuses before it reads any data."""
     problems = []
     if config["regeneration"] == "personalised":

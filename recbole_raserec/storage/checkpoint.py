@@ -1,8 +1,8 @@
 """The checkpoint directory: configuration, weights, memory and external ids; it reloads without the data set.
 
-Layout: ``checkpoint.json`` (format, model, options, figures), ``model.safetensors`` (weights), ``ids.json``
-(external user and item ids in the order of the internal ones), ``memory/`` (RaSeRec), ``items.json`` and ``histories/``
-(see :mod:`recbole_raserec.data.catalogue`). Nothing in it is pickle.
+Layout: `checkpoint.json` (format, model, options, figures), `model.safetensors` (weights), `ids.json` (external user
+and item ids in the order of the internal ones), `memory/` (RaSeRec), `items.json` and `histories/` (the catalogue). A
+service that changes it keeps ids, memory and catalogue in a directory `live-...` that `live.json` names. No pickle.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from typing import Any, Optional
 import torch
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.storage.files import (
-    read_json,
-    read_tensors,
-    replacing,
-    sha256,
-    write_json,
-)
+from recbole_raserec.storage.files import read_json, read_tensors, replacing, sha256, write_json
 
+FORMAT, VERSION = "recbole-raserec checkpoint", 1
 STATE, BEST = "state.safetensors", "model.safetensors"
+MANIFEST, IDS, MEMORY, LIVE = "checkpoint.json", "ids.json", "memory", "live.json"
+ITEMS, HISTORIES = "items.json", "histories"
 
 
 def dense_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -32,18 +29,18 @@ def dense_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided}
 
 
-def load_weights(model: Any, tensors: dict[str, torch.Tensor], source: Any) -> None:
+def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Any) -> None:
+    """Load `tensors`, read from the file `source`, into a model that has exactly these.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
     own = dense_tensors(model.state_dict())
     wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
     wrong += [k for k in tensors if k not in own]
     if wrong:
         raise CheckpointError(f"{source} does not fit the model: {', '.join(sorted(wrong)[:5])} missing or misshapen.")
     model.load_state_dict(tensors, strict=False)
-
-
-FORMAT, VERSION = "recbole-raserec checkpoint", 1
-MANIFEST, IDS, MEMORY, LIVE = "checkpoint.json", "ids.json", "memory", "live.json"
-ITEMS, HISTORIES = "items.json", "histories"
 
 
 def write_checkpoint(
@@ -65,12 +62,16 @@ def save_parts(
 ) -> None:
     """Replace ids, memory and catalogue of a checkpoint as a whole.
 
-    They go into a directory of their own beside the old ones; the step that counts is the atomic replacement of
-    ``live.json``, which names it. The old ones are deleted then, so that nothing of a forgotten user stays.
+    They go into a directory of their own; the atomic replacement of `live.json`, which names it, makes them count. The
+    old ones are deleted then, so that nothing of a forgotten user stays.
 
     Args:
-        source: the checkpoint. target: the same, or a directory that becomes a copy of it with the new parts.
-        trained_users: ids of the users that the model was trained with; later ones follow in `ids`.
+        source: the checkpoint.
+        target: the same, or a directory that becomes a copy of it with the new parts.
+        ids: external ids, {"users": [...], "items": [...]}.
+        memory: None where the model has none.
+        catalogue: of the items and the users' histories.
+        trained_users: number of users that the model was trained with; later ones follow in `ids`.
         applied: number of the last journaled change that the parts hold.
     """
     manifest = read_manifest(source)

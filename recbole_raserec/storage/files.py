@@ -1,19 +1,24 @@
-"""Files written whole or not at all, and read without pickle."""
+"""Files written whole or not at all, and read with checks and without pickle.
+
+JSON; named tensors, such as an optimizer's state; directories of arrays, which are replaced as a whole and mapped into
+memory when read. And fingerprints: short texts that say what a result rests on.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
+import math
 import os
-import sys
+import re
+import secrets
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, Callable, Optional
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +27,15 @@ from safetensors.torch import save_file
 
 from recbole_raserec.errors import CheckpointError
 
+#: Manifest of a directory of arrays, and the names of its files: no others are ever deleted.
+ARRAYS = "manifest.json"
+_OWN_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
+_OWN_PART = re.compile(r"\.(?:[a-z_]+-[0-9a-f]{16}\.npy|manifest\.json)\..*\.part")
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the directory of `path`; on success it replaces `path` atomically.
-
-    When the body raises, the temporary file is removed and whatever stood at `path` is untouched.
-    """
+    """Yield a temporary path in the directory of `path`, which replaces `path` atomically unless the body raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -73,6 +80,23 @@ def sha256(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
+def plain(value: Any) -> Any:
+    """`value` in JSON's types: NumPy's as Python's, what is not finite as null, anything else as its text."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # scalars and arrays of NumPy and torch
+        return plain(value.tolist())
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(plain, value), key=str)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with replacing(path) as part:
@@ -90,7 +114,9 @@ def read_json(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a readable JSON file ({error}); it is damaged or foreign.") from None
+        raise CheckpointError(
+            f"{path} is not a readable JSON file ({error}); it is damaged or not of this package."
+        ) from None
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], meta: Any = None) -> None:
@@ -101,7 +127,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]:
-    """Read what :func:`write_tensors` wrote: (tensors by name, meta).
+    """Read what `write_tensors` wrote: (tensors by name, meta).
 
     Raises:
         CheckpointError: the file is missing, truncated, corrupted or not a safetensors file of this package.
@@ -116,85 +142,123 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]
         raise CheckpointError(f"{path} is not a readable safetensors file of this package ({error}).") from None
 
 
-# Locks between processes: files that the system lets go of when their holder ends, however it ends.
+def write_arrays(directory: Path, kind: str, version: int, arrays: Mapping[str, np.ndarray], meta: Any) -> None:
+    """Replace the arrays stored in `directory` by `arrays`, as a whole.
 
-
-#: Seconds between two looks at a lock that is waited for.
-_PAUSE = 0.1
-
-#: What a file system says that has no locks: nobody waits there.
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)})
-
-#: What it says of a lock that somebody has.
-_HELD = frozenset({errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK})
-
-#: Whether a started process can be given an open file, and holds its lock with its starter.
-INHERITED = sys.platform != "win32"
-
-
-def lock_file(path: str | os.PathLike) -> Optional[IO[bytes]]:
-    """The open file at `path`, made if it is not there, with its lock; None if somebody has that.
-
-    Closing it lets go; so does the end of the last process that has it open. It stays where it is, with what is in it:
-    deleting it could delete the lock of the next holder.
-
-    Raises:
-        OSError: the file cannot be opened, or the system fails to lock it.
-    """
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115  held as long as the lock
-    try:
-        _lock(file.fileno())
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return file
-        file.close()
-        if error.errno not in _HELD:
-            raise
-        return None
-    return file
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: str | os.PathLike, waiting: Optional[Callable[[], None]] = None) -> Iterator[None]:
-    """Inside, no other process is inside for the same `path`; the others wait, until it ends or dies.
-
-    The lock is the file ``.lock`` in the directory `path`, which is made.
+    New arrays go to files of new names; the atomic replacement of the manifest then decides which are read. Maps that
+    others hold of the old arrays stay valid.
 
     Args:
-        waiting: called once if somebody is inside.
+        directory: created when missing; other files in it are left alone.
+        kind: what the directory holds.
+        version: of its format.
+        arrays: by name (lower-case letters and `_`).
+        meta: JSON-able description, returned by `read_arrays`.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    name = path / ".lock"
-    held = lock_file(name)
-    if held is None and waiting is not None:
-        waiting()
-    while held is None:
-        time.sleep(_PAUSE)
-        held = lock_file(name)
-    with held:
-        yield
+    directory.mkdir(parents=True, exist_ok=True)
+    token = secrets.token_hex(8)
+    entries = {}
+    for name, array in arrays.items():
+        path = directory / f"{name}-{token}.npy"
+        with replacing(path) as part:
+            with open(part, "wb") as handle:
+                np.lib.format.write_array(handle, np.ascontiguousarray(array), allow_pickle=False)
+            entries[name] = {
+                "file": path.name,
+                "bytes": part.stat().st_size,
+                "sha256": sha256(part),
+                "shape": list(array.shape),
+                "dtype": array.dtype.str,
+            }
+    manifest = {"kind": kind, "version": version, "meta": meta, "arrays": entries}
+    write_json(directory / ARRAYS, {**manifest, "sha256": _seal(manifest)})
+    current = {entry["file"] for entry in entries.values()}
+    for path in directory.iterdir():
+        if (_OWN_FILE.fullmatch(path.name) and path.name not in current) or _OWN_PART.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
-if sys.platform == "win32":
-    import msvcrt
+def read_arrays(
+    directory: Path,
+    kind: str,
+    version: int,
+    expected: Mapping[str, str],
+    verify: bool = True,
+    optional: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[dict[str, np.ndarray], Any]:
+    """Read what `write_arrays` wrote: (read-only memory-mapped arrays by name, meta).
 
-    def _lock(handle: int) -> None:
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # away from what the file holds, which a locked byte would hide
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    Args:
+        directory: where it was written.
+        kind: must be the one it was written with.
+        version: must be the one it was written with.
+        expected: dtype string of each array that must be there.
+        verify: compare each file's SHA-256, which reads it once; otherwise only size, shape and dtype.
+        optional: dtype string of each array that may be there.
 
-else:
-    import fcntl
+    Raises:
+        CheckpointError: missing, damaged, of something else, or of another version; names the file and the remedy.
+    """
+    manifest = _read_manifest(directory, kind, version)
+    entries = manifest["arrays"]
+    if not set(expected) <= set(entries) <= set(expected) | set(optional):
+        raise _bad(directory / ARRAYS, f"it lists the arrays {sorted(entries)}, expected are {sorted(expected)}")
+    kinds = {**optional, **expected}
+    return {name: _open(directory, name, entries[name], kinds[name], verify) for name in entries}, manifest["meta"]
 
-    def _lock(handle: int) -> None:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def _read_manifest(directory: Path, kind: str, version: int) -> dict[str, Any]:
+    path = directory / ARRAYS
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist: {directory} holds no {kind}. Check the path, or build it again.")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        raise _bad(path, f"it does not describe a {kind}")
+    if manifest.get("version") != version:
+        raise _bad(path, f"its format version is {manifest.get('version')!r}, this release reads {version}")
+    seal = manifest.pop("sha256", None)
+    if seal != _seal(manifest) or not isinstance(manifest.get("arrays"), dict) or "meta" not in manifest:
+        raise _bad(path, "its content does not match its own checksum")
+    return manifest
 
 
-# The state of torch optimizers as named tensors, for files without pickle.
+def _open(directory: Path, name: str, entry: Any, dtype: str, verify: bool) -> np.ndarray:
+    """One array of the manifest, memory-mapped."""
+    file = entry.get("file") if isinstance(entry, dict) else None
+    # A name that is not of ours could point outside the directory, or at another array.
+    if not isinstance(file, str) or not _OWN_FILE.fullmatch(file) or not file.startswith(f"{name}-"):
+        raise _bad(directory / ARRAYS, f"it names the file {file!r} for the array {name!r}")
+    path = directory / file
+    if not path.is_file():
+        raise _bad(path, "the manifest lists it, but it does not exist")
+    if path.stat().st_size != entry.get("bytes"):
+        raise _bad(path, f"it has {path.stat().st_size} bytes instead of {entry.get('bytes')}")
+    if verify and sha256(path) != entry.get("sha256"):
+        raise _bad(path, "its SHA-256 is not the one in the manifest")
+    try:
+        # Not np.load: that opens zip archives and pickles too when their first bytes say so.
+        array = np.lib.format.open_memmap(str(path), mode="r")
+    except (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError) as error:
+        raise _bad(path, f"it is not a plain .npy array ({error})") from None
+    if array.dtype.str != dtype or entry.get("dtype") != dtype or list(array.shape) != entry.get("shape"):
+        raise _bad(path, f"it holds {array.dtype.str} {list(array.shape)}, expected {dtype} {entry.get('shape')}")
+    return np.asarray(array)
+
+
+def _bad(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged or not of this package: {problem}. It was left as it is; restore it from a copy, or delete "
+        f"{path.parent} and build it again."
+    )
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def optimizer_tensors(optimizer: Any, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
-    """The state of each parameter under ``<prefix>.<number>.<name>``; options such as learning rates are not in it."""
+    """The state of each parameter under `prefix.number.name`; options such as learning rates are not in it."""
     state = optimizer.state_dict()["state"]
     return {
         f"{prefix}.{number}.{name}": torch.as_tensor(value)
@@ -205,10 +269,12 @@ def optimizer_tensors(optimizer: Any, prefix: str = "optimizer") -> dict[str, to
 
 
 def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "optimizer") -> None:
-    """Put into `optimizer` what :func:`optimizer_tensors` gave, out of `tensors`, which may hold more.
+    """Put what `optimizer_tensors` returned into `optimizer`; `tensors` may hold more.
 
     Raises:
-        KeyError, ValueError, RuntimeError: it does not fit.
+        KeyError: it does not fit.
+        ValueError: it does not fit.
+        RuntimeError: it does not fit.
     """
     state: dict[int, dict[str, Any]] = {}
     for key, value in part_of(tensors, prefix).items():
@@ -218,25 +284,10 @@ def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor], prefix: 
 
 
 def part_of(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Those under ``<prefix>.``, by the rest of their names."""
-    start = f"{prefix}."
-    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+    """Those under `prefix.`, by the rest of their names."""
+    start = len(prefix) + 1
+    return {name[start:]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
-
-def plain(value: Any) -> Any:
-    """The value in JSON's types."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value)
-
-
-# What a result rests on, as short texts.
 
 #: Raised when the same options and data would train to something else than before.
 TRAINING_VERSION = 2
@@ -246,11 +297,7 @@ MODEL_VERSIONS = {"BERT4Rec": 3, "FEARec": 1, "GRU4Rec": 1, "NARM": 1, "RaSeRec"
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """Hash of the filtered, remapped interaction log and of the external ids behind it.
-
-    Args:
-        dataset: RecBole data set before its ``build()``.
-    """
+    """Hash of the filtered, remapped log of a RecBole data set before its `build()`, and of its external ids."""
     digest = hashlib.sha256()
     log = dataset.inter_feat
     for field in (dataset.uid_field, dataset.iid_field, dataset.time_field):

@@ -22,7 +22,7 @@ Losses = Union[torch.Tensor, tuple[torch.Tensor, ...]]
 SMALL = 1 << 16
 
 #: Rows on which a loss is tested for being a mean over rows, and the share of it by which it may be off: means are off
-#: by some 1e-7; norms over the batch, with RecBole's weights and at the first step, by 3e-6 and more.
+#: by about 1e-7; norms over the batch, with RecBole's weights and at the first step, by 3e-6 and more.
 SAMPLE, TOLERANCE = 256, 1e-6
 
 
@@ -30,18 +30,18 @@ class SplitSteps:
     """Makes the steps of a trainer those of a group.
 
     All processes have the same batch of B rows. Process r computes the loss l_r of its rows and weighs it by its share
-    w_r / w of what the mean is over (rows; targets of a packed batch; masked items), so that the sum of the weighed
-    losses is the loss of the batch and the sum of their gradients is its gradient. Both are summed over the group
-    before the optimizer's step: every process makes the step that one process would make, up to rounding, and to the
-    dropout masks, which each draws for its own rows.
+    w_r / w of what the mean is over (rows; targets of a packed batch; masked items). The sums of the weighed losses and
+    of their gradients over the group, before the optimizer's step, are those of the batch: every process makes the step
+    that one process would make, up to rounding and to the dropout masks, which each draws for its own rows.
 
     That takes a loss that is a mean over rows. It is tested on the first batch, with dropout off.
 
     Args:
         group: of more than one process.
-        model: trained. name: of it, for messages. seed: of the run.
+        model: to be trained.
+        name: of the model, for messages.
         optimizer: its steps are preceded by the sum of the gradients.
-        clip: options of torch's ``clip_grad_norm_``, which has to come after the sum; None: no clipping.
+        clip: options of torch's `clip_grad_norm_`, which has to come after the sum; None: no clipping.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SplitSteps:
         optimizer.register_step_pre_hook(lambda *_: self.sum_gradients())
 
     def loss_of(self, loss: Callable[[Any], Losses]) -> Callable[[Any], Losses]:
-        """`loss` of a batch, computed together: the value is the whole batch's, the gradient that of the own rows."""
+        """`loss` of a batch, computed together: its value is the whole batch's, its gradient that of the own rows."""
 
         def together(batch: Any) -> Losses:
             if not self._parts:
@@ -72,7 +72,7 @@ class SplitSteps:
 
     @torch.no_grad()
     def sum_gradients(self) -> None:
-        """Replace each parameter's gradient by its sum over the group; what no process has a gradient of keeps none."""
+        """Replace each gradient by its sum over the group; a parameter without one in every process keeps none."""
         device = self._parameters[0].device
         present = torch.tensor([float(p.grad is not None) for p in self._parameters], device=device)
         packs: dict[torch.dtype, list[torch.Tensor]] = {present.dtype: [present]}
@@ -98,7 +98,7 @@ class SplitSteps:
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), **self._clip)
 
     def _test(self, loss: Callable[[Any], Losses], batch: Any) -> int:
-        """Hold the loss of some rows against those of its halves, and count its terms.
+        """Compare the loss of some rows with those of its halves, and count its terms.
 
         Raises:
             ConfigError: it is no mean over rows.

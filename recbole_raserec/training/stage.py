@@ -8,12 +8,12 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from recbole_raserec.config import get_trainer_class, selection_protocol
+from recbole_raserec.config import Config, get_trainer_class, selection_protocol
 from recbole_raserec.data import Splits, catalogue_of
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.evaluation import Ranks, collect_ranks, evaluate, metrics_by_protocol
-from recbole_raserec.storage import MANIFEST, one_at_a_time, read_manifest, write_checkpoint
+from recbole_raserec.storage import MANIFEST, locked, read_manifest, write_checkpoint
 from recbole_raserec.training.trainer import resumable
 
 #: Digits of the figures in reports and results; early stopping compares RecBole's `metric_decimal_place`.
@@ -25,11 +25,15 @@ class Outcome:
     """A finished stage.
 
     Attributes:
-        name: model name. model: with its best weights, in evaluation mode. splits: the data it was trained on.
+        name: of the model.
+        model: with its best weights, in evaluation mode.
+        splits: the data it was trained on.
         metrics: phase -> protocol -> metric -> value; of a trial those of "valid" alone.
         seconds: training time over all its runs.
-        directory: its checkpoint. ranks: of the test targets, which its test metrics are made of; None of a trial.
-        curve: of its training (:attr:`ResumableTrainer.curve`); empty where it was not kept.
+        directory: its checkpoint.
+        fingerprint: of options, data and all else that it rests on.
+        ranks: of the test targets, which its test metrics are made of; None of a trial.
+        curve: of its training (`ResumableTrainer.curve`); empty where it was not kept.
     """
 
     name: str
@@ -44,21 +48,20 @@ class Outcome:
 
     @property
     def parameters(self) -> int:
-        """Learned numbers of the model; what the memory stores is none."""
+        """Learned numbers of the model; what a memory stores does not count."""
         return sum(values.numel() for values in self.model.parameters())
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A run that a search over options makes: its stages are trained and validated, and never tested.
+    """A run of a search over options: its stages are trained and validated, never tested.
 
-    What such a stage leaves is what a run killed before its test leaves: one with the same options goes on from there,
-    and none takes it for finished.
+    Such a stage leaves what a run killed before its test leaves: a run with the same options continues it.
 
     Attributes:
         after_epoch: called after each validated epoch of the last stage with its number, from 0, and its value of the
-            metric that stops it early; what it raises ends the run.
-        top_k: neighbours to search for where the option `top_k` asks for fewer, so that the other trials find theirs.
+            metric that stops it early; an error it raises ends the run.
+        top_k: neighbours to search for where the option `top_k` asks for fewer, so that other trials find theirs.
     """
 
     after_epoch: Optional[Callable[[int, float], None]] = None
@@ -70,12 +73,9 @@ class Trial:
 
 
 class Hooks:
-    """What a stage does around the training of its model; this one does nothing.
+    """What a stage does around the training of its model; this one does nothing."""
 
-    Attributes:
-        trains: whether there is anything to train.
-    """
-
+    #: Whether there is anything to train.
     trains = True
 
     def before_epoch(self, epoch: int) -> None:
@@ -100,27 +100,21 @@ class Hooks:
         """Called after the last validation and before the test."""
 
 
-def stage_directory(config: Any, mark: str) -> Path:
+def stage_directory(config: Config, mark: str) -> Path:
     """The directory of a stage with the fingerprint `mark`."""
     return Path(config["checkpoint_dir"]) / f"{config['model']}-{config['dataset']}-{mark[:12]}"
 
 
-def evaluate_test(model: Any, splits: Splits, config: Any) -> tuple[Ranks, dict[str, dict[str, float]]]:
+def evaluate_test(model: Any, splits: Splits, config: Config) -> tuple[Ranks, dict[str, dict[str, float]]]:
     """Ranks of the test targets, and the metrics made of them by protocol."""
     ranks = collect_ranks(model, splits.test, config, splits.seen["test"])
     return ranks, metrics_by_protocol(ranks, config, decimals=DECIMALS)
 
 
 def run_stage(
-    config: Any,
-    splits: Splits,
-    model: Any,
-    train_data: Any,
-    mark: str,
-    manifest: dict[str, Any],
-    hooks: Optional[Hooks] = None,
-    trial: Optional[Trial] = None,
-) -> Outcome:
+    config: Config, splits: Splits, model: Any, train_data: Any, mark: str, manifest: dict[str, Any],
+    hooks: Optional[Hooks] = None, trial: Optional[Trial] = None,
+) -> Outcome:  # fmt: skip
     """Train to the end (or reuse a finished run), evaluate the best weights, complete the checkpoint.
 
     Of several runs with the same options, data and seed one trains at a time: the others wait and reuse what it left.
@@ -134,6 +128,9 @@ def run_stage(
         manifest: what the checkpoint's manifest says beside the figures.
         hooks: what happens around the training.
         trial: given where the run is one of a search.
+
+    Returns:
+        the finished stage.
 
     Raises:
         CheckpointError: the directory holds another run, or a damaged state.
@@ -160,7 +157,7 @@ def run_stage(
     done = group.from_first(finished)
     with contextlib.ExitStack() as held:
         if done is None:
-            group.from_first(lambda: held.enter_context(one_at_a_time(directory, waiting(name, directory))))
+            group.from_first(lambda: held.enter_context(locked(directory, name)))
             done = group.from_first(finished)
         if done is not None:
             held.close()
@@ -193,8 +190,3 @@ def run_stage(
             known = catalogue_of(splits, config)
             write_checkpoint(directory, full, splits.vocabulary(), getattr(model, "memory", None), known)
     return outcome
-
-
-def waiting(name: str, directory: Path) -> Callable[[], None]:
-    """Says that another run makes what this one needs."""
-    return lambda: getLogger().info(f"{name}: another run is working in {directory}; waiting for it")

@@ -17,6 +17,7 @@ from recbole.trainer import Trainer
 from recbole.trainer.trainer import PretrainTrainer
 from recbole.utils import ModelType
 
+from recbole_raserec.config import Config
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.kernels import FreedMemory
@@ -33,23 +34,20 @@ from recbole_raserec.storage import (
 )
 from recbole_raserec.training.data_parallel import SplitSteps
 
-# Exponential moving average of the weights a training passes through.
-
-
 #: The first averages reach back over a tenth of the steps so far, so that the initial weights soon count for nothing.
 WARM_UP = 10
 
 
 class WeightAverage:
-    """Follows a model's weights: after each step ``average <- decay average + (1 - decay) weights``.
+    """Moving average of a model's weights: after each step `average <- decay average + (1 - decay) weights`.
 
-    With a constant learning rate the weights of the last step scatter around the path they follow; the average is that
-    path (Polyak and Juditsky 1992). The training itself is untouched: gradients are those at the last weights.
+    With a constant learning rate the weights scatter around the path they follow; the average is that path (Polyak and
+    Juditsky 1992). The training itself is untouched: gradients are those at the last weights.
 
     Args:
         model: its parameters that require gradients are followed.
-        decay: in (0, 1); the average reaches back over some ``1 / (1 - decay)`` steps. While fewer steps have been
-            made, ``(1 + steps) / (10 + steps)`` takes its place where that is less.
+        decay: in (0, 1); the average reaches back over about `1 / (1 - decay)` steps. At first `(1 + steps) /
+            (10 + steps)`, which is less, replaces it.
     """
 
     def __init__(self, model: Any, decay: float):
@@ -59,7 +57,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the present weights in."""
+        """Take in the weights after a step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (WARM_UP + self.steps))
         for name, weight in self._weights.items():
@@ -83,7 +81,7 @@ class WeightAverage:
         return self._average
 
     def restore(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
-        """Go on from what :meth:`tensors` gave after `steps` steps.
+        """Continue from what `tensors` returned after `steps` steps.
 
         Raises:
             CheckpointError: a parameter is missing or of another shape.
@@ -102,33 +100,34 @@ Evaluate = Callable[[Any, Any], dict[str, dict[str, float]]]
 
 
 class ResumableTrainer(Trainer):
-    """RecBole's Trainer whose run lives in a directory and goes on where it stopped.
+    """RecBole's Trainer whose run lives in a directory and continues where it stopped.
 
-    After each evaluated epoch ``state.safetensors`` holds weights, optimizer, random states, epoch and the early
-    stopping's counters; ``model.safetensors`` the best weights so far. Both are replaced atomically, the best first, so
-    that a kill at any moment repeats at most one epoch, with the same random numbers and thus the same result.
+    After each evaluated epoch `state.safetensors` holds weights, optimizer, random states, epoch and the counters of
+    early stopping; `model.safetensors` the best weights so far. Both are replaced atomically, the best first, so that a
+    kill at any moment repeats at most one epoch, with the same random numbers and thus the same result.
 
-    With the option `weight_averaging` what is validated and kept is the moving average of the weights, see
-    :class:`~recbole_raserec.training.trainer.WeightAverage`.
+    With the option `weight_averaging` the moving average of the weights is validated and kept (`WeightAverage`).
 
-    In a group of processes (:mod:`recbole_raserec.distributed.group`) all of them have such a trainer, make the steps
-    together (:class:`~recbole_raserec.training.data_parallel.SplitSteps`), and the first alone reads and writes.
+    In a group of processes each has such a trainer; they make the steps together (`SplitSteps`), and the first alone
+    reads and writes.
 
     Args:
+        config: of the model.
+        model: to be trained.
         directory: where the run lives.
         evaluate: validation of both protocols in one pass; the values are RecBole's.
-        protocol: the protocol whose ``valid_metric`` decides on early stopping.
-        resume: continue a run found in `directory`; otherwise start anew over it.
+        protocol: the protocol whose `valid_metric` decides on early stopping.
+        resume: continue a run found in `directory`; otherwise overwrite it.
         before_epoch: called with the epoch's number before it starts.
 
     Raises:
-        CheckpointError: `directory` holds a damaged or foreign state.
+        CheckpointError: `directory` holds a damaged state, or another run's.
     """
 
     clip_grad_norm: Any
 
     def __init__(
-        self, config: Any, model: Any, directory: Path, evaluate: Evaluate, protocol: str, resume: bool = True,
+        self, config: Config, model: Any, directory: Path, evaluate: Evaluate, protocol: str, resume: bool = True,
         before_epoch: Optional[Callable[[int], None]] = None,
     ):  # fmt: skip
         super().__init__(config, model)
@@ -173,8 +172,8 @@ class ResumableTrainer(Trainer):
         self, train_data: Any, valid_data: Any = None, verbose: bool = True, saved: bool = True,
         show_progress: bool = False, callback_fn: Any = None,
     ) -> Any:  # fmt: skip
-        """As RecBole's; what `callback_fn` raises ends the run as a kill would, and the epoch it saw is repeated when
-        the run is taken up again: with the same value, so that whoever counts the calls misses none."""
+        """As RecBole's; an error of `callback_fn` ends the run as a kill would: a later run repeats the epoch, with the
+        same value, and calls it again."""
         self._loader = train_data
         if self._resumed is not None:
             self._restore_random(self._resumed)
@@ -211,7 +210,7 @@ class ResumableTrainer(Trainer):
         return isinstance(self, PretrainTrainer) and self.model.train_stage != "finetune"
 
     def save_pretrained_model(self, epoch: int, saved_model_file: Any = None) -> None:
-        """Keep a pre-training epoch; the run's directory is what the next stage's `pre_model_path` names.
+        """Keep a pre-training epoch in the run's directory, which is the `pre_model_path` of the next stage.
 
         Args:
             epoch: the epoch's number.
@@ -243,11 +242,11 @@ class ResumableTrainer(Trainer):
             self.save_state(epoch)
 
     def _averaged(self) -> Any:
-        """A context in which the model has the weights that count."""
+        """A context in which the model has the weights that are validated and kept."""
         return contextlib.nullcontext() if self._average is None else self._average.applied()
 
     def keep(self) -> None:
-        """Take the model's present weights for the best of the run."""
+        """Make the model's weights the best of the run."""
         meta = {"epoch": self.start_epoch, "model": self.config["model"]}
         self._write(self.saved_model_file, dense_tensors(self.model.state_dict()), meta)
 
@@ -268,7 +267,7 @@ class ResumableTrainer(Trainer):
         if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL or any(
             not isinstance(part, (torch.Tensor, torch.nn.Module)) for part in parts
         ):
-            return  # models with such parts (item similarity matrices) train in one go and start anew
+            return  # models with such parts (item similarity matrices) train in one go and start again
         now = time.perf_counter()
         self.seconds += now - self._epoch_start
         self._epoch_start = now
@@ -339,7 +338,7 @@ class ResumableTrainer(Trainer):
 
 
 def resumable(trainer_class: type) -> type:
-    """`trainer_class` of RecBole with :class:`ResumableTrainer`'s keeping of state in front of it."""
+    """RecBole's `trainer_class` with the state of `ResumableTrainer`."""
     if trainer_class is Trainer:
         return ResumableTrainer
     return type(f"Resumable{trainer_class.__name__}", (ResumableTrainer, trainer_class), {})

@@ -1,55 +1,56 @@
-"""Collaborative knowledge: vectors of a trained sequential model as keys and values of a language model's attention."""
+"""Collaborative knowledge: vectors of a trained sequential model as keys and values of a language model's attention.
+
+The option `collaborative` names that model. `find_collaborative_model` finds it or has it trained, DARec holds it
+frozen as a `CollaborativeModel`, and an `Injection` projects its vectors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from recbole_raserec.config import MODELS, get_model
-from recbole_raserec.data import Splits, check_same_split
+from recbole_raserec.config import MODELS, Config, get_model
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.storage import BEST, MANIFEST, load_weights, read_manifest, read_weights
+from recbole_raserec.recommendation.darec.language_model import LanguageModel
+from recbole_raserec.storage import MANIFEST, read_manifest
 
-#: Start of the number added to the logits of the extra keys: they begin as a whisper, and learn how loud to be.
+#: Start of the number added to the logits of the extra keys: they begin with little weight, and learn how much to have.
 QUIET = -4.0
 
 
-class Collaborator(nn.Module):
+class CollaborativeModel(nn.Module):
     """A frozen sequential model: item vectors v, and user vectors h after every item of a history.
 
     Args:
-        options: of the model, as its checkpoint holds them. dataset: gives the numbers of users and items.
+        options: of the model, as its checkpoint holds them; None where one is missing.
+        dataset: gives the numbers of users and items.
 
     Raises:
         ConfigError: the model cannot give the vectors of all positions in one pass.
     """
 
-    def __init__(self, options: Any, dataset: Any):
+    def __init__(self, options: Mapping[str, Any], dataset: Any):
         super().__init__()
         kind = get_model(options["model"])
         if not hasattr(kind, "encode_positions") or options["model"] == "DARec":
-            raise ConfigError(
-                [
-                    f"collaborative: {options['model']} gives no user vector for each place of a history; name for "
-                    "example SASRec, or the checkpoint of one."
-                ]
-            )
+            why = "gives no user vector for each item of a history; name for example SASRec, or the checkpoint of one."
+            raise ConfigError([f"collaborative: {options['model']} {why}"])
         self.model = kind(options, dataset).requires_grad_(False).eval()
         self.longest = int(options["MAX_ITEM_LIST_LENGTH"])
         self.hidden_size = int(self.model.item_vectors().shape[1])
 
-    def train(self, mode: bool = True) -> Collaborator:
+    def train(self, mode: bool = True) -> CollaborativeModel:
         return super().train(False)
 
     @torch.no_grad()
-    def histories(self, item_seq: torch.Tensor) -> torch.Tensor:
+    def histories(self, item_seq: Tensor) -> Tensor:
         """[R, L] -> [R, 2 L, C]: the item vectors, then the user vector after each item (which knows no later one).
 
-        Places beyond the longest history the model knows carry zeros for the user.
+        User vectors beyond the longest history that the model knows are zeros.
         """
         items = self.model.item_vectors()[item_seq]  # [R, L, C]
         users = torch.zeros_like(items)
@@ -57,24 +58,36 @@ class Collaborator(nn.Module):
         return torch.cat([items, users], dim=1)
 
     @torch.no_grad()
-    def items(self, numbers: torch.Tensor) -> torch.Tensor:
+    def items(self, numbers: Tensor) -> Tensor:
         """[R] -> [R, 1, C]: each item's own vector."""
         return self.model.item_vectors()[numbers][:, None]
 
 
 class Injection(nn.Module):
-    """Projects the vectors to keys and values, in each of `layers`.
+    """Projects the vectors to keys and values, in some layers of a language model.
 
     DARec (arXiv 2408.07427) lets user and item vectors of a collaborative model enter the attention; that they do so as
     extra keys and values with a learned number added to their logits is this package's choice.
 
     Args:
-        size: C. heads, head_size: of the keys. layers: counted from 0. std: of the initial weights.
+        size: C.
+        language: the language model.
+        layers: the option `collaborative_layers`: counted from 0; None: the upper half.
+        std: of the initial weights.
+
+    Raises:
+        ConfigError: the language model has no such layer.
     """
 
-    def __init__(self, size: int, heads: int, head_size: int, layers: Sequence[int], std: float):
+    def __init__(self, size: int, language: LanguageModel, layers: Optional[Sequence[int]], std: float):
         super().__init__()
-        self.heads, self.head_size, self.layers = heads, head_size, tuple(layers)
+        heads, head_size, count = language.key_heads, language.head_size, language.layers
+        self.heads, self.head_size = heads, head_size
+        self.layers = layers = tuple(range(count // 2, count) if layers is None else layers)
+        wrong = [n for n in layers if not 0 <= n < count]
+        if wrong:
+            known = f"a language model with {count} layers; choose among 0 to {count - 1}."
+            raise ConfigError([f"collaborative_layers: {wrong} of {known}"])
         self.norm = nn.LayerNorm(size)
         self.key = nn.ModuleDict({str(n): nn.Linear(size, heads * head_size) for n in layers})
         self.value = nn.ModuleDict({str(n): nn.Linear(size, heads * head_size) for n in layers})
@@ -83,37 +96,20 @@ class Injection(nn.Module):
             nn.init.normal_(module.weight, std=std)  # type: ignore[arg-type]
             nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
-    def forward(self, layer: int, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values [R, heads, S, d] of the vectors [R, S, C], and what is added to their logits."""
-        shape = (*given.shape[:2], self.heads, self.head_size)
-        given, name = self.norm(given), str(layer)
-        key, value = self.key[name](given), self.value[name](given)
+    def forward(self, layer: int, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [R, heads, S, d] of the vectors [R, S, C], and what is added to their logits, a scalar."""
+        shape, name = (*vectors.shape[:2], self.heads, self.head_size), str(layer)
+        vectors = self.norm(vectors)
+        key, value = self.key[name](vectors), self.value[name](vectors)
         return key.view(shape).transpose(1, 2), value.view(shape).transpose(1, 2), self.logit[name]
 
 
-def layers_to_inject(asked: Optional[Sequence[int]], layers: int) -> list[int]:
-    """The option `collaborative_layers`; None: the upper half.
-
-    Raises:
-        ConfigError: the language model has no such layer.
-    """
-    chosen = list(range(layers // 2, layers)) if asked is None else list(asked)
-    wrong = [n for n in chosen if not 0 <= n < layers]
-    if wrong:
-        raise ConfigError(
-            [f"collaborative_layers: {wrong} of a language model with {layers} layers; choose among 0 to {layers - 1}."]
-        )
-    return chosen
-
-
-# The model whose vectors DARec is given (option `collaborative`): found or trained, and its weights taken over.
-
-
-def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, dict[str, Any]]:
-    """Directory and manifest of the model; its options are put into `config`.
+def find_collaborative_model(config: Config, train: Callable[[Config], Path]) -> tuple[Path, dict[str, Any]]:
+    """Directory and manifest of the collaborative model; its options are put into `config`.
 
     Args:
-        config: of DARec. train: gives the checkpoint of a model that is named instead of a directory.
+        config: of DARec.
+        train: gives the checkpoint of a model that is named instead of a directory.
 
     Raises:
         ConfigError: there is no such directory or model.
@@ -121,29 +117,12 @@ def find_collaborator(config: Any, train: Callable[[Any], Path]) -> tuple[Path, 
     named = config["collaborative"]
     directory = Path(named)
     if not (directory / MANIFEST).is_file():
-        if named not in collaborators():
+        known = [name for name in MODELS if name != "DARec" and hasattr(get_model(name), "encode_positions")]
+        if named not in known:
             raise ConfigError(
-                [
-                    f"collaborative: {named} is neither a checkpoint directory nor one of "
-                    f"{', '.join(collaborators())}; name one."
-                ]
+                [f"collaborative: {named} is neither a checkpoint directory nor one of {', '.join(known)}; name one."]
             )
         directory = train(config.for_collaborator())
     manifest = read_manifest(directory)
     config["collaborative_options"] = {**manifest["options"], "model": manifest["model"]}
     return directory, manifest
-
-
-def collaborators() -> list[str]:
-    """Models of this package that give a user vector for each place of a history."""
-    return [name for name in MODELS if name != "DARec" and hasattr(get_model(name), "encode_positions")]
-
-
-def take_collaborator(config: Any, model: Any, splits: Splits, directory: Path, manifest: dict[str, Any]) -> None:
-    """Put the weights of the collaborative model where the model keeps its own.
-
-    Raises:
-        CheckpointError: it was trained on other data, or on another split of them.
-    """
-    check_same_split("collaborative", directory, manifest, config, splits)
-    load_weights(model.collaborator.model, read_weights(directory, manifest), directory / BEST)

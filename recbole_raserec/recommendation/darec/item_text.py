@@ -1,66 +1,79 @@
-"""Items as text: the attributes of RecBole's ``.item`` file, flattened to ``key: value``, tokenised once."""
+"""Items as text: the attributes of RecBole's `.item` file, flattened to `key: value`, tokenised once."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
+from recbole_raserec.config import Config
+from recbole_raserec.data import pad_lists
 from recbole_raserec.errors import ConfigError
 
 #: Kinds of columns that are read as text where none are named; numbers are not.
 TEXTUAL = ("token", "token_seq")
 
 
-@dataclasses.dataclass
-class ItemTexts:
-    """A text for each item.
+def item_tokens(config: Config | Mapping[str, Any], dataset: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The items' texts as token ids, cut to T = `item_text_length`, with a line in the log.
 
-    Attributes:
-        texts: [V], index 0 (padding) empty. missing: items without a text, which have their id in its place.
+    They are kept with the data set: both the loader and the model read it.
+
+    Args:
+        config: of DARec.
+        dataset: RecBole's.
+        tokenizer: of `transformers`.
+
+    Returns:
+        ids int32 [V, T], padded with 0 on the right; lengths int32 [V], at least 1: a text without tokens has the id 0.
     """
-
-    texts: list[str]
-    missing: int
-
-
-@dataclasses.dataclass
-class ItemTokens:
-    """Texts as token ids.
-
-    Attributes:
-        ids: int32 [V, T], padded with 0 on the right. lengths: int32 [V], at least 1, padding item included.
-        cut: texts that were longer than T tokens.
-    """
-
-    ids: np.ndarray
-    lengths: np.ndarray
-    cut: int
+    kept = getattr(dataset, "item_text_tokens", None)
+    if kept is not None:
+        return kept
+    path, longest = Path(config["data_path"]) / f"{config['dataset']}.item", config["item_text_length"]
+    names = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+    separator = config["field_separator"] or "\t"
+    texts = read_item_texts(path, names, config["item_text_fields"], separator, dataset.iid_field)
+    missing = sum(text == name for text, name in zip(texts[1:], names[1:]))
+    ids, lengths = pad_lists(tokenizer(texts, add_special_tokens=False)["input_ids"], longest)
+    cut, lengths = int((lengths > longest).sum()), np.clip(lengths, 1, longest)
+    getLogger().info(
+        f"Item texts: {len(names) - 1} items, {missing} without a text (their id is read instead), "
+        f"{lengths[1:].mean():.1f} tokens each, {cut} cut at {longest}"
+    )
+    dataset.item_text_tokens = ids.astype(np.int32), lengths.astype(np.int32)
+    return dataset.item_text_tokens
 
 
 def read_item_texts(
     path: Path, tokens: Sequence[str], fields: Optional[Sequence[str]] = None, separator: str = "\t",
-    id_field: str = "item_id", encoding: str = "utf-8",
-) -> ItemTexts:  # fmt: skip
-    """Flatten the attributes of the items `tokens` (DARec: "key: value" text; the order is that of `fields`).
+    id_field: str = "item_id",
+) -> list[str]:  # fmt: skip
+    """Flatten the attributes of items to texts (DARec: "key: value", in the order of `fields`).
 
     The key is the column's name with spaces for underscores; empty values are left out. An item without a row or
     without values has its external id as its text. Without the file all have.
 
     Args:
-        path: atomic item file. tokens: external ids [V]; index 0 is padding.
+        path: atomic item file.
+        tokens: external ids [V]; index 0 is padding.
         fields: columns; None: all of the types token and token_seq but the id.
+        separator: between columns.
+        id_field: the column of the external ids.
+
+    Returns:
+        [V], index 0 empty.
 
     Raises:
         ConfigError: a field of `fields` is not in the file.
     """
     found: dict[str, str] = {}
     if path.is_file():
-        with open(path, encoding=encoding, newline="", errors="replace") as file:
+        with open(path, encoding="utf-8", newline="", errors="replace") as file:
             rows = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE)
             header = [column.partition(":")[::2] for column in next(rows, [])]
             names = [name for name, _ in header]
@@ -74,26 +87,7 @@ def read_item_texts(
             if id_field in names:
                 at = names.index(id_field)
                 columns = [(name.replace("_", " "), names.index(name)) for name in fields]
-                found = {row[at]: _flat(row, columns) for row in rows if len(row) > at}
-    texts = [found.get(token) or token for token in tokens]
-    texts[:1] = [""] * len(texts[:1])
-    return ItemTexts(texts, sum(not found.get(token) for token in tokens[1:]))
-
-
-def _flat(row: Sequence[str], columns: Sequence[tuple[str, int]]) -> str:
-    pairs = [(key, row[at].strip()) for key, at in columns if at < len(row)]
-    return ", ".join(f"{key}: {value}" for key, value in pairs if value)
-
-
-def tokenise(texts: Sequence[str], tokenizer: Callable[[list[str]], Sequence[Sequence[int]]], longest: int) -> Any:
-    """Token ids of `texts` [V], cut to `longest` tokens; a text without tokens has the single id 0.
-
-    Args:
-        tokenizer: texts -> ids, without special tokens.
-    """
-    rows = tokenizer(list(texts))
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    ids = np.zeros((len(rows), longest), dtype=np.int32)
-    for line, row in zip(ids, rows):
-        line[: len(row)] = row[:longest]
-    return ItemTokens(ids, np.clip(lengths, 1, longest).astype(np.int32), int((lengths > longest).sum()))
+                for row in (row for row in rows if len(row) > at):
+                    pairs = [(key, row[place].strip()) for key, place in columns if place < len(row)]
+                    found[row[at]] = ", ".join(f"{key}: {value}" for key, value in pairs if value)
+    return ["", *(found.get(token) or token for token in tokens[1:])]
