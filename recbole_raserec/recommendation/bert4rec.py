@@ -35,8 +35,6 @@ class BERT4Rec(DotProduct, RecBoleBERT4Rec):
     What differs is the cost. The last layer is evaluated at the masked positions alone; the positions that RecBole
     scores and multiplies by 0 (it pads each window to as many as the longest may have) are left out; the softmax over
     items runs in reused buffers. A batch without a masked position that counts has the loss 0 (RecBole: not a number).
-
-    Option beside those of RecBole's BERT4Rec: `softmax_precision`, see SASRec.
     """
 
     options = BERT4RecOptions

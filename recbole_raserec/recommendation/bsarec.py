@@ -52,8 +52,7 @@ class BSARec(DuoRec):
     - `filter_scope: causal` (ours): the mean stops at the position itself, so that one pass gives the states of all
       prefixes, in either form of training.
 
-    Options beside DuoRec's, whose contrast is off by default: `filter_weight` (the paper's alpha), `filter_cutoff` (its
-    c), `filter_scope`. The compiled encoder is not used.
+    DuoRec's contrast is off by default. The compiled encoder is not used.
     """
 
     options = BSARecOptions

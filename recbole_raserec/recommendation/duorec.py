@@ -53,14 +53,9 @@ class DuoRec(SASRec):
     another training window with the same target item (drawn uniformly in each epoch). Rows of one batch that share a
     target count as negatives of each other, as in the paper's public implementation.
 
-    Options beside SASRec's:
-
-    - `contrast`: `un`: h against h', weight `lmd`; `su`: h against s, weight `lmd_sem`; `us`: both; `us_x` (default):
-      h' against s, weight `lmd_sem`; `none`.
-    - `lmd`, `lmd_sem`: weights of the losses.
-    - `contrast_share`: share of a batch's rows, drawn again each time, that the contrast against s is taken over (the
-      paper: all). The windows behind s cost more than the rest of a step where the rest is `packed`.
-    - `tau`: temperature. `sim`: `dot` or `cos`.
+    The option `contrast`: `un` is h against h', weight `lmd`; `su` is h against s, weight `lmd_sem`; `us` is both;
+    `us_x` is h' against s, weight `lmd_sem`. The rows of `contrast_share` (the paper: all) are drawn again in each step:
+    the windows behind s cost more than the rest of a step where the rest is `packed`.
 
     The defaults are the paper's, `sim: dot` with `tau: 1`. They need patience: user vectors leave a layer norm with
     length 8, so that the contrast is 33 at the start (chance is 6.9) and the encoder first collapses to get rid of it.

@@ -70,8 +70,6 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
     for each batch and does not use, are not drawn, and the softmax over items runs in reused buffers.
 
     All positions of the padded window take part, so that windows are never cut; prefixes are encoded one by one.
-
-    Options beside those of RecBole's FEARec: `softmax_precision`, see SASRec; `contrast` may also be `none`.
     """
 
     options = FEARecOptions

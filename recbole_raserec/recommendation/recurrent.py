@@ -2,7 +2,7 @@
 
 A recurrent state knows nothing later than its item, so that one pass over a history gives the user vectors after all
 its prefixes (`training: packed`). Batches may be trimmed to their longest row, and the softmax over items runs in
-reused buffers. Options beside those of RecBole's models: `training`, `packed_copies`, `softmax_precision`, see SASRec.
+reused buffers.
 """
 
 from __future__ import annotations

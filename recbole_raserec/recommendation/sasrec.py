@@ -27,12 +27,6 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
     What differs is the cost. Batches may be trimmed to their longest row; the last layer is evaluated at the last
     position alone, the only one that reaches the loss; the softmax over items runs in reused buffers. On a CPU for
     which the compiled kernels were built sequences are encoded without padding.
-
-    Options beside those of RecBole's SASRec:
-
-    - `training`: `prefix` (windows with one target each) or `packed` (all positions of a history in one pass).
-    - `softmax_precision`: of the loss, see `recbole_raserec.kernels.linear_cross_entropy`.
-    - `native_kernels`: whether to use the compiled kernels where they can be.
     """
 
     options = SASRecOptions
