@@ -54,7 +54,7 @@ class DuoRec(SASRec):
     target count as negatives of each other, as in the paper's public implementation.
 
     The option `contrast`: `un` is h against h', weight `lmd`; `su` is h against s, weight `lmd_sem`; `us` is both;
-    `us_x` is h' against s, weight `lmd_sem`. The rows of `contrast_share` (the paper: all) are drawn again in each step:
+    `us_x` is h' against s, weight `lmd_sem`. The rows of `contrast_share` (the paper: all) are drawn in each step:
     the windows behind s cost more than the rest of a step where the rest is `packed`.
 
     The defaults are the paper's, `sim: dot` with `tau: 1`. They need patience: user vectors leave a layer norm with
