@@ -132,6 +132,16 @@ again.
   --OPTION=VALUE             as of `recbole-raserec run`, for every trial"""
 
 
+SERVE_HELP = """\
+The token is better in a file or in the variable RECBOLE_RASEREC_TOKEN: a command line is seen by every user of the
+machine and stays in the shell's history. A --token wins over a --token_file, and that over the variable. Without a
+token, update, forget and save are refused.
+
+examples:
+  recbole-raserec serve saved/RaSeRec-ml-100k-...
+  recbole-raserec serve saved/RaSeRec-ml-100k-... --port=9000 --token_file=token.txt --max_k=100"""
+
+
 # The words of a command line: those of `run`, and the options that a command adds to them.
 
 
@@ -281,11 +291,29 @@ def _explain(words: list[str]) -> None:
 
 
 def _serve(words: list[str]) -> None:
-    from recbole_raserec.serving.http import SERVE_HELP, add_serve, serve
+    from pathlib import Path
 
-    args = _parsed("serve", "Serve a checkpoint over HTTP.", SERVE_HELP, add_serve, words)
+    from recbole_raserec.serving.http import Settings, find_token, serve
+
+    def options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a finished run; its last line names it")
+        parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+        parser.add_argument("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any free one)")
+        parser.add_argument("--token_file", type=Path, metavar="FILE", help="that holds the token of changing calls")
+        parser.add_argument("--token", metavar="TEXT", help="the token itself; see below")
+        parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+        for name, field in Settings.model_fields.items():
+            if name != "token":
+                help_ = field.description + ("" if "default" in field.description else f" (default: {field.default})")
+                parser.add_argument(
+                    f"--{name}", type=type(field.default), metavar="N", default=field.default, help=help_
+                )
+
+    args = _parsed("serve", "Serve a checkpoint over HTTP.", SERVE_HELP, options, words)
     if args is not None:
-        serve(args)
+        limits = {name: getattr(args, name) for name in Settings.model_fields if name != "token"}
+        settings = Settings(token=find_token(args.token, args.token_file), **limits)
+        serve(args.checkpoint, settings, args.host, args.port, args.device)
 
 
 def _doctor(words: list[str]) -> None:

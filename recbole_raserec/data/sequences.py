@@ -105,20 +105,24 @@ class SequenceStore:
         kept = np.arange(len(self.items)) - self.offsets[self.users()] < size[self.users()]
         return self.items[kept], np.concatenate([[0], np.cumsum(size)])
 
-    def windows(self, users: np.ndarray, positions: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    def windows(
+        self, users: np.ndarray, positions: np.ndarray, max_length: int, width: Optional[int] = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What the model sees before ``items[offsets[users] + positions]``: the last `max_length` earlier items.
 
         Args:
-            users: [B]; positions: [B], index of the target in its user's own history (so the prefix has that length).
+            users: [B].
+            positions: [B], index of the target in its user's own history (so the prefix has that length).
             max_length: longest prefix kept.
+            width: columns L; None: as many as the longest row.
 
         Returns:
-            item_seq int64 [B, L], left-aligned and padded with 0 to the longest row; item_seq_len int64 [B].
+            item_seq int64 [B, L], left-aligned and padded with 0; item_seq_len int64 [B].
         """
-        rows, lengths = self.window_rows(users, positions, max_length)
-        item_seq = self.items[np.maximum(rows, 0)]
-        item_seq[rows < 0] = 0
-        return item_seq, lengths
+        positions = np.asarray(positions, dtype=np.int64)
+        lengths = np.minimum(positions, max_length)
+        starts = self.offsets[np.asarray(users, dtype=np.int64)] + positions - lengths
+        return pad_rows(self.items, starts, lengths, width), lengths
 
     def window_rows(
         self, users: np.ndarray, positions: np.ndarray, max_length: int, width: Optional[int] = None
