@@ -66,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
     """All stages and the report of a checked configuration; the record is empty in any process but the first."""
     started = time.perf_counter()
     stages, data = run_stages(config)
-    return report_stages(config, stages, data, time.perf_counter() - started) if current().first else {}
+    return dict(report_stages(config, stages, data, time.perf_counter() - started)) if current().first else {}
 
 
 def run_stages(config: Config, trial: Optional[Trial] = None) -> tuple[dict[str, Outcome], Any]:

@@ -8,7 +8,7 @@ import torch
 from ranking_helpers import sorted_rank
 from scipy.sparse import csr_matrix
 
-from recbole_raserec.compat import patches as compat
+from recbole_raserec import compat
 from recbole_raserec.config.checks import evaluation_problems
 from recbole_raserec.errors import ConfigError, DatasetError
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED, collect_ranks, evaluate, metrics_from_ranks

@@ -1,4 +1,4 @@
-"""User sequences as one CSR store: the ground on which windows, memories and histories stand.
+"""User sequences as one CSR store, of which windows, memories and histories are made.
 
 Memory is O(interactions): a prefix window is an index (user, position), materialised only for the batch that needs it.
 """
@@ -31,10 +31,10 @@ def pad_rows(
         width = int(lengths.max()) if len(lengths) else 0
     columns = np.arange(width)
     inside = columns < np.asarray(lengths)[:, None]
-    places = np.where(inside, np.asarray(starts)[:, None] + columns, 0)
+    index = np.where(inside, np.asarray(starts)[:, None] + columns, 0)
     if not len(items):
         return np.full(inside.shape, fill, dtype=items.dtype)
-    rows = items[places]
+    rows = items[index]
     rows[~inside] = fill
     return rows
 
@@ -57,15 +57,15 @@ def pad_lists(rows: Sequence[Sequence[int]], width: Optional[int] = None) -> tup
 class SequenceStore:
     """Every user's items in time order.
 
-    Items of user `u` are ``items[offsets[u]:offsets[u + 1]]``. Ids are RecBole's internal ones: 0 is padding, users
-    run over ``1 .. n_users - 1``, items over ``1 .. n_items - 1``.
+    Items of user `u` are `items[offsets[u]:offsets[u + 1]]`. Ids are RecBole's internal ones: 0 is padding, users
+    run over `1 .. n_users - 1`, items over `1 .. n_items - 1`.
 
     Args:
-        users: int array [N], non-decreasing (rows sorted by user, then time).
-        items: int array [N].
+        users: non-decreasing (rows sorted by user, then time), int [N].
+        items: int [N].
         n_users: number of user ids, padding included.
         n_items: number of item ids, padding included.
-        times: float array [N] or None.
+        times: float [N] or None.
 
     Raises:
         ValueError: `users` is not sorted.
