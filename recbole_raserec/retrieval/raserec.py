@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Literal, Optional, Union
 
 import numpy as np
 import torch
@@ -11,7 +11,20 @@ import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import (
+    Config,
+    Count,
+    Dropout,
+    ModelName,
+    Natural,
+    Options,
+    Positive,
+    Several,
+    Share,
+    Text,
+    Weight,
+    option,
+)
 from recbole_raserec.data import POSITION
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy
@@ -19,6 +32,83 @@ from recbole_raserec.recommendation import Backbone
 from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
+
+
+class RaSeRecOptions(Options):
+    """RaSeRec (arXiv 2412.18378): a memory of (prefix, next item) pairs, retrieval, and a module that learns to use it.
+    Only the options of the retrieval stage are here. Those of the backbone (its sizes, learning_rate, epochs, ...) come
+    from properties/model/BACKBONE.yaml and are set by their usual names."""
+
+    backbone: ModelName = option(
+        "DuoRec",
+        "a sequential model of this package or of RecBole; the paper pre-trains DuoRec",
+        heading="The backbone",
+    )
+    backbone_checkpoint: Optional[Text] = option(
+        None, "directory of a trained backbone; null: train, or reuse one in checkpoint_dir", training=False
+    )
+    freeze_backbone: bool = option(True, "train the module alone, as the paper; false: the backbone too")
+    memory: Literal["pairs", "patterns", "both"] = option(
+        "pairs", "pairs: every (prefix, next item) of the training set; patterns: frequent sequential patterns of it "
+        "as (pattern without its last item, last item); both", heading="The memory",
+    )  # fmt: skip
+    memory_min_length: Count = option(1, "shortest prefix that enters the memory, in items")
+    memory_max_length: Optional[Count] = option(None, "longest prefix that enters the memory; null: any")
+    memory_thin: Share = option(0, "leave out pairs whose key has this cosine with another of the same target; 0: none")
+    memory_span: Several = option(5, "patterns: items of a history that a pattern may span (the DR4SR paper's alpha)")
+    memory_min_support: Count = option(2, "patterns: users whose histories must hold it (the DR4SR paper's beta)")
+    memory_frequency_weight: Weight = option(
+        0, "this times the log of the number of users with the pattern is added to the attention's logits"
+    )
+    memory_scope: Literal["history", "past"] = option(
+        "history", "history: no query sees what its own user does later; past: nor what any user does later or at that "
+        "moment (stricter than the papers; needs true timestamps)",
+    )  # fmt: skip
+    memory_regenerated: bool = option(True, "with regeneration: what it generated joins the memory")
+    memory_refresh: Count = option(1, "epochs between two encodings of the memory when the backbone is not frozen")
+    top_k: Count = option(20, "neighbours per query; K in the paper, 20 in its Beauty run")
+    retrieve_by: Literal["sequence", "target"] = option(
+        "sequence", "what the user's vector is compared with: the memories' prefixes (sequence) or next items (target)"
+    )
+    similarity: Literal["cosine", "dot"] = option("cosine", "cosine (the authors' normalised inner product) or dot")
+    index: Literal["auto", "flat", "ivf", "hnsw", "ivfpq"] = option(
+        "auto", "flat: exact; ivf, hnsw, ivfpq: approximate, for large memories; auto: by size"
+    )
+    cache_neighbours: bool = option(
+        True, "keep the last exact searches in checkpoint_dir/neighbours, for runs that differ in what they make of "
+        "them (alpha, beta, head, a smaller top_k, ...)", training=False,
+    )  # fmt: skip
+    ivf_lists: Count = option(128, "clusters of the ivf and ivfpq indexes, 128 in the authors' Beauty run")
+    ivf_probes: Count = option(8, "clusters searched per query, at most ivf_lists; 1 in the authors' Beauty run")
+    head: Literal["ram", "knn", "both"] = option(
+        "ram", "ram: the module below; knn: their targets, weighed by similarity, are mixed into the model's "
+        "distribution, nothing is trained; both: the module, then the mixture",
+        heading="What is made of the neighbours",
+    )  # fmt: skip
+    ram: Literal["dual", "single"] = option(
+        "dual", "dual: two channels with feed-forward (the paper); single: one attention",
+        heading="The retrieval module (RAM): h~ = alpha h + (1 - alpha) (beta channel_1 + (1 - beta) channel_2)",
+    )  # fmt: skip
+    alpha: Share = option(0.5, "share of the user's own vector in [0, 1]; 0.5 in the authors' Beauty run")
+    learnable_alpha: bool = option(False, "let alpha be learned from that start")
+    beta: Share = option(
+        1.0, "share of channel 1 (keys sequences, values targets) in [0, 1]; 1 in the authors' Beauty run: the second "
+        "channel is then not there",
+    )  # fmt: skip
+    attn_tau: Positive = option(1.0, "temperature of the cross attention, > 0")
+    ram_heads: Count = option(2, "attention heads; must divide the length of the user's vector")
+    ram_inner_size: Count = option(256, "inner size of the feed-forward layers")
+    ram_dropout: Dropout = option(0.5, "dropout, in [0, 1); the paper's")
+    ram_learning_rate: Positive = option(0.001, "Adam; the paper's", heading="Its training")
+    ram_weight_averaging: Dropout = option(0, "`weight_averaging` of this training")
+    ram_weight_decay: Optional[Weight] = option(None, "of this training; null: as `weight_decay`", later=True)
+    ram_train_batch_size: Count = option(1024, "queries in a batch; the paper's")
+    ram_epochs: Count = option(50, "at most")
+    ram_stopping_step: Natural = option(
+        5, "stop after more than that many evaluations without a better one (the paper: 10)"
+    )
+    ram_valid_metric: Text = option("NDCG@10", "one of metrics at one of topk (the paper: Recall@10)")
+
 
 #: Buffers of a training model that a finished checkpoint does not need.
 TRAINING_BUFFERS = ("known_ids", "known_mask")
@@ -51,6 +141,8 @@ class RaSeRec(SequentialRecommender):
         augments: whether user vectors are augmented.
         knn: whether the kNN head is there.
     """
+
+    options = RaSeRecOptions
 
     knn_share: Tensor
     knn_tau: Tensor

@@ -177,6 +177,8 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
     stage = copy.deepcopy(config)  # the module trains under `ram_*` in place of the backbone's options
     for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
         stage[name] = config[f"ram_{name}"]
+    if config["ram_weight_decay"] is not None:
+        stage["weight_decay"] = config["ram_weight_decay"]
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
     mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint, *version_of(config["model"]))

@@ -18,7 +18,6 @@ from typing import Any, Optional
 from recbole.utils import dataset_arguments, evaluation_arguments
 
 from recbole_raserec.config import (
-    NOT_TRAINING,
     PROPERTIES,
     REGENERATION,
     Config,
@@ -184,7 +183,7 @@ def check_space(config: Config, space: Space, path: Path) -> list[str]:
         if option in MEASURES:
             problems.append(f"{option}: decides what is measured, and trials could not be compared; remove it")
             continue
-        if option in NOT_TRAINING:
+        if option in config.not_training:
             problems.append(f"{option}: changes nothing of what is trained; remove it")
             continue
         if option in unread:
