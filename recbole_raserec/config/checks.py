@@ -30,7 +30,6 @@ from recbole_raserec.config.options import (
 from recbole_raserec.config.sources import REFUSED, SUPPORTED, all_keys, get_model, get_trainer_class, model_keys
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
-from recbole_raserec.storage import read_manifest
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
@@ -303,7 +302,7 @@ def _regeneration_problems(config: RecBoleConfig, name: str) -> list[str]:
         )
     if config["benchmark_filename"]:
         problems.append("regeneration: benchmark files have no histories to regenerate; leave one of the two out.")
-    if pretrained and read_manifest(pretrained)["options"].get("regeneration"):
+    if pretrained and config.options_of_checkpoint("pre_model_path").get("regeneration"):
         problems.append(
             f"pre_model_path: {pretrained} was pre-trained on regenerated data, which the base must not have seen; "
             "name the directory of the run without."

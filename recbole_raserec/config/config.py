@@ -49,7 +49,7 @@ from recbole_raserec.config.sources import (
 )
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
-from recbole_raserec.storage import plain
+from recbole_raserec.storage import plain, read_manifest
 
 #: The devices visible when the program started. RecBole overwrites the variable with gpu_id at every configuration.
 _VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -433,6 +433,10 @@ class Config(RecBoleConfig):
     def not_training(self) -> frozenset[str]:
         """Names of options that leave the trained weights as they are."""
         return NOT_TRAINING | without_training(self._options())
+
+    def options_of_checkpoint(self, name: str) -> dict[str, Any]:
+        """The options of the run whose checkpoint directory the option `name` names."""
+        return read_manifest(self.final_config_dict[name])["options"]
 
     def explain(self) -> dict[str, Any]:
         """All final options, JSON-able, sorted by name."""
