@@ -25,9 +25,9 @@ from recbole_raserec.storage import (
     BEST,
     STATE,
     dense_tensors,
-    load_optimizer,
+    load_named,
     load_weights,
-    optimizer_tensors,
+    named_tensors,
     part_of,
     read_tensors,
     write_tensors,
@@ -92,8 +92,6 @@ class WeightAverage:
             average.copy_(tensors[name])
         self.steps = steps
 
-
-AVERAGE = "average"
 
 #: Evaluates a model on validation data: (model, data) -> {protocol: {metric: value}}.
 Evaluate = Callable[[Any, Any], dict[str, dict[str, float]]]
@@ -271,10 +269,9 @@ class ResumableTrainer(Trainer):
         now = time.perf_counter()
         self.seconds += now - self._epoch_start
         self._epoch_start = now
-        tensors = {f"model.{name}": value for name, value in dense_tensors(self.model.state_dict()).items()}
-        if self._average is not None:
-            tensors.update({f"{AVERAGE}.{name}": value for name, value in self._average.tensors().items()})
-        tensors.update(optimizer_tensors(self.optimizer))
+        average = {} if self._average is None else self._average.tensors()
+        model = dense_tensors(self.model.state_dict())
+        tensors = named_tensors(model=model, average=average, optimizer=self.optimizer)
         name, keys, pos, has_gauss, cached = np.random.get_state()
         own = {"random.torch": torch.get_rng_state()}
         tensors["random.numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
@@ -306,8 +303,8 @@ class ResumableTrainer(Trainer):
                 raise CheckpointError(f"{resume_file} belongs to model {meta['model']}, not to {self.config['model']}.")
             load_weights(self.model, part_of(tensors, "model"), resume_file)
             if self._average is not None:
-                self._average.restore(part_of(tensors, AVERAGE), int(meta["average_steps"]))
-            load_optimizer(self.optimizer, tensors)
+                self._average.restore(part_of(tensors, "average"), int(meta["average_steps"]))
+            load_named(tensors, optimizer=self.optimizer)
             self.start_epoch = int(meta["epoch"]) + 1
             self.cur_step = int(meta["cur_step"])
             self.best_valid_score = meta["best_valid_score"]
