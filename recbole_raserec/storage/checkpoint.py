@@ -30,11 +30,7 @@ def dense_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Any) -> None:
-    """Load `tensors`, read from the file `source`, into a model that has exactly these.
-
-    Raises:
-        CheckpointError: they do not fit.
-    """
+    """Load `tensors` of the file `source` into a model; raises CheckpointError unless it has exactly these."""
     own = dense_tensors(model.state_dict())
     wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
     wrong += [k for k in tensors if k not in own]
@@ -98,9 +94,8 @@ def live_parts(directory: Path) -> tuple[Path, Optional[int], int]:
     path = directory / LIVE
     if not path.is_file():
         return directory, None, 0
-    found = read_json(path)
-    found = found if isinstance(found, dict) else {}
-    name, users, applied = (found.get(key) for key in ("parts", "users", "applied"))
+    found, keys = read_json(path), ("parts", "users", "applied")
+    name, users, applied = map(found.get, keys) if isinstance(found, dict) else (None, None, None)
     sound = isinstance(name, str) and re.fullmatch(r"live-[0-9a-f]{16}", name)
     if not sound or type(users) is not int or type(applied) is not int or not (directory / str(name)).is_dir():
         raise CheckpointError(f"{path} is damaged: it does not name the parts of this checkpoint.")

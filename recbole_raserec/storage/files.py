@@ -50,8 +50,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(part, path)
         sync_directory(path.parent)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def sync_directory(path: str | os.PathLike) -> None:
@@ -99,11 +98,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing or is not JSON.
-    """
+    """Read a JSON file; raises CheckpointError if it is missing or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -121,11 +116,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]:
-    """Read what `write_tensors` wrote: (tensors by name, meta).
-
-    Raises:
-        CheckpointError: the file is missing, truncated, corrupted or not a safetensors file of this package.
-    """
+    """What `write_tensors` wrote: (tensors by name, meta); raises CheckpointError if it is missing or damaged."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path} does not exist.")
     try:
@@ -139,13 +130,10 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]
 def write_arrays(directory: Path, kind: str, version: int, arrays: Mapping[str, np.ndarray], meta: Any) -> None:
     """Replace the arrays stored in `directory` by `arrays`, as a whole.
 
-    New arrays go to files of new names; the atomic replacement of the manifest then decides which are read. Maps that
-    others hold of the old arrays stay valid.
+    New arrays go to files of new names, which the atomic replacement of the manifest makes count: old maps stay valid.
 
     Args:
         directory: created when missing; other files in it are left alone.
-        kind: what it holds.
-        version: of its format.
         arrays: by name (lower-case letters and `_`).
         meta: JSON-able description, returned by `read_arrays`.
     """
@@ -162,9 +150,8 @@ def write_arrays(directory: Path, kind: str, version: int, arrays: Mapping[str, 
             }  # fmt: skip
     manifest = {"kind": kind, "version": version, "meta": meta, "arrays": entries}
     write_json(directory / ARRAYS, {**manifest, "sha256": _seal(manifest)})
-    current = {entry["file"] for entry in entries.values()}
     for path in directory.iterdir():
-        if (_OWN_FILE.fullmatch(path.name) and path.name not in current) or _OWN_PART.fullmatch(path.name):
+        if (_OWN_FILE.fullmatch(path.name) and token not in path.name) or _OWN_PART.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -259,11 +246,7 @@ def named_tensors(**parts: Any) -> dict[str, torch.Tensor]:
 
 
 def load_named(tensors: Mapping[str, torch.Tensor], **parts: Any) -> None:
-    """Put what `named_tensors` returned into modules and optimizers; `tensors` may hold more.
-
-    Raises:
-        KeyError: they do not fit; ValueError and RuntimeError say the same.
-    """
+    """Put what `named_tensors` returned into modules and optimizers, which raise their own errors where it is unfit."""
     for part, held in parts.items():
         state: dict[Any, Any] = part_of(tensors, part)
         if isinstance(held, torch.optim.Optimizer):
