@@ -20,8 +20,7 @@ T = TypeVar("T")
 #: How long a process waits for the others at a step of all of them, and for what the first one makes alone.
 STEP_TIMEOUT, FIRST_TIMEOUT = datetime.timedelta(minutes=30), datetime.timedelta(days=30)
 
-#: Distance of the processes' seeds of torch (2^32 over the golden ratio).
-_STRIDE = 0x9E3779B1
+_STRIDE = 0x9E3779B1  # distance of the processes' seeds of torch (2^32 over the golden ratio)
 
 
 class Group:
@@ -68,7 +67,7 @@ class Group:
         return found
 
     def gathered(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The named tensors of all processes: the first one's under their names, those of others under `own_name`."""
+        """The named tensors of all processes, each under its `own_name`."""
         own = {self.own_name(name): value.cpu() for name, value in values.items()}
         return {name: value for part in self._each(own) for name, value in part.items()}
 
@@ -112,7 +111,7 @@ class Group:
         if self.size == 1:
             return part
         counted = torch.uint8 if part.dtype == torch.bool else part.dtype
-        whole = torch.zeros((rows, *part.shape[1:]), dtype=counted, device=part.device)
+        whole = part.new_zeros((rows, *part.shape[1:]), dtype=counted)
         whole[where] = part.to(counted)
         return self.add_up(whole).to(part.dtype)
 

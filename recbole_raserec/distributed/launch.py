@@ -97,8 +97,7 @@ def start(
 
 
 def _main(local_rank: int, folder: Path, *given: Any) -> None:
-    """A new process, which ends inside: with threads of its group still there the destructors of C++ libraries can abort
-    one that has done its work ("terminate called without an active exception")."""
+    """A new process. It ends inside: destructors of C++ libraries can abort one while its group still has threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started this process is interrupted too, and ends it
     threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     if local_rank:

@@ -137,14 +137,23 @@ def shifted(parameters: Tensors, direction: Tensors, step: float) -> Iterator[No
 
 @dataclasses.dataclass(frozen=True)
 class Bilevel:
-    """How the scorer learns."""
+    """How the scorer learns.
 
-    every: int = 10  # inner steps between two steps of the scorer
-    terms: int = 3  # of the series
-    rate: float = 0.1  # of the series
-    learning_rate: float = 1e-3  # of the scorer
-    tau: float = 0.5  # of its Gumbel-softmax
-    model_rate: float = 1e-3  # learning rate of the model
+    Attributes:
+        every: inner steps between two steps of the scorer.
+        terms: of the series.
+        rate: of the series.
+        learning_rate: of the scorer.
+        tau: of its Gumbel-softmax.
+        model_rate: learning rate of the model.
+    """
+
+    every: int = 10
+    terms: int = 3
+    rate: float = 0.1
+    learning_rate: float = 1e-3
+    tau: float = 0.5
+    model_rate: float = 1e-3
 
 
 class Learner:
@@ -320,8 +329,8 @@ def _learned(
         desc, hidden = f"Personalise {number:>3}", not config["show_progress"]
         inner = tqdm(loaders[0], desc=desc, disable=hidden, dynamic_ncols=True)
         outer = itertools.chain.from_iterable(itertools.repeat(loaders[1]))
-        batches = ((batch.to(device) for batch in part) for part in (inner, outer))
-        learner.learn(*batches, lambda batch: batch[SEQUENCE] >= n_users, losses.append)
+        rows, original = ((batch.to(device) for batch in part) for part in (inner, outer))
+        learner.learn(rows, original, lambda batch: batch[SEQUENCE] >= n_users, losses.append)
         meta = {"passes": number + 1, "steps": learner.steps, "losses": losses}
         write_tensors(path, learner.tensors(), {**meta, "seconds": time.perf_counter() - started})
     return model, scorer, losses, seconds

@@ -389,7 +389,7 @@ def build(config: Config, n_items: int, vectors: Optional[torch.Tensor]) -> Rege
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How the regenerator learns; with the paper's values where it names them."""
+    """How the regenerator learns, as the options `regen_*` say; with the paper's values where it names them."""
 
     epochs: int = 40  # at most
     patience: int = 3  # epochs without a better held-out loss before it stops

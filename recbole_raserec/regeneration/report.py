@@ -31,13 +31,21 @@ _ROWS = 4096
 
 @dataclasses.dataclass(frozen=True)
 class RegeneratedData:
-    """A finished stage i."""
+    """A finished stage i.
 
-    data: Regenerated  # what joins the training split
+    Attributes:
+        data: what joins the training split.
+        directory: where it lies.
+        fingerprint: of what its content rests on.
+        seconds: it took, over all its runs.
+        report: see `describe`.
+    """
+
+    data: Regenerated
     directory: Path
-    fingerprint: str  # of what its content rests on
-    seconds: float  # over all its runs
-    report: dict[str, Any]  # see `describe`
+    fingerprint: str
+    seconds: float
+    report: dict[str, Any]
 
 
 def stored(config: Config, splits: Splits, directory: Path, mark: str) -> Optional[RegeneratedData]:

@@ -220,10 +220,8 @@ def _open(directory: Path, name: str, entry: Any, dtype: str, verify: bool) -> n
 
 
 def _bad(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged or not of this package: {problem}. It was left as it is; restore it from a copy, or delete "
-        f"{path.parent} and build it again."
-    )
+    remedy = f"It was left as it is; restore it from a copy, or delete {path.parent} and build it again."
+    return CheckpointError(f"{path} is damaged or not of this package: {problem}. {remedy}")
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -265,7 +263,6 @@ def part_of(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch
 
 #: Raised when the same options and data would train to something else than before.
 TRAINING_VERSION = 2
-
 #: The same for one model alone.
 MODEL_VERSIONS = {"BERT4Rec": 3, "FEARec": 1, "GRU4Rec": 1, "NARM": 1, "RaSeRec": 1}
 

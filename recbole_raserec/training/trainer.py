@@ -131,7 +131,8 @@ class ResumableTrainer(Trainer):
         self._evaluate, self._protocol, self._before_epoch = evaluate, protocol, before_epoch
         self.seconds, self._epoch_start = 0.0, time.perf_counter()
         self.valid_values: dict[int, float] = {}  # by epoch
-        self._freed, self._loader = FreedMemory(), None
+        self._freed = FreedMemory()
+        self._loader: Any = None
         self._resumed: Any = None  # tensors and meta of the state that the run continues from
         # Graph models cache embeddings there. Until this process has seen the best epoch, they are as constructed.
         self.best_other_parameter: Any = model.other_parameter()

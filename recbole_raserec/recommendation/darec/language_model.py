@@ -161,7 +161,8 @@ class LanguageModel(nn.Module):
     """A frozen encoder or causal decoder, `adapters` in its layers, and an attention that follows an `AttentionView`.
 
     Adapters hang on the two linear maps that end a layer's halves (found by shape: the last map to the hidden size
-    within the attention, and the last outside it), before the residual connection, as in the adapter paper.
+    within the attention, and the last outside it), before the residual connection, as in the adapter paper. Of
+    the frozen weights a checkpoint holds a hash.
 
     Args:
         model: of `transformers`, loaded with `load_pretrained`.
