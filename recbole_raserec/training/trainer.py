@@ -46,7 +46,7 @@ class WeightAverage:
 
     Args:
         model: its parameters that require gradients are followed.
-        decay: in (0, 1); at first replaced by `(1 + steps) / (10 + steps)`, which is less.
+        decay: in (0, 1); the average reaches back over about `1 / (1 - decay)` steps, at first over fewer: `WARM_UP`.
     """
 
     def __init__(self, model: Any, decay: float):
