@@ -26,7 +26,7 @@ INSTALL_REQUIRES = [
     "setuptools<81",  # ray 2.6, which RecBole imports, imports pkg_resources, on its way out of setuptools
 ]
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "pydantic-settings>=2.4"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 
 EXTRAS_REQUIRE = {
     # RecBole's LDiffRec with n_cate > 1 and NNCF with neigh_info_method: louvain
@@ -84,7 +84,7 @@ setup(
     package_dir={"recbole_raserec.properties": "properties"},
     package_data={
         "recbole_raserec.properties": ["*.yaml", "model/*.yaml", "dataset/*.yaml", "tune/*.yaml"],
-        "recbole_raserec.serving": ["*.css", "*.js"],
+        "recbole_raserec.serving": ["*.css", "*.j2", "*.js"],
     },
     ext_modules=[kernels(name) for name in INSTRUCTIONS],
     entry_points={"console_scripts": ["recbole-raserec = recbole_raserec.cli.main:main"]},

@@ -19,7 +19,7 @@ def _stage(data_path: str) -> tuple[Any, Any, Any, Any]:
     """Frozen random SASRec, RaSeRec over it with dropout off, hooks, loader of the training rows."""
     import torch
 
-    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.config import get_model
     from recbole_raserec.data.loaders import RowLoader
     from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.recommendation.backbone import wrap_backbone
@@ -99,9 +99,7 @@ def published(data_path: str) -> dict[str, Any]:
     started = time.perf_counter()
     for batch in loader:
         who, where = batch["user_id"].numpy(), batch["sequence_position"].numpy()
-        rows, lengths = store.window_rows(who, where, train.max_item_list_len, train.max_item_list_len)
-        item_seq = store.items[np.maximum(rows, 0)]
-        item_seq[rows < 0] = 0
+        item_seq, lengths = store.windows(who, where, train.max_item_list_len, train.max_item_list_len)
         with torch.no_grad():
             h = model.encode(torch.from_numpy(item_seq), torch.from_numpy(lengths))
         unit = h.numpy() / np.linalg.norm(h, axis=1, keepdims=True)

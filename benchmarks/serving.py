@@ -30,7 +30,7 @@ def _recommender(data_path: str, index: str | None) -> tuple[Any, str]:
 
     from recbole_raserec import Recommender, load_checkpoint
     from recbole_raserec.data.catalogue import Catalogue
-    from recbole_raserec.serving.loading import Options
+    from recbole_raserec.serving.live import Options
 
     found = load_checkpoint(directory, "cpu")
     catalogue = Catalogue.load(found.parts, len(found.users), found.vocabulary.item_num)
@@ -48,13 +48,13 @@ def _random(data_path: str, index: str | None) -> Any:
     import torch
 
     from recbole_raserec import Recommender
-    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.config import get_model
     from recbole_raserec.data.catalogue import catalogue_of
     from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.recommendation.backbone import wrap_backbone
     from recbole_raserec.retrieval.raserec import RaSeRec
     from recbole_raserec.retrieval.stage import RetrievalHooks
-    from recbole_raserec.serving.loading import Checkpoint, Options, Vocabulary
+    from recbole_raserec.serving.live import Checkpoint, Options, Vocabulary
 
     config = config_of("RaSeRec", data_path, backbone="SASRec", index=index or "flat")
     own = config.for_backbone()

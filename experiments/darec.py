@@ -3,7 +3,7 @@
     python experiments/darec.py --data_path=DIR [--dataset=ml-100k] [--seeds 2020 2021]
 
 Rows: SASRec; DARec with adapters only; with each task; with context masking; with collaborative vectors; with all; with
-the adapter sizes that a search chose (``--adapters=FILE`` of ``python -m recbole_raserec.adaption``) and with uniform
+the adapter sizes that a search chose (`--adapters=FILE`, the best.yaml of `recbole-raserec tune`) and with uniform
 ones of as many parameters; RaSeRec over DARec. Test targets are grouped by their count in the training split: fewer
 than five interactions are cold. Writes results/darec_<dataset>.json and the page (.md) beside it; a row that is there
 is not run again.
@@ -28,7 +28,6 @@ from recbole_raserec.data.preparation import ensure_dataset
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.recommendation import train_model
 from recbole_raserec.retrieval.stage import fine_tune
-from recbole_raserec.tuning.adaption import Adaption
 
 #: Fewer training interactions than these make an item cold.
 COLD = 5
@@ -143,7 +142,8 @@ def main() -> None:
     else:
         pairs = [tuple(pair) for pair in read_yaml(given.adapters)["adapter_sizes"]]
         rows[SEARCHED] = (*DAREC, f"--adapter_sizes={[list(pair) for pair in pairs]}")
-        rows[UNIFORM] = (*DAREC, f"--adapter_sizes={Adaption(pairs, 0.0, []).uniform_size()}")
+        uniform = max(1, round(sum(map(sum, pairs)) / (2 * len(pairs))))
+        rows[UNIFORM] = (*DAREC, f"--adapter_sizes={uniform}")
     grid.main(__doc__, rows, "darec", page, "ml-100k", measure, given=vars(given))
 
 

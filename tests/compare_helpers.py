@@ -10,7 +10,7 @@ import torch
 from conftest import random_log, write_log
 from scipy.sparse import csr_matrix
 
-from recbole_raserec.comparison import runner as compare_cells
+from recbole_raserec.comparison import runner
 from recbole_raserec.comparison.driver import compare
 from recbole_raserec.evaluation.protocols import Ranks
 from recbole_raserec.evaluation.ranks import write_ranks
@@ -68,8 +68,10 @@ record = {
     "parameters": {"base": 1000, **({"ours": 1234} if ours else {})}, "peak_memory_mb": 321.0, "versions": {},
 }
 note("end")
-shutil.copy(pathlib.Path(__file__).with_name("ours.npz" if ours else "base.npz"), words["ranks_file"])
-part = target.with_suffix(".part")
+copy = f"{words['ranks_file']}.{os.getpid()}"
+shutil.copy(pathlib.Path(__file__).with_name("ours.npz" if ours else "base.npz"), copy)
+os.replace(copy, words["ranks_file"])
+part = target.with_suffix(f".{os.getpid()}")
 part.write_text(json.dumps(record))
 os.replace(part, target)
 """
@@ -103,12 +105,12 @@ class StandIn:
 
 
 def prepared(directory, patch):
-    """A directory with data and the stand-in, which runs the cells."""
+    """A directory with data and the stand-in, which takes the place of the runs."""
     write_log(directory / "data", "tiny", random_log(0))
     write_log(directory / "data", "other", random_log(1))
     made = StandIn(directory)
-    patch.setattr(compare_cells, "RUNNER", made.command)
-    patch.setattr(compare_cells, "_PAUSE", 0.01)
+    patch.setattr(runner, "COMMAND", made.command)
+    patch.setattr(runner, "_PAUSE", 0.01)
     return made
 
 

@@ -163,7 +163,7 @@ def served(planted_run, tmp_path_factory):
 
 @pytest.fixture
 def stand_in(workdir, monkeypatch):
-    """What runs the cells of a comparison in place of the runner."""
+    """What a comparison starts in place of its runs."""
     from compare_helpers import prepared
 
     return prepared(workdir, monkeypatch)

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from recbole_raserec import Recommender
-from recbole_raserec.serving.http.settings import Settings
+from recbole_raserec.serving.http import Settings
 
 TOKEN = "a-token-of-the-tests"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
-LIMITS = Settings(TOKEN, max_body=20_000, max_sequences=4, max_history=50, max_k=20, max_candidates=30, max_events=6)
+LIMITS = Settings(
+    token=TOKEN, max_body=20_000, max_sequences=4, max_history=50, max_k=20, max_candidates=30, max_events=6
+)
 
 
 def fresh(planted_run, directory):
@@ -49,15 +51,8 @@ class Server:
         environment = {**os.environ, "RECBOLE_RASEREC_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
         root = str(Path(__file__).parents[1])
         environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
-        command = [
-            sys.executable,
-            "-m",
-            "recbole_raserec.cli.main",
-            "serve",
-            str(directory),
-            "--port=0",
-            "--device=cpu",
-        ]
+        code = "import sys; from recbole_raserec.cli.main import main; sys.exit(main())"
+        command = [sys.executable, "-c", code, "serve", str(directory), "--port=0", "--device=cpu"]
         self.process = subprocess.Popen(
             [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recbole_raserec.kernels import allocator
-from recbole_raserec.kernels.allocator import FreedMemory, resident_mb
+from recbole_raserec.kernels.allocator import FreedMemory, peak_memory_mb, resident_mb
 
 
 def test_memory_is_given_back_when_the_process_has_doubled(monkeypatch):
@@ -20,10 +20,11 @@ def test_memory_is_given_back_when_the_process_has_doubled(monkeypatch):
     assert len(given) == 1
 
 
-def test_where_the_system_does_not_tell_nothing_is_done(monkeypatch):
-    monkeypatch.setattr(allocator, "resident_mb", lambda: None)
-    monkeypatch.setattr(allocator, "_trim", lambda: pytest.fail("nothing is known of the memory"))
-    assert not FreedMemory().bound()
+def test_the_peak_is_that_of_this_process():
+    held = resident_mb()
+    block = torch.ones(30 << 18)  # 30 MiB
+    assert 20 < held < resident_mb() <= peak_memory_mb() + 1
+    assert block.all()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator can be told")

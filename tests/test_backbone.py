@@ -18,7 +18,7 @@ from recbole.model import sequential_recommender
 from recbole.utils import get_model
 from torch import nn
 
-from recbole_raserec.config.registry import REFUSED, TRIMMABLE
+from recbole_raserec.config import REFUSED, TRIMMABLE
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation import backbone as module
 from recbole_raserec.recommendation.backbone import ADAPTERS, Backbone, wrap_backbone

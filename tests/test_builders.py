@@ -14,9 +14,8 @@ from recbole_raserec.data.patterns import mine_patterns
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation.backbone import wrap_backbone
 from recbole_raserec.recommendation.sasrec import SASRec
-from recbole_raserec.retrieval.builders import PairBuilder, PatternBuilder, thinned
 from recbole_raserec.retrieval.memory import MemoryBank
-from recbole_raserec.retrieval.queries import encode_split
+from recbole_raserec.retrieval.queries import PairBuilder, PatternBuilder, encode_split, thinned
 from recbole_raserec.retrieval.raserec import RaSeRec
 from recbole_raserec.retrieval.stage import RetrievalHooks
 
@@ -98,7 +97,7 @@ def test_a_pattern_found_is_frequent_without_the_querys_later_items(seed):
     except ConfigError:  # no pattern at all
         return
     hooks.before_epoch(0)
-    queries = model._known["train"]
+    queries = model.known["train"]
     cut = [log[:-2] if len(log) > 3 else [] for log in logs]
     patterns = hooks._builders[0].patterns
     for row in range(len(queries)):
@@ -174,7 +173,7 @@ def test_every_memory_trains_and_counts_frequency(memory, freeze):
     hooks.before_epoch(0)
     model.train()
     hooks.before_epoch(1)
-    queries = model._known["train"]
+    queries = model.known["train"]
     h = queries.h[:5]
     weighted = model.augment(h, queries.ids[:5], queries.mask[:5])
     assert model._copy is not None
@@ -198,7 +197,7 @@ def test_retrieval_by_target_follows_the_item_vectors(freeze):
         with torch.no_grad():
             model.item_vectors().mul_(-1.0)
     hooks.before_epoch(0)
-    queries = model._known["train"]
+    queries = model.known["train"]
     values = model.item_vectors().detach()[torch.from_numpy(model.memory.targets.astype(int))]
     scores = queries.h @ values.T
     barred = (queries.users[:, None] == model.memory.users) & (queries.positions[:, None] <= model.memory.positions)

@@ -112,7 +112,7 @@ def test_an_approximate_index_is_not_cached(tmp_path, searches):
     assert bank.index_recall is not None
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "out of range"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "of another search", "out of range"])
 def test_a_damaged_file_is_searched_again_and_replaced(tmp_path, searches, caplog, damage):
     queries = queries_of()
     bank, cache = bank_of(queries), NeighbourCache(tmp_path)
@@ -121,7 +121,7 @@ def test_a_damaged_file_is_searched_again_and_replaced(tmp_path, searches, caplo
     good = path.read_bytes()
     if damage == "truncated":
         path.write_bytes(good[:-7])
-    elif damage == "foreign":
+    elif damage == "of another search":
         path.write_bytes(b"\x80\x04cos\nsystem\n")
     else:
         place = len(good) - 4

@@ -85,7 +85,7 @@ def test_it_knows_options_figures_and_external_ids(planted_run):
     assert checkpoint.options["alpha"] == planted_run.record["options"]["alpha"]
     assert checkpoint.manifest["metrics"] == planted_run.record["metrics"]["ours"]
     assert checkpoint.vocabulary.user_num == splits.dataset.user_num
-    tokens = checkpoint.vocabulary.tokens["item_id"]
+    tokens = checkpoint.vocabulary.items
     assert tokens == list(splits.dataset.field2id_token["item_id"])
     assert not checkpoint.model.training
     # every training pair, and the validation pair of every user

@@ -82,7 +82,7 @@ def test_values_with_signs_spaces_and_equals_pass_unchanged(runner):
         (["-x=1"], "-x=1: the only short options"),
         (["prepre"], "unknown sub-command 'prepre': did you mean prepare?"),
         (["zzz"], "unknown sub-command 'zzz': choose one of run, prepare, regenerate, recommend"),
-        (["prepare"], "--input, --format, --output, --name"),
+        (["prepare"], "not given: --input, --format, --output, --name"),
         (["prepare", "--inptu=x"], "unknown option --inptu: did you mean --input?"),
         (["prepare", "--input=x", "--format=ratings", "--output=o", "--name=n", "--k_core=few"], "--k_core"),
         (
@@ -151,7 +151,7 @@ def test_prepare_end_to_end(tmp_path, capsys):
     ("words", "shown"),
     [
         (["--help"], ["prepare     turn raw data", "regenerate  ", "--version"]),
-        (["-h"], ["usage:"]),
+        (["-h"], ["Usage:"]),
         (
             ["run", "--help"],
             ["--backbone=NAME", "--data_path=DIR", "--result_file=FILE", "--epochs=N", "--config_files"],
@@ -170,16 +170,16 @@ def test_help(runner, capsys, words, shown):
 
 def test_no_words_at_all_is_a_usage_error(capsys):
     assert cli.main([]) == 2
-    assert "usage:" in capsys.readouterr().err
+    assert "Usage:" in capsys.readouterr().err
 
 
 def test_the_prepare_examples_of_the_help_are_valid(capsys):
-    joined = cli.PREPARE_HELP.replace("\\\n", " ")
+    assert cli.main(["prepare", "--help"]) == 0
+    joined = capsys.readouterr().out.replace("\\\n", " ")
     examples = [line.split() for line in joined.splitlines() if line.strip().startswith("recbole-raserec prepare")]
     assert len(examples) == 3
     for words in examples:
-        parsed = cli._prepare_parser().parse_args(words[2:])
-        assert parsed.output == "dataset"
+        assert cli.prepare.make_context("prepare", words[2:]).params["output"] == "dataset"
 
 
 def test_help_and_a_wrong_option_need_no_heavy_import():
@@ -197,7 +197,8 @@ def test_help_and_a_wrong_option_need_no_heavy_import():
 def test_the_script_is_the_run_command():
     script = [sys.executable, str(ROOT / "run_recbole_raserec.py")]
     done = subprocess.run([*script, "--help"], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert (done.returncode, done.stdout.strip()) == (0, cli.RUN_HELP)
+    assert done.returncode == 0
+    assert "--backbone_checkpoint=DIR" in done.stdout
     done = subprocess.run([*script, "--model"], capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

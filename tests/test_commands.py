@@ -84,10 +84,11 @@ def test_explain_in_three_forms(loaded, capsys, tmp_path):
         (("recommend", "{}"), "give one history by --items or --user, or several by --input"),
         (("recommend", "{}", "--items=1", "--input=x"), "give one history"),
         (("recommend", "{}", "--input=nowhere"), "input: nowhere cannot be read"),
-        (("recommend", "{}", "--items=1", "--k=0"), "k: 0"), (("recommend", "{}", "--items=1", "--k=x"), "invalid int"),
+        (("recommend", "{}", "--items=1", "--k=0"), "k: 0"),
+        (("recommend", "{}", "--items=1", "--k=x"), "is not a valid integer"),
         (("explain", "{}"), "give a history by --items or --user"),
         (("explain", "{}", "--items=unknown"), "nothing is known"),
-        (("recommend", "{}", "--items=1", "--itmes=2"), "unrecognized arguments"),
+        (("recommend", "{}", "--items=1", "--itmes=2"), "unknown option --itmes: did you mean --items"),
     ],
 )  # fmt: skip
 def test_wrong_words(loaded, capsys, words, message):

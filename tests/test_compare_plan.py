@@ -123,7 +123,7 @@ def plan(models, seeds=1, datasets="tiny", argv=(), files=()):
     return make_plan(models, datasets, seeds, "out", list(files), ["--data_path=data", *argv])
 
 
-def test_the_base_is_one_row_and_one_cell_and_runs_first(stand_in):
+def test_the_base_is_one_row_and_one_run_and_comes_first(stand_in):
     models = "RaSeRec:backbone=SASRec,RaSeRec:backbone=SASRec:alpha=0.3,SASRec,RaSeRec:backbone=SASRec:n_layers=1,BPR"
     made = plan(models)
     assert made.rows == {
@@ -136,21 +136,20 @@ def test_the_base_is_one_row_and_one_cell_and_runs_first(stand_in):
             "BPR": None,
         }
     }
-    assert [cell.row for cell in made.cells] == list(made.rows["tiny"])
-    by_row = {cell.row: cell for cell in made.cells}
+    assert [run.row for run in made.runs] == list(made.rows["tiny"])
+    by_row = {run.row: run for run in made.runs}
     assert by_row["RaSeRec:backbone=SASRec"].base == by_row["SASRec"].name
-    assert not by_row["BPR"].shares & by_row["SASRec"].shares
-    first, second = (by_row[row].shares for row in list(made.rows["tiny"])[1:3])
-    assert first & second == {by_row["SASRec"].name}
+    assert by_row["BPR"].needs == by_row["SASRec"].needs == frozenset()
+    first, second = (by_row[row].needs for row in list(made.rows["tiny"])[1:3])
+    assert first == second == {by_row["SASRec"].name}
 
 
-def test_darec_takes_turns_with_the_model_whose_vectors_it_takes(stand_in):
+def test_darec_comes_after_the_model_whose_vectors_it_takes(stand_in):
     pytest.importorskip("transformers", reason="needs the extra llm")
-    made = {cell.row: cell for cell in plan("SASRec,DARec,DARec:collaborative=null,RaSeRec:backbone=DARec").cells}
-    sasrec = made["SASRec"].name
-    shared = {row: sasrec in cell.shares for row, cell in made.items()}
-    assert shared == {
-        "SASRec": True, "DARec": True, "DARec:collaborative=null": False, "RaSeRec:backbone=DARec": True
+    made = {run.row: run for run in plan("SASRec,DARec,DARec:collaborative=null,RaSeRec:backbone=DARec").runs}
+    needs = {row: made["SASRec"].name in run.needs for row, run in made.items()}
+    assert needs == {
+        "SASRec": False, "DARec": True, "DARec:collaborative=null": False, "RaSeRec:backbone=DARec": True
     }  # fmt: skip
 
 
@@ -163,14 +162,15 @@ def test_a_row_with_regeneration_stands_on_the_row_without(stand_in):
         "DuoRec:regeneration=true:lmd=0.2": "DuoRec:lmd=0.2",
         "RaSeRec:backbone=SASRec": "SASRec",
     }
-    regenerated = [cell for cell in made.cells if "regeneration" in cell.options]
-    assert len(regenerated) == 2
-    assert "regeneration-tiny-2020" in regenerated[0].shares & regenerated[1].shares
+    names = {run.row: run.name for run in made.runs}
+    first, second = (run.needs for run in made.runs if "regeneration" in run.options)
+    assert first == {names["SASRec"]}
+    assert second == {names["SASRec"], names["DuoRec:lmd=0.2"]}  # the regenerator starts from SASRec's item vectors
 
 
-def test_what_decides_a_figure_names_the_cell(stand_in, workdir):
+def test_what_decides_a_figure_names_the_run(stand_in, workdir):
     def names(models="RaSeRec:backbone=SASRec", **given):
-        return [cell.name for cell in plan(models, **given).cells]
+        return [run.name for run in plan(models, **given).runs]
 
     before = names()
     assert [name.rpartition("-")[0] for name in before] == ["SASRec-tiny-2020", "RaSeRec-tiny-2020"]
@@ -188,10 +188,10 @@ def test_what_decides_a_figure_names_the_cell(stand_in, workdir):
     assert not set(names()) & set(before)
 
 
-def test_other_versions_are_other_cells(stand_in, monkeypatch):
+def test_other_versions_are_other_runs(stand_in, monkeypatch):
     from recbole_raserec.comparison import plan as names
 
-    before = [cell.name for cell in plan("SASRec").cells]
+    before = [run.name for run in plan("SASRec").runs]
     found = names.versions()
     monkeypatch.setattr(names, "versions", lambda: {**found, "torch": "9.9"})
-    assert [cell.name for cell in plan("SASRec").cells] != before
+    assert [run.name for run in plan("SASRec").runs] != before

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,14 +18,13 @@ from compare_helpers import MODELS, go
 from conftest import ROOT, random_log, write_log
 
 from recbole_raserec.cli import main as cli
-from recbole_raserec.comparison import driver
-from recbole_raserec.comparison import runner as compare_cells
+from recbole_raserec.comparison import driver, runner
 from recbole_raserec.comparison.driver import compare
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.storage.files import read_json
 
 
-def test_every_cell_runs_once_and_is_found_again(stand_in, capsys):
+def test_every_run_runs_once_and_is_found_again(stand_in, capsys):
     content = go(datasets="tiny,other", seeds=1)
     assert len(stand_in.notes()) == 6
     assert [(model, dataset, seed) for model, dataset, seed, *_ in stand_in.notes()][:3] == [
@@ -47,7 +47,7 @@ def test_every_cell_runs_once_and_is_found_again(stand_in, capsys):
     assert [model for model, *_ in stand_in.notes()][6:] == ["GRU4Rec"]
 
 
-def test_a_damaged_or_half_written_cell_runs_again(stand_in, workdir):
+def test_a_damaged_or_half_written_run_runs_again(stand_in, workdir):
     go(models="SASRec", seeds=3)
     cells = sorted((workdir / "out" / "cells").glob("*.json"))
     cells[0].write_text(cells[0].read_text()[:50])
@@ -56,7 +56,7 @@ def test_a_damaged_or_half_written_cell_runs_again(stand_in, workdir):
     assert [seed for _, seed in stand_in.started()] == [2020, 2021, 2022, 2020, 2021]
 
 
-def test_a_failed_cell_ends_none_of_the_others(stand_in, capsys):
+def test_a_failed_run_ends_none_of_the_others(stand_in, capsys):
     stand_in.order(**{"SASRec-2021": "fail", "BPR-2020": "die", "BPR-2021": "die"})
     words = ["compare", f"--models={MODELS}", "--datasets=tiny", "--seeds=2", "--output=out", "--data_path=data"]
     assert cli.main(words) == 2
@@ -64,7 +64,7 @@ def test_a_failed_cell_ends_none_of_the_others(stand_in, capsys):
     assert ("RaSeRec", 2021) not in stand_in.started()  # its base failed
     assert ("RaSeRec", 2020) in stand_in.started()
     error = printed.err[printed.err.index("error: ") :]
-    assert error.startswith("error: 4 of the cells failed; the same command tries them again")
+    assert error.startswith("error: 4 of the runs failed; the same command tries them again")
     assert "tiny, seed 2021, SASRec:\n    something went wrong\n    error: no memory left\n" in error
     assert "ended with exit code 2" in error
     assert "its base failed (SASRec-tiny-2021-" in error
@@ -91,7 +91,7 @@ def test_a_failed_cell_ends_none_of_the_others(stand_in, capsys):
     assert rows[0]["wall_seconds"] == {"mean": 2.5, "std": None}  # the interrupted run's time is no run's
 
 
-def test_jobs_run_side_by_side_but_not_on_the_same_base(stand_in, monkeypatch, capsys):
+def test_jobs_run_side_by_side_and_after_their_base(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(driver, "cores", lambda: 9)
     stand_in.order(sleep=0.4)
     go(models="SASRec,BPR,RaSeRec:backbone=SASRec,RaSeRec:backbone=SASRec:alpha=0.3", seeds=1, jobs=4)
@@ -107,8 +107,7 @@ def test_jobs_run_side_by_side_but_not_on_the_same_base(stand_in, monkeypatch, c
     assert len(spans) == 4
     assert together("SASRec", "BPR")
     assert not together("SASRec", "RaSeRec")
-    assert not together("RaSeRec", "RaSeRec0.3")
-    assert "waiting" not in capsys.readouterr().err  # for its own cells it says nothing
+    assert together("RaSeRec", "RaSeRec0.3")
     go(models="GRU4Rec", seeds=1, jobs=4, argv=["--threads=3"])
     assert stand_in.notes()[-1][-1]["threads"] == "3"
 
@@ -127,74 +126,95 @@ def test_figures_of_another_protocol_are_refused(stand_in):
         assert problem.startswith(f"output: out would hold figures of two protocols: {name} is "), problem
         assert there in problem
         assert here in problem
-        assert "the cell SASRec-tiny-2020-" in problem
+        assert "the run SASRec-tiny-2020-" in problem
         assert "another output directory" in problem
     assert stand_in.started() == [("SASRec", 2020)]
     go(models="BPR", datasets="other", seeds=1, argv=["--metrics=['ndcg','Recall']", "--topk=[20,10,5]"])  # the same
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kill -9 is a signal of POSIX systems")
-def test_killed_and_started_again(stand_in, workdir, capsys, monkeypatch):
-    stand_in.order(**{"BPR-2020": str(workdir / "go")})
-    words = ["compare", f"--models={MODELS}", "--datasets=tiny", "--seeds=2", "--output=out", "--data_path=data"]
+def starting(stand_in, words, output):
+    """The command in a process of its own."""
     code = (
-        "import sys; from recbole_raserec.cli import main as cli; "
-        "from recbole_raserec.comparison import runner as compare_cells; "
-        f"compare_cells.RUNNER = {stand_in.command!r}; sys.exit(cli.main(sys.argv[1:]))"
+        "import sys; from recbole_raserec.cli import main as cli; from recbole_raserec.comparison import runner; "
+        f"runner.COMMAND = {stand_in.command!r}; sys.exit(cli.main(sys.argv[1:]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (workdir / "first.txt").open("w") as output:
-        first = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 120
-        while ("BPR", 2020) not in stand_in.started():
-            assert first.poll() is None, (workdir / "first.txt").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-    assert not (workdir / "out" / "compare.json").exists()
-    said = []
+    return subprocess.Popen([sys.executable, "-c", code, *words], env=environment, stdout=output, stderr=output)
 
-    def say(line):
-        said.append(line)
-        if "still at it" in line:  # the run of the first start lives on, and may end now
-            (workdir / "go").touch()
 
-    monkeypatch.setattr(driver, "_say", say)
-    assert cli.main(words) == 0
-    assert sorted(stand_in.started()) == sorted(
-        (model, seed) for model in ("SASRec", "BPR", "RaSeRec") for seed in (2020, 2021)
-    )
-    assert sum("still at it" in line for line in said) == 1
-    assert any("SASRec: cached" in line for line in said)
-    assert any("BPR: done elsewhere" in line for line in said)
+def until(condition, process, path):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, path.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+WORDS = ["compare", f"--models={MODELS}", "--datasets=tiny", "--seeds=2", "--output=out", "--data_path=data"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill -9 is a signal of POSIX systems")
+def test_killed_and_started_again(stand_in, workdir):
+    """The run of the killed command lives on; the second start of it, and all else, give the figures of one start."""
+    stand_in.order(**{"BPR-2020": str(workdir / "go")})
+    path = workdir / "output.txt"
+    with path.open("w") as output:
+        first = starting(stand_in, WORDS, output)
+        try:
+            until(lambda: ("BPR", 2020) in stand_in.started(), first, path)
+        finally:
+            first.send_signal(signal.SIGKILL)
+            first.wait()
+        assert not (workdir / "out" / "compare.json").exists()
+        second = starting(stand_in, WORDS, output)
+        until(lambda: stand_in.started().count(("BPR", 2020)) == 2, second, path)
+        (workdir / "go").touch()
+        assert second.wait(timeout=120) == 0, path.read_text()
+    started = stand_in.started()
+    assert all(started.count(run) == 1 for run in set(started) - {("BPR", 2020)})
+    assert "SASRec: cached" in path.read_text()
     rows = read_json("out/compare.json")["datasets"]["tiny"]["rows"]
-    assert not any(seed["continued"] for row in rows for seed in row["seeds"].values())
+    continued = [(row["model"], seed) for row in rows for seed, run in row["seeds"].items() if run["continued"]]
+    assert continued == [("BPR", "2020")]  # its time is no run's
+    figures = [row["metrics"] for row in rows]
+    assert [row["metrics"] for row in go(output="alone")["datasets"]["tiny"]["rows"]] == figures
 
 
+def test_two_at_once_give_the_figures_of_one(stand_in, workdir):
+    stand_in.order(sleep=0.2)
+    path = workdir / "output.txt"
+    with path.open("w") as output:
+        both = [starting(stand_in, WORDS, output) for _ in range(2)]
+        assert [process.wait(timeout=120) for process in both] == [0, 0], path.read_text()
+    rows = read_json("out/compare.json")["datasets"]["tiny"]["rows"]
+    alone = go(output="alone")["datasets"]["tiny"]["rows"]
+    assert [row["metrics"] for row in rows] == [row["metrics"] for row in alone]
+    assert [len(row["seeds"]) for row in rows] == [2, 2, 2]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a signal to a thread is one of POSIX systems")
 def test_an_interrupt_ends_the_runs(stand_in, workdir, monkeypatch):
     stand_in.order(**{"BPR-2020": str(workdir / "never"), "SASRec-2020": str(workdir / "never")})
-    seen, interrupts = [], []
-
-    def pause(seconds):
-        seen[:] = stand_in.started()
-        if len(seen) == 2 and not interrupts:
-            interrupts.append(1)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare_cells.time, "sleep", pause)
-    processes = []
+    processes, seen = [], []
     popen = subprocess.Popen
 
-    def starting(*args, **kwargs):
+    def started(*args, **kwargs):
         processes.append(popen(*args, **kwargs))
         return processes[-1]
 
-    monkeypatch.setattr(compare_cells.subprocess, "Popen", starting)
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while len(stand_in.started()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seen[:] = stand_in.started()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", started)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         go(models="SASRec,BPR", seeds=1, jobs=2)
+    thread.join()
     assert sorted(seen) == [("BPR", 2020), ("SASRec", 2020)]
     assert all(process.poll() is not None for process in processes)
 
@@ -204,7 +224,7 @@ def test_an_interrupt_ends_the_runs(stand_in, workdir, monkeypatch):
 QUICK = ["--MAX_ITEM_LIST_LENGTH=8", "--epochs=1", "--train_batch_size=64", "--hidden_size=16", "--inner_size=16"]
 
 
-def test_the_command_of_a_cell_is_a_run_of_the_package(workdir):
+def test_the_command_of_a_run_is_that_of_the_package(workdir):
     write_log(workdir / "data", "tiny", random_log(0))
     content = go(models="SASRec", seeds=1, argv=QUICK)
     assert content["failed"] == []
@@ -221,7 +241,7 @@ def test_the_command_of_a_cell_is_a_run_of_the_package(workdir):
 
 
 def test_base_and_retrieval_are_one_run_of_the_base(workdir, monkeypatch):
-    """The runs of the cells in this process: what stands on a base takes up the base's checkpoint."""
+    """The runs in this process: what is built on a base reuses the base's checkpoint."""
     write_log(workdir / "data", "tiny", random_log(0))
     trained = []
 
@@ -229,14 +249,16 @@ def test_base_and_retrieval_are_one_run_of_the_base(workdir, monkeypatch):
         def __init__(self, command, stdout, **_):
             before = set(Path("out/saved").glob("*"))
             with contextlib.redirect_stdout(stdout):
-                self.code = cli.main(command[len(compare_cells.RUNNER) - 1 :])
+                self.code = cli.main(command[len(runner.COMMAND) - 1 :])
             made = {path.name.split("-")[0] for path in set(Path("out/saved").glob("*")) - before}
             trained.append(made - {"neighbours"})
 
-        def poll(self):
+        def wait(self):
             return self.code
 
-    monkeypatch.setattr(compare_cells.subprocess, "Popen", Here)
+        poll = wait
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Here)
     (workdir / "o.yaml").write_text("top_k: 4\nram_inner_size: 16\nram_epochs: 1\nloss_type: CE\n")
     words = ["--data_path=data", *QUICK]
     content = compare("RaSeRec:backbone=SASRec", "tiny", 1, "out", config_file_list=["o.yaml"], argv=words)

@@ -1,4 +1,4 @@
-"""Every mend of compat.py against the break it mends."""
+"""Every patch of RecBole against the break it is for."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import pytest
 import torch
 from conftest import ROOT
 
+from recbole_raserec.compat import all_patches, apply
 from recbole_raserec.compat import patches as compat
 from recbole_raserec.errors import ConfigError
 
-compat.apply()
+apply()
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -32,10 +33,10 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------------------------------------- the machinery
 
 
-def test_the_list_names_each_mend_once_with_its_reason():
-    mends = compat.mends()
-    assert len({mend.name for mend in mends}) == len(mends) >= 10
-    assert all(len(mend.reason) > 40 and isinstance(mend.active, bool) for mend in mends)
+def test_the_list_names_each_patch_once_with_its_reason():
+    patches = all_patches()
+    assert len({patch.name for patch in patches}) == len(patches) >= 10
+    assert all(len(patch.reason) > 40 and isinstance(patch.active, bool) for patch in patches)
 
 
 def test_apply_twice_changes_nothing():
@@ -46,20 +47,20 @@ def test_apply_twice_changes_nothing():
         return sys.meta_path[:], trainer.torch, trainer.amp, Dataset._fill_nan, Dataset._from_scratch
 
     before = state()
-    compat.apply()
+    apply()
     assert state() == before
 
 
 @pytest.mark.skipif(
     compat._at_least("numpy", "2") or compat._without_pkg_resources(),
-    reason="here RecBole cannot be imported before its mends",
+    reason="here RecBole cannot be imported before its patches",
 )
-def test_modules_imported_before_apply_are_mended_too():
+def test_modules_imported_before_apply_are_patched_too():
     done = run_python(
         "import recbole.quick_start, recbole.trainer.trainer as trainer, torch, sys\n"
         "old = recbole.quick_start.load_data_and_model\n"
         "sys.path.insert(0, '.')\n"
-        "from recbole_raserec.compat import patches as compat\n"
+        "from recbole_raserec import compat\n"
         "compat.apply()\n"
         "assert trainer.torch.load is not torch.load\n"
         "assert recbole.quick_start.load_data_and_model is not old\n"
@@ -68,7 +69,7 @@ def test_modules_imported_before_apply_are_mended_too():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_mended_module_keeps_its_loader_and_source():
+def test_a_patched_module_keeps_its_loader_and_source():
     import recbole.trainer.trainer as trainer
 
     assert isinstance(trainer.__spec__.loader, importlib.machinery.SourceFileLoader)
@@ -113,7 +114,7 @@ def test_quick_start_imports_without_pkg_resources():
         "compat.apply()\n"
         "import recbole.quick_start\n"
         "assert 'pkg_resources' not in sys.modules\n"
-        "assert {mend.name: mend.active for mend in compat.mends()}['pkg-resources']\n"
+        "assert {patch.name: patch.active for patch in compat.all_patches()}['pkg-resources']\n"
     )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
@@ -157,7 +158,7 @@ def test_a_checkpoint_cannot_call_functions(tmp_path, attack, protocol):
 
 
 def test_a_checkpoint_cannot_reach_functions_through_a_dotted_name():
-    from recbole_raserec.compat.recbole_checkpoint import CheckpointUnpickler
+    from recbole_raserec.compat.patches import CheckpointUnpickler
 
     # find_class("recbole.trainer.trainer", "os.getcwd"), called without arguments.
     stream = b"\x80\x04\x8c\x17recbole.trainer.trainer\x8c\x09os.getcwd\x93)R."
@@ -210,7 +211,7 @@ def test_sequential_models_do_not_turn_anomaly_detection_on():
         for code in (f"import recbole_raserec; {imports}", imports)
     ]
     assert runs[0].stdout.strip().splitlines()[-1] == "False", runs[0].stderr
-    if runs[1].returncode == 0:  # RecBole alone, where it can be imported without a mend
+    if runs[1].returncode == 0:  # RecBole alone, where it can be imported without a patch
         assert runs[1].stdout.strip().splitlines()[-1] == "True"
 
 
@@ -226,7 +227,7 @@ def test_agg_len_gives_a_length_per_row():
 
 
 def test_dok_update_sets_the_values():
-    import recbole.model.abstract_recommender  # noqa: F401  (the mend waits for it)
+    import recbole.model.abstract_recommender  # noqa: F401  (the patch waits for it)
     from scipy.sparse import dok_matrix
 
     matrix = dok_matrix((2, 3), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""RecBole's own train, save, reload, evaluate and resume under the mends, and the models that need them."""
+"""RecBole's own train, save, reload, evaluate and resume under the patches, and the models that need them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 import torch
 
+from recbole_raserec.compat import apply
 from recbole_raserec.compat import patches as compat
 
-compat.apply()
+apply()
 
 
 N_USERS, N_ITEMS = 30, 25
@@ -183,7 +184,7 @@ def test_missing_values_are_filled_though_chained_assignment_does_nothing(folder
         assert (int(classes.sum()) == 0) == (i % 7 == 0)
 
 
-# ------------------------------------------------------------------------------------ the models that the mends are for
+# ---------------------------------------------------------------------------------- the models that the patches are for
 
 CASES = {
     "LightGCN": PAIRWISE,

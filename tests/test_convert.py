@@ -42,6 +42,11 @@ def test_amazon_ratings_without_header_sorted_by_time_ties_in_input_order(conver
     ]
 
 
+def test_quotes_hold_separators_and_quotes(convert):
+    _, table = convert('"Doe, Ann","say ""hi""",5,1\n"Doe, Ann",j"k,5,2\n')
+    assert rows(table) == [("Doe, Ann", 'say "hi"', 5, 1), ("Doe, Ann", 'j"k', 5, 2)]
+
+
 def test_movielens_double_colon(convert):
     summary, table = convert("1::1193::5::978300760\r\n1::661::3::978302109\r\n")
     assert rows(table) == [("1", "1193", 5, 978300760), ("1", "661", 3, 978302109)]
@@ -114,9 +119,29 @@ def test_bad_lines_are_counted_and_the_first_is_named(convert):
     good = "".join(f"u{n},i,5,{n}\n" for n in range(400))
     summary, table = convert(good[: good.index("u7,")] + "u,i\nu,i,5,soon\n\nNA,i,5,3\n" + good[good.index("u7,") :])
     assert summary.bad_lines == 3
-    assert summary.first_bad == "line 8: 2 column(s) only"
+    assert summary.first_bad == "line 8: rating or time is missing or not a number: '', ''"
     assert len(table) == 400
     assert "line 8" in summary.text()
+
+
+@pytest.mark.parametrize("header", ["", "user,item,note,timestamp\n"])
+def test_the_bad_line_is_named_behind_blank_lines_and_line_breaks_in_quotes(convert, header):
+    good = "".join(f"u{n},i,3,{n}\n" for n in range(200))
+    summary, table = convert(header + 'u,i,"3\r\n",1\n\n  \n' + "v,i,3,soon\n" + good, user_col="1", item_col="2")
+    assert (summary.bad_lines, len(table)) == (1, 201)
+    assert summary.first_bad.startswith(f"line {6 if header else 5}: ")
+
+
+@pytest.mark.parametrize("sep", ["::", ", ", "¦", "\x1f"])
+def test_any_separator_whatever_else_stands_in_the_line(convert, sep):
+    lines = [sep.join(("u", f"i{n}", "3", str(n), "more")) for n in range(50)] + [sep.join(("u", "j", "3", "later"))]
+    summary, table = convert("\n".join(lines), sep=sep, max_bad=0.1)
+    assert (len(table), summary.first_bad.partition(":")[0]) == (50, "line 51")
+
+
+def test_nul_is_taken_for_a_wrong_encoding(convert):
+    summary, _ = convert(b"a\x00b,i,3,1\n" + b"u,i,3,2\n" * 200)
+    assert "(--encoding)" in summary.first_bad
 
 
 def test_too_many_bad_lines_are_an_error_unless_tolerated(convert):

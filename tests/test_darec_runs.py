@@ -14,7 +14,7 @@ from recbole_raserec.config.config import Config
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.recommendation.stage import train_model
-from recbole_raserec.serving.loading import load_checkpoint
+from recbole_raserec.serving.live import load_checkpoint
 from recbole_raserec.serving.recommender import Recommender
 
 

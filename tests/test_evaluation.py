@@ -8,7 +8,7 @@ import torch
 from ranking_helpers import sorted_rank
 from scipy.sparse import csr_matrix
 
-from recbole_raserec.compat import patches as compat
+from recbole_raserec import compat
 from recbole_raserec.config.checks import evaluation_problems
 from recbole_raserec.errors import ConfigError, DatasetError
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED, collect_ranks, evaluate, metrics_from_ranks
@@ -241,7 +241,7 @@ def test_an_empty_evaluation_set_is_an_error(data_path):
 def test_queries_encoded_by_length_rank_alike(small_config, monkeypatch, model_name):
     from conftest import random_log
 
-    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.config import get_model
     from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.evaluation import ranking as scoring
 

@@ -11,7 +11,7 @@ import torch
 from conftest import random_log, write_log
 
 from recbole_raserec.comparison.driver import group_panels, training_panels
-from recbole_raserec.comparison.figures import Row, Run, figures
+from recbole_raserec.comparison.figures import Finished, Row, figures
 from recbole_raserec.evaluation.protocols import PROTOCOLS, metrics_from_ranks
 from recbole_raserec.evaluation.ranks import StageRanks, grouped, quintiles, read_ranks
 from recbole_raserec.quick_start import run_recbole_raserec
@@ -95,8 +95,8 @@ def test_curves_are_of_all_epochs_also_of_a_run_found_again(workdir):
 
 def test_the_plots_of_a_comparison_show_groups_and_curves(workdir):
     record = go(workdir)
-    run = Run(record, workdir / "ranks.npz")
-    alone = Run({**record, "metrics": {"base": record["metrics"]["base"]}, "curves": {}}, workdir / "ranks.npz")
+    run = Finished(record, workdir / "ranks.npz")
+    alone = Finished({**record, "metrics": {"base": record["metrics"]["base"]}, "curves": {}}, workdir / "ranks.npz")
     content = {
         "datasets": {"tiny": figures([Row("SASRec", None, {1: alone}, {}), Row("ours", "SASRec", {1: run}, {})])}
     }

@@ -8,7 +8,7 @@ from test_index import vectors_of
 
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.retrieval import index as choice
-from recbole_raserec.retrieval.index_state import ARRAYS, restore, state_of
+from recbole_raserec.retrieval.index import STATE_ARRAYS, restore
 from recbole_raserec.retrieval.memory import MemoryBank
 
 WIDTH, SIZE = 16, 3000
@@ -155,7 +155,7 @@ def test_the_links_of_a_forgotten_entry_are_not_stored(tmp_path):
     for place in ("live", "reopened"):
         assert not [path for path in (tmp_path / place).iterdir() if path.name.startswith("index")]
         again = MemoryBank.load(tmp_path / place)
-        found = again.search(vectors_of(50, WIDTH, 3), 5, None, None)  # linked anew, from what is left
+        found = again.search(vectors_of(50, WIDTH, 3), 5, None, None)  # linked again, from what is left
         assert not again.gone[found.ids].any()
     again.save(tmp_path / "linked")
     assert [path for path in (tmp_path / "linked").iterdir() if path.name.startswith("index_links")]
@@ -188,7 +188,7 @@ def test_a_graph_that_does_not_fit_is_refused(wrong, tmp_path):
 def test_a_graph_described_otherwise_is_refused(change):
     bank = bank_of("hnsw")
     bank.search(vectors_of(1, WIDTH), 1, None, None)
-    arrays, about = state_of(bank._index)
+    arrays, about = bank._index.state()
     lower = int(np.flatnonzero(arrays["index_levels"] == 1)[0])
     for wrong in (change, {"start": lower}):
         with pytest.raises(ValueError, match="its graph"):
@@ -216,7 +216,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_state_that_does_not_fit_is_refused(wrong, tmp_path):
-    """As a foreign file with sound checksums could hold it."""
+    """As a file from elsewhere with sound checksums could hold it."""
     refused(bank_of("ivfpq"), tmp_path, *WRONG[wrong])
 
 
@@ -226,9 +226,9 @@ def test_a_state_that_does_not_fit_is_refused(wrong, tmp_path):
 def test_a_description_that_does_not_fit_is_refused(about):
     bank = bank_of("ivf")
     bank.search(vectors_of(1, WIDTH), 1, None, None)
-    arrays, _ = state_of(bank._index)
+    arrays, _ = bank._index.state()
     with pytest.raises(ValueError, match="its index"):
         restore(arrays, about, bank._vectors.values, 2)
     with pytest.raises(ValueError, match="its index"):
         restore({**arrays, "index_codes": np.zeros((SIZE, 1), np.uint8)}, {"kind": "ivf"}, bank._vectors.values, 2)
-    assert set(arrays) < set(ARRAYS)
+    assert set(arrays) < set(STATE_ARRAYS)

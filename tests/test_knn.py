@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline_helpers import PLANTED, figures, run
 
 from recbole_raserec import load_checkpoint
-from recbole_raserec.retrieval.knn_head import SHARES, TAUS, KNNRaSeRec, interpolate, tune
+from recbole_raserec.retrieval.heads import SHARES, TAUS, interpolate, tune_knn
 
 
 @settings(max_examples=60, deadline=None)
@@ -54,11 +54,11 @@ def test_tuning_takes_the_best_pair_and_the_smaller_share_of_equals():
         seen.append((round(float(model.knn_share), 4), round(float(model.knn_tau), 4)))
         return -abs(seen[-1][0] - 0.2) - abs(seen[-1][1] - 0.1)
 
-    assert tune(model, value, False) == 0
+    assert tune_knn(model, value, False) == 0
     assert seen[0] == (0.0, TAUS[0])
     assert len(seen) == len(set(seen)) == 1 + (len(SHARES) - 1) * len(TAUS)
     assert (float(model.knn_share), float(model.knn_tau)) == (pytest.approx(0.2), pytest.approx(0.1))
-    assert tune(model, lambda: 0.0, False) == 0
+    assert tune_knn(model, lambda: 0.0, False) == 0
     assert float(model.knn_share) == 0
 
 
@@ -69,7 +69,8 @@ def test_the_pipeline_tunes_keeps_and_reloads_it(tmp_path, head):
     stages = {name for name, _ in first.trained}
     assert ("RaSeRec" in stages) == (head == "both")
     model = first.ours.model
-    assert isinstance(model, KNNRaSeRec)
+    assert model.knn
+    assert model.augments == (head == "both")
     assert not hasattr(model, "full_sort_vectors")
     base, ours = (figures(first.record)[who]["valid"]["seen_kept"]["ndcg@10"] for who in ("base", "ours"))
     assert ours >= base - 1e-6 if head == "knn" else ours > 0  # share 0 is the backbone
@@ -77,7 +78,7 @@ def test_the_pipeline_tunes_keeps_and_reloads_it(tmp_path, head):
     assert again.trained == []
     assert again.record["metrics"] == first.record["metrics"]
     loaded = load_checkpoint(first.ours.directory)
-    assert isinstance(loaded.model, KNNRaSeRec)
+    assert loaded.model.knn
     assert float(loaded.model.knn_share) == float(model.knn_share)
     rows = next(iter(first.ours.splits.test))[0]
     torch.testing.assert_close(

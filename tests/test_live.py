@@ -22,7 +22,7 @@ def test_new_interactions_are_used_by_the_next_call(directory):
     done = recommender.update([("new", a, 1), ("new", b, 2), ("new", "unknown"), {"user": "new", "item": c}])
     assert (done.events, done.memories, done.new_users, done.dropped) == (3, 2, 1, 1)
     memory = recommender.model.memory
-    number = recommender._user_number["new"]
+    number = recommender.live.numbers["new"]
     assert memory.targets[entries:].tolist() == [2, 3]
     assert memory.positions[entries:].tolist() == [1, 2]
     assert memory.users[entries:].tolist() == [number, number]
@@ -69,7 +69,7 @@ def test_a_forgotten_user_leaves_nothing(directory):
     assert not (again.model.memory.users[~again.model.memory.gone] == 7).any()
     assert again.histories.of(7).tolist() == []
     again.update([(user, again.items[1])])  # who comes back is somebody new
-    assert again._user_number[user] == len(again.users) - 1
+    assert again.live.numbers[user] == len(again.users) - 1
     assert again.catalogue.counts.sum() == sum(len(again.histories.of(n)) for n in range(len(again.histories)))
 
 
@@ -129,7 +129,7 @@ def test_readers_beside_writers(directory):
     lengths = [len(recommender.stored([f"w{n}"])[0]) for n in range(7)]
     assert sum(lengths) > 0
     memory = recommender.model.memory
-    for user, number in recommender._user_number.items():
+    for user, number in recommender.live.numbers.items():
         if user.startswith("w"):
             live = (memory.users == number) & ~memory.gone
             assert int(live.sum()) == max(len(recommender.stored([user])[0]) - 1, 0)
@@ -173,5 +173,5 @@ def test_events_without_sense_change_nothing(directory, events, words):
     with pytest.raises(InputError, match="'unknown' is no item"):
         recommender.update([("a", recommender.items[1]), ("a", "unknown")], strict=True)
     assert (directory / "journal.jsonl").read_bytes() == b""
-    assert "a" not in recommender._user_number
+    assert "a" not in recommender.live.numbers
     recommender.close()

@@ -69,7 +69,7 @@ def test_what_the_journal_holds_is_taken_up(directory):
     second.close()
     third = load(directory, journal=True)
     assert third.stored(["a", "b", "c"])[2].tolist() == [1]
-    assert third.applied == 5
+    assert third.live.applied == 5
     third.close()
 
 

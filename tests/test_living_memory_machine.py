@@ -124,7 +124,8 @@ class Life(RuleBasedStateMachine):
             self.bank.save(folder)
             self.bank = MemoryBank.load(folder)
             self.bank.search(np.ones((1, HIDDEN)), 1, None, None)
-            self.bank._entries.wipe(np.zeros(0, dtype=np.int64))  # copies the maps before the files go
+            for column in self.bank._columns.values():
+                column.writable()  # copies the map before the files go
 
     @invariant()
     def same_entries(self):

@@ -1,4 +1,4 @@
-"""The memory bank on disk: it survives as it was, and what is damaged, forged or foreign is refused."""
+"""The memory bank on disk: it survives as it was, and what is damaged, forged or of another kind is refused."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_forged_manifest_is_refused(saved, change, message):
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "{}", "not json", "[" * 100_000, "\udcff"])
-def test_a_foreign_manifest_is_refused(saved, text):
+def test_a_manifest_of_another_kind_is_refused(saved, text):
     (saved[1] / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         MemoryBank.load(saved[1])

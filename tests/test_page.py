@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from decimal import Decimal
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from page_helpers import HOSTILE, example
 
 from recbole_raserec import Recommender
-from recbole_raserec.serving.page import RECENT, TOP, _asset, page
+from recbole_raserec.serving.explain import RECENT, TOP, _asset, page
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -118,6 +119,19 @@ def test_any_title_is_only_text(titles, memories, unit):
         title = reason.item.title.strip()
         if title.isascii() and title.isprintable() and title:
             assert text.replace("\xa0", " ") in (title, f"{title} id {reason.item.id}")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_any_id_and_name_is_only_text(text):
+    explanation = example(items=2, memories=3, model=text, dataset=text)
+    item = dataclasses.replace(explanation.items[0].item, id=text)
+    memories = [dataclasses.replace(memory, user=text, next=item, prefix=[item]) for memory in explanation.memories]
+    items = [dataclasses.replace(reason, item=item) for reason in explanation.items]
+    found = check(dataclasses.replace(explanation, memories=memories, items=items, history=[item] * 12))
+    if text.isascii() and text.isprintable():
+        (source,) = found.of("p", class_="source")
+        assert source["text"] == f"{text} on {text}"
+        assert {element["text"] for element in found.of("bdi") if "class" not in element} == {text}
 
 
 @settings(max_examples=50, deadline=None)

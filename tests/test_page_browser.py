@@ -8,7 +8,7 @@ import pytest
 from browser import Browser, binary
 from page_helpers import HOSTILE, example
 
-from recbole_raserec.serving.page import page
+from recbole_raserec.serving.explain import page
 
 
 @pytest.fixture(scope="module")

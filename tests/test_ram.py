@@ -11,7 +11,7 @@ from tiny_models import disturb, options
 from torch import nn
 
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.retrieval.ram import START_LOGIT, Channel, CrossAttention, build_ram, fit_norm
+from recbole_raserec.retrieval.heads import START_LOGIT, Channel, CrossAttention, RetrievalModule, fit_norm
 
 SIZE, K = 8, 4
 #: How many neighbours each row of a problem has.
@@ -26,7 +26,7 @@ def problem(seed=0):
 
 
 def module(**changes):
-    ram = build_ram(options(**changes), SIZE).double().eval()
+    ram = RetrievalModule(options(**changes), SIZE).double().eval()
     alpha = options(**changes)["alpha"]
     assert ram.alpha.item() == pytest.approx(alpha, abs=1e-7)
     disturb(ram)
@@ -190,7 +190,7 @@ def test_dropout_only_in_training(form):
 @pytest.mark.parametrize("heads", [3, 5, 16])
 def test_heads_that_do_not_divide(heads):
     with pytest.raises(ConfigError, match=rf"ram_heads: {heads} .*length {SIZE}; choose"):
-        build_ram(options(ram_heads=heads), SIZE)
+        RetrievalModule(options(ram_heads=heads), SIZE)
 
 
 # -- the start on the scale of the data -------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_calibrated_module_starts_on_the_scale_of_the_data(form, tau):
     generator = torch.Generator().manual_seed(0)
     h, key = (20 * nn.functional.normalize(torch.randn(300, SIZE, generator=generator), dim=1) for _ in range(2))
     value = 0.5 * nn.functional.normalize(torch.randn(300, SIZE, generator=generator), dim=1)
-    ram = build_ram(options(ram=form, beta=0.5, attn_tau=tau), SIZE).eval()
+    ram = RetrievalModule(options(ram=form, beta=0.5, attn_tau=tau), SIZE).eval()
     ram.calibrate(h, key, value)
     for channel, near, far in zip(ram.channels, (key, value), (value, key)):
         if isinstance(channel, nn.Identity):

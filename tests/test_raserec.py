@@ -13,7 +13,7 @@ from tiny_models import LENGTH, N_ITEMS, Ids, build, cross_entropy_loops, option
 from recbole_raserec.data.dataset import POSITION
 from recbole_raserec.recommendation.backbone import Backbone
 from recbole_raserec.recommendation.sasrec import SASRec
-from recbole_raserec.retrieval.queries import Queries
+from recbole_raserec.retrieval.queries import PairBuilder, Queries
 from recbole_raserec.retrieval.raserec import RaSeRec
 
 # -- scores ------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_looked_up_rows_equal_direct_ones():
     direct = [[model.calculate_loss(part.batch()).detach(), model.full_sort_predict(part.batch())] for part in parts]
     hooks.before_epoch(0)
     hooks.before_evaluation()
-    model.know("test", hooks.search(hooks.encode(parts[2], ""), ""))
+    model.known["test"] = hooks.search(hooks.encode(parts[2], ""), "")
     for part, (loss, scores) in zip(parts, direct):
         turn = torch.randperm(len(scores), generator=torch.Generator().manual_seed(0))
         rows = part.batch(turn.numpy())
@@ -127,27 +127,29 @@ def test_find_gives_the_row_or_nothing(windows, seed):
     users, positions = np.array(windows).T
     size = len(windows)
     queries = Queries(users, positions, np.ones(size, int), None, torch.zeros(size, 2))
-    assert queries.find(torch.tensor([users[0]]), torch.tensor([positions[0]])) is None  # not searched yet
-    queries.ids, queries.mask = torch.zeros(size, 1).long(), torch.ones(size, 1).bool()
+    assert queries.find(torch.tensor([users[0]]), torch.tensor([positions[0]]), 1) is None  # not searched yet
+    queries.ids, queries.mask = torch.arange(size)[:, None].repeat(1, 2), torch.ones(size, 2).bool()
     rows = np.random.default_rng(seed).integers(0, size, 7)
-    found = queries.find(torch.from_numpy(users[rows]), torch.from_numpy(positions[rows]))
-    assert found.tolist() == rows.tolist()
+    h, ids, mask = queries.find(torch.from_numpy(users[rows]), torch.from_numpy(positions[rows]), 1)
+    assert ids[:, 0].tolist() == rows.tolist()
+    assert (h.shape, ids.shape, mask.shape) == ((7, 2), (7, 1), (7, 1))
     for user in range(7):
         for position in range(1, 20):
-            found = queries.find(torch.tensor([user, users[0]]), torch.tensor([position, positions[0]]))
+            found = queries.find(torch.tensor([user, users[0]]), torch.tensor([position, positions[0]]), 1)
             known = (user, position) in windows
             assert (found is not None) == known
-            assert not known or found.tolist() == [windows.index((user, position)), 0]
+            assert not known or found[1][:, 0].tolist() == [windows.index((user, position)), 0]
 
 
 def test_unknown_rows_are_encoded():
     model, hooks, parts = raserec()
     wanted = model.full_sort_predict(parts[2].batch())
     hooks.before_epoch(0)
-    assert model.knows("train")
+    assert "train" in model.known
     assert close(model.full_sort_predict(parts[2].batch()), wanted)
-    model.remember(hooks.encode(parts[1], ""))
-    assert not model.knows("train")
+    late = hooks.encode(parts[1], "")
+    model.remember(late.h, PairBuilder(late).rows)
+    assert "train" not in model.known
 
 
 def test_validation_pairs_join_the_memory():
@@ -165,6 +167,6 @@ def test_validation_pairs_join_the_memory():
     assert np.array_equal(model.memory.targets[before:], targets)
     wanted = model.encode(parts[1].batch()[ITEM_SEQ], parts[1].batch()["item_length"])
     assert close(torch.from_numpy(np.array(model.memory.keys[before:])), wanted)
-    assert not model.knows("train")
-    assert not model.knows("valid")
+    assert "train" not in model.known
+    assert "valid" not in model.known
     assert not close(model.full_sort_predict(parts[2].batch()), scores)  # the test queries find them

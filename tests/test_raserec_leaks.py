@@ -62,7 +62,7 @@ def test_unfrozen_memory_follows_the_backbone():
     moved = np.array(model.memory.keys)
     wanted = model.encode(parts[0].batch()[ITEM_SEQ], parts[0].batch()["item_length"]).detach().numpy()
     assert np.abs(moved - wanted).max() < 1e-5 < np.abs(moved - first).max()
-    assert not model.knows("train")  # neighbours of the old weights
+    assert "train" not in model.known  # neighbours of the old weights
     hooks.test = parts[2]
     hooks.before_test()
     assert len(model.memory) == len(first) + len(parts[1].windows()[0])
@@ -102,11 +102,11 @@ def test_no_neighbour_knows_the_answer(histories, top_k, similarity, frozen):
     histories = [np.array(h) for h in histories]
     model, hooks, parts = raserec(histories, top_k=top_k, similarity=similarity, freeze_backbone=frozen)
     hooks.before_epoch(0)
-    no_later_memory(model, model._known["train"])
+    no_later_memory(model, model.known["train"])
     no_later_memory(model, hooks.search(hooks.encode(parts[1], ""), ""))
     hooks.test = parts[2]
     hooks.before_test()
-    no_later_memory(model, model._known["test"])
+    no_later_memory(model, model.known["test"])
     for part in parts:  # the path without look-up, now that validation pairs are there too
         queries = hooks.encode(part, "")
         ids, mask = model.neighbours(queries.h, torch.from_numpy(queries.users), torch.from_numpy(queries.positions))
@@ -133,7 +133,10 @@ def test_the_future_does_not_change_a_score(seed, user, cut, own):
             fresh = RaSeRec(options(top_k=4), Ids(), model.backbone).eval()
             fresh.ram.load_state_dict(weights)
             queries = hooks.encode(parts[0], "")
-            fresh.remember(queries.take(np.flatnonzero(queries.users != user)))
+            rows = np.flatnonzero(queries.users != user)
+            fresh.memory.add(
+                *(x[rows] for x in (queries.h, queries.targets, queries.users, queries.positions, queries.times))
+            )
             model = fresh
         else:
             hooks.before_test()
@@ -157,12 +160,12 @@ def test_no_leak_through_the_real_data_set(small_config):
     train, valid, test = (part._dataset for part in (data.train, data.valid, data.test))
     hooks = RetrievalHooks(model, train, valid, config)
     hooks.before_epoch(0)
-    no_later_memory(model, model._known["train"])
+    no_later_memory(model, model.known["train"])
     assert len(model.memory) == len(train)
     assert torch.isfinite(model.train().calculate_loss(next(iter(data.train))))
     hooks.test = test
     hooks.before_test()
-    no_later_memory(model, model._known["test"])
+    no_later_memory(model, model.known["test"])
     store = train.store
     lengths = store.lengths()
     assert (model.memory.positions < lengths[model.memory.users] - 1).all()  # no test target is in the memory

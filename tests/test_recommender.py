@@ -31,7 +31,7 @@ def test_stored_histories_give_the_scores_of_the_test(loaded):
     found = recommender.score(users=users)
     np.testing.assert_allclose(found, wanted[:, 1:], rtol=1e-5, atol=1e-5)
     ranked = recommender.recommend(users=users, k=5)
-    seen = [set(recommender.histories.of(recommender._user_number[user]).tolist()) for user in users]
+    seen = [set(recommender.histories.of(recommender.live.numbers[user]).tolist()) for user in users]
     for row, items, values in zip(range(len(users)), ranked, ranked.scores):
         admissible = [n for n in np.argsort(-wanted[row], kind="stable") if n and n not in seen[row]]
         assert items == [recommender.items[n] for n in admissible[:5]]
@@ -62,8 +62,8 @@ def test_sequential_models(tiny_run, model):
     users = [recommender.users[number] for number in batch["user_id"].tolist()]
     np.testing.assert_allclose(recommender.score(users=users), wanted[:, 1:], rtol=1e-5, atol=1e-5)
     vectors = recommender.encode(users=users)
-    table = recommender._item_vectors().detach().numpy()
-    bias = recommender._backbone().item_bias()
+    table = recommender._backbone.item_vectors().detach().numpy()
+    bias = recommender._backbone.item_bias()
     dots = vectors @ table.T + (0 if bias is None else bias.detach().numpy())
     np.testing.assert_allclose(dots[:, 1:], wanted[:, 1:], rtol=1e-4, atol=1e-4)
     assert len(recommender.recommend([["nothing"], [recommender.items[1]]], k=3)[1]) == 3

@@ -10,14 +10,13 @@ import pytest
 
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, SEEN_REMOVED
 from recbole_raserec.evaluation.report import (
-    comparison_table,
     improvement,
     protocol_description,
     result_record,
     results_table,
     versions,
-    write_result,
 )
+from recbole_raserec.storage import write_json
 
 BASE = {
     SEEN_KEPT: {"recall@10": 0.0819, "ndcg@10": 0.0405},
@@ -27,6 +26,10 @@ OURS = {
     SEEN_KEPT: {"recall@10": 0.0844, "ndcg@10": 0.0400},
     SEEN_REMOVED: {"recall@10": 0.09, "ndcg@10": 0.05},
 }
+
+
+def comparison_table(base, ours, names=("SASRec", "RaSeRec"), **options):
+    return results_table(list(zip(names, (base, ours))), compare=True, **options)
 
 
 def test_comparison_table_names_both_protocols_and_aligns_its_columns():
@@ -60,7 +63,7 @@ def test_markdown_table():
 @pytest.mark.parametrize("width", [40, 80, 100])
 def test_wide_tables_go_on_in_a_second_band_and_lose_no_metric(width):
     metrics = {f"{name}@{k}": 0.5 for name in ("recall", "ndcg", "mrr", "hit", "precision", "map") for k in (5, 10, 20)}
-    text = results_table({"GRU4Rec": {SEEN_REMOVED: metrics}}, width=width)
+    text = results_table([("GRU4Rec", {SEEN_REMOVED: metrics})], width=width)
     assert max(map(len, text.splitlines())) <= width
     titles = [word for line in text.splitlines() if line.startswith("model") for word in line.split()[1:]]
     assert [title.lower() for title in titles] == list(metrics)
@@ -85,7 +88,7 @@ def test_results_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="style is 'html'"):
         comparison_table(BASE, OURS, style="html")
     with pytest.raises(ValueError, match="no result"):
-        results_table({})
+        results_table([])
 
 
 def test_improvement():
@@ -111,7 +114,7 @@ def record(**changes):
 
 def test_a_record_is_plain_json_and_says_how_it_came_about(tmp_path):
     target = tmp_path / "deep" / "r.json"
-    write_result(target, record())
+    write_json(target, record())
     loaded = json.loads(target.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert loaded == record()
     assert loaded["metrics"]["base"]["test"] == BASE

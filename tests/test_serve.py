@@ -15,9 +15,8 @@ from recbole_raserec import Recommender
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
-from recbole_raserec.serving.http.app import CSP, create_app
-from recbole_raserec.serving.http.service import Service
-from recbole_raserec.serving.http.settings import Settings
+from recbole_raserec.serving.http import Settings
+from recbole_raserec.serving.http.app import CSP, Service, create_app
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def test_failures_tell_nothing_and_logs_have_no_ids(own, monkeypatch, caplog):
 
 
 def test_saved_from_time_to_time(own, monkeypatch):
-    service = Service(own.recommender, Settings(TOKEN, save_every=0.05))
+    service = Service(own.recommender, Settings(token=TOKEN, save_every=0.05))
     save, tried = own.recommender.save, []
 
     def failing():

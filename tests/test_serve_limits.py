@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import threading
 import time
@@ -14,8 +13,8 @@ from serve_helpers import AUTHORIZED, LIMITS, TOKEN
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 from fastapi.testclient import TestClient
 
+from recbole_raserec.serving.http import Settings
 from recbole_raserec.serving.http.app import create_app
-from recbole_raserec.serving.http.settings import Settings
 
 
 @pytest.mark.parametrize("path", ["/update", "/forget", "/save"])
@@ -127,7 +126,7 @@ def call(app, receive, path="/recommend"):
 
 
 def test_a_body_that_does_not_come(served):
-    app = create_app(served.recommender, dataclasses.replace(LIMITS, body_seconds=1))
+    app = create_app(served.recommender, LIMITS.model_copy(update={"body_seconds": 1}))
 
     async def never():
         await asyncio.sleep(60)
@@ -144,7 +143,7 @@ def test_a_body_that_does_not_come(served):
 
 
 def test_more_at_a_time_than_allowed(served, monkeypatch):
-    app = create_app(served.recommender, dataclasses.replace(LIMITS, max_concurrent=1))
+    app = create_app(served.recommender, LIMITS.model_copy(update={"max_concurrent": 1}))
     client, begun, go_on = TestClient(app), threading.Event(), threading.Event()
     recommend = served.recommender.recommend
 

@@ -18,8 +18,7 @@ from serve_helpers import AUTHORIZED, Server, fresh
 from recbole_raserec import Recommender
 from recbole_raserec.cli import main as cli
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.serving.http.server import SERVE_HELP
-from recbole_raserec.serving.http.settings import TOKEN_VARIABLE, Settings
+from recbole_raserec.serving.http import TOKEN_VARIABLE, Settings, find_token
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 
@@ -118,7 +117,7 @@ def test_killed_while_it_is_updated(planted_run, tmp_path, start):
         stored = [again.items[n] for n in again.stored([user])[0]]
         assert stored[: len(chosen)] == chosen
         assert len(stored) - len(chosen) in (0, 3)  # the last one may have been journaled, and not answered
-        memory, number = again.model.memory, again._user_number[user]
+        memory, number = again.model.memory, again.live.numbers[user]
         assert sorted(memory.positions[memory.users == number].tolist()) == list(range(1, len(stored)))
     for user in late:
         assert [again.items[n] for n in again.stored([user])[0]] == items[:200]
@@ -164,36 +163,49 @@ def test_options(tmp_path, capsys, monkeypatch):
         assert cli.main(["serve", str(tmp_path), f"--port={taken.getsockname()[1]}"]) == 2
     assert "nothing can listen on" in capsys.readouterr().err
     assert cli.main(["serve", "--help"]) == 0
-    assert "--max_concurrent" in capsys.readouterr().out
-    assert "RECBOLE_RASEREC_TOKEN" in SERVE_HELP
+    shown = capsys.readouterr().out
+    assert TOKEN_VARIABLE in shown
+    for name, field in Settings.model_fields.items():
+        assert f"--{name}" in shown
+        assert field.description
 
 
 def test_where_the_token_comes_from(tmp_path, monkeypatch):
-    from recbole_raserec.serving.http import server as service
-
     (tmp_path / "t").write_text(" from-file\n")
-    parser = cli._Parser(prog="recbole-raserec serve")
-    service.add_serve(parser)
-
-    def token(*words):
-        return service.settings_of(parser.parse_args(["d", *words])).token
-
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
-    assert token() is None
+    assert find_token() is None
     monkeypatch.setenv(TOKEN_VARIABLE, "from-variable")
-    assert token() == "from-variable"
-    assert token(f"--token_file={tmp_path / 't'}") == "from-file"
-    assert token(f"--token_file={tmp_path / 't'}", "--token=given") == "given"
-    assert "given" not in repr(service.settings_of(parser.parse_args(["d", "--token=given"])))
+    assert find_token() == "from-variable"
+    assert find_token(None, tmp_path / "t") == "from-file"
+    assert find_token("given", tmp_path / "t") == "given"
+    assert "given" not in repr(Settings(token="given"))
+    assert Settings().token is None  # the environment is the command line's
     with pytest.raises(ConfigError, match="printable"):
-        Settings("a\nb")
+        Settings(token="a\nb")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_k": 0}, "max_k: 0 is no such value; it should be greater than or equal to 1."),
+        ({"workers": -1}, "workers: -1"), ({"save_every": -1.0}, "save_every: -1.0"),
+        ({"max_body": 1 << 40}, "max_body: 1099511627776"),
+        ({"body_seconds": float("nan")}, "body_seconds: nan"), ({"drain_seconds": float("inf")}, "drain_seconds: inf"),
+        ({"max_ks": 3}, "max_ks: 3"), ({"max_k": "x", "max_events": 0}, "2 problems"),
+    ],
+)  # fmt: skip
+def test_values_out_of_range(options, words):
+    with pytest.raises(ConfigError) as error:
+        Settings(**options)
+    assert words in str(error.value)
+    assert Settings(workers=0, save_every=0).save_every == 0
 
 
 def test_nothing_of_it_is_imported_before_it_is_needed(tmp_path):
     code = (
         "import sys; from recbole_raserec.cli import main as cli; "
         "cli.main(['serve', '--help']); cli.main(['serve', 'x', '--k']); "
-        "found = {'torch', 'fastapi', 'uvicorn', 'pydantic', 'prometheus_client'} & set(sys.modules); "
+        "found = {'torch', 'fastapi', 'uvicorn', 'prometheus_client'} & set(sys.modules); "
         "assert not found, found; sys.modules['fastapi'] = None; sys.modules['uvicorn'] = None; "
         "sys.exit(cli.main(['serve', 'x']))"
     )

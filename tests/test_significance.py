@@ -13,11 +13,10 @@ from pipeline_helpers import TINY
 from scipy import stats
 from scipy.sparse import csr_matrix
 
-from recbole_raserec.comparison.figures import Row, Run, figures, spread
+from recbole_raserec.comparison.figures import Finished, Row, figures, spread
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.evaluation.protocols import PROTOCOLS, Ranks, metrics_from_ranks, query_metrics
-from recbole_raserec.evaluation.ranks import read_ranks, user_metrics, write_ranks
-from recbole_raserec.evaluation.significance import holm, paired_p
+from recbole_raserec.evaluation.ranks import holm, paired_p, read_ranks, user_metrics, write_ranks
 from recbole_raserec.kernels.allocator import peak_memory_mb
 from recbole_raserec.training.stage import DECIMALS
 
@@ -165,7 +164,7 @@ OPTIONS = {"metrics": ["Recall", "MRR"], "topk": [5], "metric_decimal_place": 4,
 
 @pytest.fixture
 def run_of(tmp_path):
-    """Makes a :class:`Run` from the ranks of its users."""
+    """Makes a `Finished` from the ranks of its users."""
 
     def build(name, users, kept, base=None):
         kept = torch.as_tensor(kept)
@@ -183,7 +182,7 @@ def run_of(tmp_path):
             "peak_memory_mb": 100.0,
             "protocol": {"split": {}, "validation_in_history": True, "validation_in_memory": base is not None},
         }
-        return Run(record, tmp_path / f"{name}.npz")
+        return Finished(record, tmp_path / f"{name}.npz")
 
     return build
 

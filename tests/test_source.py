@@ -14,7 +14,7 @@ import pytest
 
 from recbole_raserec.data.preparation import download as fetch
 from recbole_raserec.data.preparation import download as source
-from recbole_raserec.data.preparation.download import ensure_dataset, inter_files, locate
+from recbole_raserec.data.preparation.download import ensure_dataset, inter_files
 from recbole_raserec.errors import DatasetError
 
 HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
@@ -93,7 +93,6 @@ def test_a_present_file_is_found_and_nothing_is_downloaded(config, urls, monkeyp
     urls["shop"] = "http://127.0.0.1:9/never.zip"
     monkeypatch.setattr(source, "fetch", lambda *_: pytest.fail("downloaded"))
     assert ensure_dataset(config) == path
-    assert locate(path.parent.parent, "shop") == path
 
 
 def test_benchmark_files_must_all_be_there(config, urls):
@@ -128,8 +127,6 @@ def test_missing_and_unknown(config, urls, tmp_path, monkeypatch):
     assert "A similar name: shops" in message
     assert f"recbole-raserec prepare --input=FILE --format=sequences|ratings|amazon --output={tmp_path}/data" in message
     assert "--data_path=DIR" in message
-    with pytest.raises(DatasetError, match=r"Looked for: .*shop\.inter"):
-        locate("data", "shop")
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from tune_helpers import QUICK, SPACE, search, unfinished
 from recbole_raserec.cli import main as cli
 from recbole_raserec.errors import CheckpointError, ConfigError, MissingExtraError
 from recbole_raserec.quick_start import run_recbole_raserec
+from recbole_raserec.storage.locks import try_lock
 from recbole_raserec.training.trainer import ResumableTrainer
-from recbole_raserec.tuning.study import only_process
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +159,10 @@ def test_a_directory_holds_one_search(shared, tmp_path):
         search(tmp_path / "copy", space={**SPACE, "top_k": {**SPACE["top_k"], "high": 5}})
     with pytest.raises(ConfigError, match=r"another study: .*regen"):
         search(tmp_path / "copy", regeneration=True)
-    with only_process(tmp_path / "copy" / "out"), pytest.raises(ConfigError, match="another process"):
+    lock = try_lock(tmp_path / "copy" / "out" / ".lock")
+    with pytest.raises(ConfigError, match="another process"):
         search(tmp_path / "copy")
+    lock.release()
     log = random_log(0)
     write_log(tmp_path / "copy", "tiny", [(log[0][0], (log[0][1] + 1) % 25, log[0][2]), *log[1:]])
     with pytest.raises(CheckpointError, match="trials on other data"):
@@ -219,7 +221,7 @@ def test_without_matplotlib_there_are_no_plots(shared, tmp_path, monkeypatch):
     def missing(*_, **__):
         raise MissingExtraError("plots", "matplotlib", "plots are drawn with it")
 
-    monkeypatch.setattr("recbole_raserec.tuning.results.plot_points", missing)
+    monkeypatch.setattr("recbole_raserec.tuning.tune.plot_points", missing)
     shutil.copytree(shared.directory, tmp_path / "copy", ignore=shutil.ignore_patterns("plots"))
     assert search(tmp_path / "copy").record == shared.record
     assert not (tmp_path / "copy" / "out" / "plots").exists()

@@ -10,13 +10,15 @@ from conftest import ROOT
 
 pytest.importorskip("optuna", reason="searches need optuna")
 
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from tune_helpers import QUICK, SPACE, search
 
+import recbole_raserec.tuning
 from recbole_raserec.cli import main as cli
 from recbole_raserec.config.config import Config
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.tuning import tune
-from recbole_raserec.tuning.space import SPACES, Parameter, check_space, read_space
+from recbole_raserec.tuning.space import SPACES, check_space, options_of, read_space, rounded, values
 
 # ------------------------------------------------------------------ spaces
 
@@ -73,7 +75,7 @@ def test_wrong_options_and_a_missing_space_are_reported_together(workdir):
     with pytest.raises(ConfigError) as error:
         tune.tune_hyper_parameters("GRU4Rec", "tiny", None, config_dict={}, argv=[])
     assert [problem.split(":")[0] for problem in error.value.problems] == ["output", "space"]
-    assert "none is shipped for GRU4Rec, only for DuoRec, RaSeRec, SASRec" in str(error.value)
+    assert "none is shipped for GRU4Rec, only for DARec, DuoRec, RaSeRec, SASRec" in str(error.value)
     with pytest.raises(ConfigError, match=r"'RaSeRek' does not exist; did you mean RaSeRec\?"):
         tune.tune_hyper_parameters("RaSeRec", "tiny", "out", space="RaSeRek", config_dict={}, argv=[])
     with pytest.raises(ConfigError, match="epochs"):
@@ -85,7 +87,7 @@ def test_wrong_options_and_a_missing_space_are_reported_together(workdir):
 
 def test_a_value_that_needs_another_searched_option_is_let_through(workdir):
     """ivf_lists: 4 alone goes with none of the default ivf_probes: 8; the search has smaller ones."""
-    space = {"ivf_lists": Parameter("categorical", choices=(4, 128)), "ivf_probes": Parameter("int", 1, 16)}
+    space = {"ivf_lists": CategoricalDistribution((4, 128)), "ivf_probes": IntDistribution(1, 16)}
     config = Config("RaSeRec", "tiny", config_dict={}, argv=[])
     assert check_space(config, space, workdir) == []
     alone = check_space(config, {"ivf_lists": space["ivf_lists"]}, workdir)
@@ -103,12 +105,22 @@ def test_a_given_option_is_not_searched(tmp_path):
 
 
 def test_values():
-    step = Parameter("float", 0.1, 0.7, step=0.1)
-    assert step.values() == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
-    assert Parameter("int", 1, 9, step=4).values() == [1, 5, 9]
-    assert Parameter("float", 0.1, 0.7).values() is None
-    assert Parameter("float", 0.0, 0.99999999).rounded(0.999999989) == 0.99999999  # not 1, which is above
-    assert Parameter("float", 0.0, 1.0).rounded(0.123456789) == 0.123457
+    assert values(FloatDistribution(0.1, 0.7, step=0.1)) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    assert values(IntDistribution(1, 9, step=4)) == [1, 5, 9]
+    assert values(FloatDistribution(0.1, 0.7)) is None
+    assert rounded(FloatDistribution(0.0, 1.0), 0.123456789) == 0.123457
+    assert rounded(FloatDistribution(0.0, 0.99999999), 0.999999989) == 0.99999999  # not 1, which is above
+
+
+def test_the_entries_of_a_list_are_parameters(workdir):
+    path = workdir / "space.yaml"
+    path.write_text("alpha: {type: float, low: 0.1, high: 0.9}\nsizes[2][3]: {type: int, low: 0, high: 8, step: 4}\n")
+    space, problems = read_space(path)
+    assert not problems
+    assert list(space) == ["alpha", *(f"sizes[{a}][{b}]" for a in range(2) for b in range(3))]
+    drawn = dict(zip(space, [0.5, *range(6)]))
+    assert options_of(drawn) == {"alpha": 0.5, "sizes": [[0, 1, 2], [3, 4, 5]]}
+    assert options_of({"n[0]": 1, "n[1]": 2}) == {"n": [1, 2]}
 
 
 # ------------------------------------------------------------------ the command
@@ -121,11 +133,11 @@ def test_the_command_hands_over_its_options(monkeypatch, capsys):
     )
     words = ["--model=RaSeRec", "-d", "shop", "--trials=7", "--output=o", "--space=s.yaml", "--pruner=none", "--seed=1"]
     assert cli.main(["tune", *words]) == 0
-    own = {"trials": 7, "output": "o", "space": "s.yaml", "pruner": "none"}
-    assert calls == [(("RaSeRec", "shop"), {**own, "config_file_list": None, "argv": ["--seed=1"]})]
+    own = {"model": "RaSeRec", "dataset": "shop", "trials": 7, "output": "o", "space": "s.yaml", "pruner": "none"}
+    assert calls == [((), {**own, "sampler": "tpe", "config_file_list": None, "argv": ["--seed=1"]})]
     assert cli.main(["tune", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"--{name}=" in printed for name in ("output", "trials", "space", "sampler", "pruner"))
+    assert all(f"--{name} " in printed for name in ("output", "trials", "space", "sampler", "pruner"))
 
 
 def test_wrong_words_are_one_message(capsys, workdir):
@@ -136,8 +148,9 @@ def test_wrong_words_are_one_message(capsys, workdir):
 
 
 def test_without_optuna_there_is_one_message(capsys, monkeypatch):
-    for name in ("recbole_raserec.tuning", "recbole_raserec.tuning.tune", "recbole_raserec.tuning.study"):
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(recbole_raserec, "tuning", recbole_raserec.tuning)  # put back what the import replaces
+    for name in ("", ".tune", ".study", ".space"):
+        monkeypatch.delitem(sys.modules, f"recbole_raserec.tuning{name}")
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert cli.main(["tune", "--model=RaSeRec", "--dataset=x", "--output=o"]) == 2
     message = "error: optuna is not installed, and options are searched with it: pip install 'recbole-raserec[tune]'\n"
@@ -149,5 +162,4 @@ def test_no_other_command_imports_optuna():
     wanted = re.compile(r"^( *)(?:from|import) (?:optuna|sqlalchemy|recbole_raserec\.tun(?:e|ing))\b", re.M)
     found = {path.relative_to(package).as_posix(): wanted.findall(path.read_text()) for path in package.rglob("*.py")}
     found = {name: indents for name, indents in found.items() if indents and not name.startswith("tuning/")}
-    inside = " " * 8  # of a function: the search for DARec's adapters imports it when it is called
-    assert found == {"cli.py": ["    "], "tune.py": ["", "", ""], "adaption.py": [inside] * 3}
+    assert found == {"cli/main.py": ["    "]}  # inside of the command

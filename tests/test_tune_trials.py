@@ -8,6 +8,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="searches need optuna")
 
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
 from tune_helpers import QUICK, search, unfinished  # noqa: E402
 
 from recbole_raserec.config.config import Config  # noqa: E402
@@ -15,8 +16,6 @@ from recbole_raserec.errors import RaSeRecError  # noqa: E402
 from recbole_raserec.quick_start import run_recbole_raserec  # noqa: E402
 from recbole_raserec.training.trainer import ResumableTrainer  # noqa: E402
 from recbole_raserec.tuning import study as study_module  # noqa: E402
-from recbole_raserec.tuning import tune  # noqa: E402
-from recbole_raserec.tuning.space import Parameter  # noqa: E402
 from recbole_raserec.tuning.study import finished, next_trial, pruner  # noqa: E402
 
 # ------------------------------------------------------------------ pruned and failed trials
@@ -30,7 +29,7 @@ class SecondTrial(optuna.pruners.BasePruner):
 
 
 def test_nothing_of_a_pruned_trial_counts_as_finished(tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "pruner", lambda name: SecondTrial())
+    monkeypatch.setattr(study_module, "pruner", lambda name: SecondTrial())
     made = search(tmp_path, trials=2, ram_epochs=3)
     first, second = made.record["trials"]
     assert (first["state"], second["state"], second["value"]) == ("complete", "pruned", None)
@@ -114,9 +113,9 @@ def drawn(monkeypatch):
     """Draws the options of a study without runs, each `told` its value."""
     monkeypatch.setattr(study_module, "_STARTUP", 3)
     space = {
-        "x": Parameter("float", 0.01, 1.0, log=True),
-        "n": Parameter("int", 1, 5),
-        "c": Parameter("categorical", choices=("a", None, True)),
+        "x": FloatDistribution(0.01, 1.0, log=True),
+        "n": IntDistribution(1, 5),
+        "c": CategoricalDistribution(("a", None, True)),
     }
 
     def draw(kind, trials=6, seed=3, interrupt=False, told=lambda options: options["n"], space=space):
@@ -148,6 +147,6 @@ def test_what_is_drawn_depends_on_the_seed_and_the_trials_before(drawn, kind):
 
 
 def test_the_grid_is_drawn_whole_and_each_once(drawn):
-    options = drawn("grid", trials=5, interrupt=True, space={"n": Parameter("int", 1, 5)})
+    options = drawn("grid", trials=5, interrupt=True, space={"n": IntDistribution(1, 5)})
     assert sorted(values["n"] for values in options) == [1, 2, 3, 4, 5]
     assert [values["n"] for values in options] != [1, 2, 3, 4, 5]  # fewer trials spread over it

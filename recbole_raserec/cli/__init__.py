@@ -1,8 +1,1 @@
-"""The command line."""
-
-from recbole_raserec.cli.main import parse_run, take_own
-
-__all__ = [
-    "parse_run",
-    "take_own",
-]
+"""The command line: one click application, `recbole_raserec.cli.main.main`."""

@@ -1,36 +1,32 @@
-"""The command ``doctor``: what this installation stands on, what it makes use of, and whether it works."""
+"""The command `doctor`: what this installation consists of, what it makes use of, and whether it works."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
+import json
 import os
 import platform
 import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, NamedTuple
+
+import click
 
 from recbole_raserec import __version__
-from recbole_raserec.compat import mends
+from recbole_raserec.compat import all_patches
+from recbole_raserec.errors import RaSeRecError
 
 #: What is reported, needed first.
 PACKAGES = (
-    "recbole",
-    "torch",
-    "numpy",
-    "pandas",
-    "scipy",
-    "faiss-cpu",
-    "faiss-gpu",
-    "safetensors",
-    "setuptools",
-    "ray",
-)
+    "recbole", "torch", "numpy", "pandas", "scipy", "faiss-cpu", "faiss-gpu", "safetensors", "setuptools", "ray",
+)  # fmt: skip
 #: Extra of this package -> a module that only it brings.
 EXTRAS = {
     "baselines": "kmeans_pytorch", "docs": "mkdocs", "frames": "polars", "llm": "transformers", "plots": "matplotlib",
@@ -38,8 +34,7 @@ EXTRAS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One part of the self-test: whether it `passed`, what it found, how long it took."""
 
     name: str
@@ -47,9 +42,32 @@ class Check:
     found: str
     seconds: float
 
+    def __str__(self) -> str:
+        return f"self-test {self.name}: {'ok' if self.passed else 'FAILED'} ({self.found}, {self.seconds:.1f} s)"
+
+
+@click.command(short_help="report the installation, and test it in ten seconds")
+@click.option("--json", "as_json", is_flag=True, help="print it as JSON")
+@click.option("--no_self_test", is_flag=True, help="report only")
+def doctor(as_json: bool, no_self_test: bool) -> None:
+    """Report the installation and test it."""
+    found, checks = environment(), []
+    if not as_json:
+        click.echo(text(found))
+    for check in [] if no_self_test else self_test():
+        checks.append(check)
+        if not as_json:
+            click.echo(str(check))
+    if as_json:
+        click.echo(json.dumps({**found, "self_test": [check._asdict() for check in checks]}, indent=2))
+    if failed := [check.name for check in checks if not check.passed]:
+        raise RaSeRecError(
+            f"self-test failed: {', '.join(failed)}; install the package again, or report what is above."
+        )
+
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, GPU, faiss, kernels, mends and extras, JSON-able."""
+    """Versions, processor, GPU, faiss, kernels, patches and extras, JSON-able."""
     import faiss
     import torch
 
@@ -58,11 +76,15 @@ def environment() -> dict[str, Any]:
     kernels = loaded()
     capability = getattr(getattr(torch.backends, "cpu", None), "get_cpu_capability", lambda: "unknown")()
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    packages = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return {
         "recbole-raserec": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": packages,
         "extras": {name: importlib.util.find_spec(module) is not None for name, module in EXTRAS.items()},
         "cpu": {
             "name": _processor(),
@@ -74,24 +96,21 @@ def environment() -> dict[str, Any]:
         },
         "gpu": [{"name": gpu.name, "memory_gb": round(gpu.total_memory / 2**30, 1)} for gpu in gpus],
         "faiss": {"options": faiss.get_compile_options().strip(), "gpus": getattr(faiss, "get_num_gpus", lambda: 0)()},
-        "mends": {mend.name: {"active": mend.active, "reason": mend.reason} for mend in mends()},
+        "patches": {patch.name: {"active": patch.active, "reason": patch.reason} for patch in all_patches()},
     }
 
 
-def self_test() -> Iterator[Check]:
-    """Kernels, search, mining, and the whole pipeline on a small log, in some ten seconds."""
-    for name, test in _TESTS.items():
-        started = time.perf_counter()
-        try:
-            passed, found = test()
-        except Exception as error:  # whatever it is, it is the finding
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            passed, found = False, f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-        yield Check(name, passed, found, time.perf_counter() - started)
+def _processor() -> str:
+    """The processor's name where the system tells it, else the kind of machine."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def text(found: dict[str, Any]) -> str:
-    """:func:`environment` for a terminal."""
+    """`environment` for a terminal."""
     cpu, faiss = found["cpu"], found["faiss"]
     kernels = f"compiled for {cpu['kernels']}" if cpu["kernels"] else "none (torch takes their place; slower)"
     kernels += ", bfloat16 softmax" if cpu["bfloat16"] else ""
@@ -106,13 +125,25 @@ def text(found: dict[str, Any]) -> str:
         f"kernels   {kernels}",
         f"GPU       {gpus}",
         f"faiss     {faiss['options'] or 'no options'}, {faiss['gpus']} GPUs",
-        "mends of RecBole",
+        "patches of RecBole",
     ]
-    for name, mend in found["mends"].items():
-        reason = " ".join(mend["reason"].split()).split(". ")[0].rstrip(".")
-        line = f"{'active' if mend['active'] else 'not needed':<10} {name}: {reason}"
+    for name, patch in found["patches"].items():
+        reason = " ".join(patch["reason"].split()).split(". ")[0].rstrip(".")
+        line = f"{'active' if patch['active'] else 'not needed':<10} {name}: {reason}"
         lines += textwrap.wrap(line, 110, initial_indent="  ", subsequent_indent=" " * 13)
     return "\n".join(lines)
+
+
+def self_test() -> Iterator[Check]:
+    """Kernels, search, and the whole pipeline on a small log, in some ten seconds."""
+    for name, test in _TESTS.items():
+        started = time.perf_counter()
+        try:
+            passed, found = test()
+        except Exception as error:  # any error is what the test found
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            passed, found = False, f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
+        yield Check(name, passed, found, time.perf_counter() - started)
 
 
 def _kernels() -> tuple[bool, str]:
@@ -156,67 +187,40 @@ def _pipeline() -> tuple[bool, str]:
     from recbole_raserec.serving import Recommender
 
     rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = ["user_id:token\titem_id:token\ttimestamp:float"]
-        for user in range(150):
-            start = rng.integers(40)
-            rows += [f"u{user}\ti{(start + step) % 40}\t{step}" for step in range(rng.integers(6, 14))]
-        path = Path(folder) / "doctor" / "doctor.inter"
-        path.parent.mkdir()
-        path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    rows = ["user_id:token\titem_id:token\ttimestamp:float"]
+    for user in range(150):
+        start = rng.integers(40)
+        rows += [f"u{user}\ti{(start + step) % 40}\t{step}" for step in range(rng.integers(6, 14))]
+    with _quiet_folder() as folder:
+        (folder / "doctor").mkdir()
+        (folder / "doctor" / "doctor.inter").write_text("\n".join(rows) + "\n", encoding="utf-8")
         options = {
-            "data_path": folder, "checkpoint_dir": f"{folder}/saved", "show_progress": False, "state": "ERROR",
+            "data_path": str(folder), "checkpoint_dir": f"{folder}/saved", "show_progress": False, "state": "ERROR",
             "backbone": "SASRec", "hidden_size": 32, "inner_size": 64, "epochs": 5, "ram_epochs": 1, "use_gpu": False,
             "training": "packed", "learning_rate": 0.01, "log_wandb": False,
         }  # fmt: skip
-        with _quiet(folder):
+        with contextlib.redirect_stdout(io.StringIO()):
             record = run_recbole_raserec("RaSeRec", "doctor", config_dict=options, argv=[])
         value = record["metrics"]["ours"]["test"]["seen_kept"]["ndcg@10"]
-        (directory,) = Path(folder).glob("saved/RaSeRec-*")
+        (directory,) = folder.glob("saved/RaSeRec-*")
         recommender = Recommender.load(directory, "cpu")
         reason = recommender.explain([f"i{number}" for number in range(5)], 1).items[0]
         recommender.update([("new", "i1"), ("new", "i2"), ("new", "i3")])
         after = recommender.recommend(users=["new"], k=3)[0]
-        passed = value > 0.3 and reason.backbone + reason.retrieval == reason.score and len(after) == 3
-        return passed, f"trained, NDCG@10 {value:.3f}; reloaded, explained, updated: i1 i2 i3 -> {' '.join(after)}"
+    passed = value > 0.3 and reason.backbone + reason.retrieval == reason.score and len(after) == 3
+    return passed, f"trained, NDCG@10 {value:.3f}; reloaded, explained, updated: i1 i2 i3 -> {' '.join(after)}"
 
 
-class _quiet:
-    """Standard output into nothing, RecBole's log files and what it opens into `folder`."""
-
-    def __init__(self, folder: str):
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        import contextlib
-        import io
-
-        self._before = os.getcwd()
-        os.chdir(self.folder)
-        self._redirect = contextlib.redirect_stdout(io.StringIO())
-        self._redirect.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._redirect.__exit__(*error)
-        os.chdir(self._before)
+@contextlib.contextmanager
+def _quiet_folder() -> Iterator[Path]:
+    """A temporary working directory: RecBole's log files and what it opens go there."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield Path(folder)
+        finally:
+            os.chdir(before)
 
 
 _TESTS: dict[str, Callable[[], tuple[bool, str]]] = {"kernels": _kernels, "search": _search, "pipeline": _pipeline}
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    """The processor's name where the system tells it, else the kind of machine."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

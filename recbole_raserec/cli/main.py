@@ -1,201 +1,136 @@
-"""The command ``recbole-raserec``: `run` (the default) and what comes before and after it.
+"""The command `recbole-raserec`: `run` (the default) and what comes before and after it, as one click application.
 
-Nothing heavy is imported before it is needed: ``--help`` and a wrong option answer at once.
+Options that a command does not declare are those of a run: they go on to `Config` as `--key=value`. Nothing heavy is
+imported before it is needed: `--help` and a wrong word answer at once.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import difflib
 import importlib.metadata
-import json
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
 
 from recbole_raserec import __version__
-from recbole_raserec.errors import ConfigError, RaSeRecError
+from recbole_raserec.cli.doctor import doctor
+from recbole_raserec.cli.recommend import explain, recommend
+from recbole_raserec.errors import ConfigError, RaSeRecError, nearest
 
-# What ``recbole-raserec --help`` and ``recbole-raserec COMMAND --help`` print.
-
-
-USAGE = """\
-usage: recbole-raserec [run] --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
-       recbole-raserec prepare --input=FILE --format=FORMAT --output=DIR --name=NAME
-       recbole-raserec regenerate --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
-       recbole-raserec compare --models=MODEL,MODEL --datasets=DATASET,... --output=DIR [--OPTION=VALUE ...]
-       recbole-raserec tune --model=MODEL --dataset=DATASET --output=DIR [--OPTION=VALUE ...]
-       recbole-raserec recommend DIR --items=IDS [--k=N]
-       recbole-raserec explain DIR --items=IDS [--k=N]
-       recbole-raserec serve DIR [--port=N] [--token_file=FILE]
-       recbole-raserec doctor
-       recbole-raserec --version
-
-  run         train and evaluate a model (the default)
-  prepare     turn raw data into the atomic files that `run` reads
-  regenerate  regenerate a training set (DR4SR) and write it as atomic files
-  compare     models against each other over data sets and seeds, with significance
-  tune        search options by their validation figures (needs the extra `tune`)
-  recommend   the best items for a history, from the checkpoint of a finished run
-  explain     why these: the memories behind each recommended item
-  serve       answer over HTTP, and take up new interactions
-  doctor      report the installation, and test it in ten seconds
-
-`recbole-raserec COMMAND --help` lists the options of a command."""
-
-RUN_HELP = """\
-usage: recbole-raserec run --model=MODEL --dataset=DATASET [--OPTION=VALUE ...]
-
-Trains a model and prints its test figures, under both protocols (items of the history kept in the ranking, and
-removed). RaSeRec trains its backbone first, or reuses it, and is compared with it. The same command continues an
-interrupted run from the last finished epoch.
-
-  -m, --model=NAME           RaSeRec, SASRec, DuoRec, BSARec, DARec, or any of RecBole
-  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
-  --config_files="A B"       YAML files, later ones win over earlier ones
-
-Every option of RecBole can be given as --OPTION=VALUE and wins over the files. Those that matter most:
-
-  --data_path=DIR            directory that contains NAME/NAME.inter
-  --backbone=NAME            RaSeRec: a sequential model of this package or of RecBole
-  --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
-  --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
-  --epochs=N                 largest number of training epochs
-  --MAX_ITEM_LIST_LENGTH=N   the model sees the last N items of a history
-  --seed=N
-  --nproc=N                  processes that share every batch; world_size, ip, port, group_offset: several machines
-  --checkpoint_dir=DIR       where results of finished and unfinished stages are kept
-  --result_file=FILE         write the figures as JSON"""
-
-REGENERATE_HELP = """\
-usage: recbole-raserec regenerate --dataset=DATASET --output=DIR [--name=NAME] [--OPTION=VALUE ...]
-
-Mines the patterns of the training split, trains the regenerator on them, lets it write new ones, and puts all of it
-behind the original rows: DIR/NAME/NAME.train.inter, with .valid.inter, .test.inter, NAME.yaml (the options under which
-RecBole alone reads them) and a report. The same command continues an interrupted run.
-
-  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
-  --output=DIR               directory of data sets to write into
-  --name=NAME                of the new data set (default: DATASET-regenerated)
-  --regen_gamma=X            share of steps that choose among a sequence's own items, 0 to 1
-  --regen_conditions=N       patterns written for a sequence
-  --regen_...                the others stand, with a comment each, in properties/overall.yaml
-  --data_path, --seed, --checkpoint_dir, --threads, --config_files as of `recbole-raserec run`"""
-
-COMPARE_HELP = """\
-usage: recbole-raserec compare --models=SPEC,SPEC,... --datasets=NAME,... --output=DIR [--OPTION=VALUE ...]
-
-Runs every model on every data set with every seed, each in a process of its own, and writes tables with mean, standard
-deviation, improvement over the base, significance, time and memory: DIR/compare.json, .txt, .md, .tex, .csv, and .png
-with matplotlib. What is finished is not run again: the same command continues an interrupted comparison.
-
-  --models=SPEC,...    NAME[:key=value[:key=value...]], a model and its own options (RaSeRec:backbone=SASRec:top_k=10);
-                       ; does what : does, in quotes
-  --datasets=NAME,...  folders under data_path, or ml-100k
-  --seeds=N            how many, from 2020 on (default: 5); with a comma a list of seeds: 2020,2021 or 2020,
-  --output=DIR         directory of cells, tables and figures; one protocol each
-  --jobs=N             cells to run at a time (default: 1), each with its part of the cores unless --threads is given
-  --format=FORMAT      what is printed: text (default), markdown, latex, csv or json
-
-Any option of `recbole-raserec run` holds for all models, as --OPTION=VALUE or in --config_files."""
-
-PREPARE_HELP = """\
-formats:
-  sequences  one user a line, `user item item ...` in the order of time
-  ratings    a table, one interaction a line: user, item, rating, time. Separator and header are recognised;
-             columns are found by the usual names, or are 1 to 4, or what the --..._col options say
-  amazon     Amazon reviews of 2014, 2018 or 2023, one JSON object a line
-
-examples:
-  recbole-raserec prepare --input=reviews_Beauty_5.json.gz --format=amazon --output=dataset --name=amazon-beauty
-  recbole-raserec prepare --input=ratings.dat --format=ratings --output=dataset --name=ml-1m --k_core=5
-  recbole-raserec prepare --input=log.csv --format=ratings --user_col=uid --item_col=sku --time_col=when \\
-      --rating_col=none --output=dataset --name=shop"""
-
-TUNE_HELP = """\
-usage: recbole-raserec tune --model=MODEL --dataset=DATASET --output=DIR [--trials=N] [--OPTION=VALUE ...]
-
-Searches options by the validation metric, with Optuna (pip install 'recbole-raserec[tune]'), and reports the test
-figures of the best trial alone. The same command continues an interrupted search; after its end it prints the result
-again.
-
-  -m, --model=NAME           RaSeRec, DuoRec, SASRec, or any model of RecBole (then with --space)
-  -d, --dataset=NAME         folder under data_path, or ml-100k (comes with RecBole)
-  --output=DIR               the study lives there; DIR/best.yaml is for `run --config_files=DIR/best.yaml`
-  --trials=N                 in all (default: 30; --sampler=grid: every combination)
-  --space=FILE               YAML file of the options to search, or one of RaSeRec, SASRec, DuoRec (the defaults of
-                             these models), regeneration; an option given here is not searched
-  --sampler=NAME             tpe (the default), random, grid or gp
-  --pruner=NAME              median (the default), halving or none: ends hopeless trials early
-  --OPTION=VALUE             as of `recbole-raserec run`, for every trial"""
+#: Options of `run` that a command names itself; a line of words may hold each once.
+_NAMED = ("model", "dataset", "config_files")
 
 
-# The words of a command line: those of `run`, and the options that a command adds to them.
+class _Application(click.Group):
+    """Commands in the order of their use. Without a command it is `run`; all wrong words are reported at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        order = ["run", "prepare", "regenerate", "recommend", "explain", "serve", "compare", "tune", "doctor"]
+        return sorted(self.commands, key=order.index)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["help"]:
+            args = ["--help"]
+        elif args and args[0].startswith("-") and args[0] not in ("-h", "--help", "--version"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, *words = args
+        if name not in self.commands:
+            guess = nearest(name, self.commands)
+            remedy = f"did you mean {guess}?" if guess else f"choose one of {', '.join(self.list_commands(ctx))}."
+            raise ConfigError([f"unknown sub-command {name!r}: {remedy}"])
+        command = self.commands[name]
+        if {"-h", "--help"} & set(words):
+            words = ["--help"]
+        elif command.context_settings.get("ignore_unknown_options"):
+            words = _pairs(words)
+        else:
+            _check_known(ctx, command, words)
+        return name, command, words
 
 
-def parse_run(words: Sequence[str]) -> tuple[str | None, str | None, list[str] | None, list[str]]:
-    """Split the words of `run` into model, data set, configuration files, and the other options as ``--key=value``.
+def _pairs(words: Sequence[str]) -> list[str]:
+    """Words of a run, each as `--key=value`.
 
     Raises:
-        ConfigError: a word is no option, an option has no value, or one of the three is given twice and differs.
+        ConfigError: a word is no option, an option has no value, or one of `_NAMED` is empty or has two values.
     """
-    pairs: list[tuple[str, str]] = []
+    found: list[str] = []
+    named: dict[str, str] = {}
     problems: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        key = {"-m": "--model", "-d": "--dataset"}.get(key, key)
         if not word.startswith("-") or word in ("-", "--"):
             problems.append(f"{word!r} is no option: options have the form --key=value.")
-            continue
-        key, equals, value = word.partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                problems.append(f"{word} has no value: write {word}=VALUE (for a switch {word}=True).")
-                continue
-            value = rest.pop(0)
-        key = {"-m": "--model", "-d": "--dataset"}.get(key, key)
-        if not key.startswith("--"):
-            problems.append(f"{word}: the only short options are -m and -d; write --key=value.")
-            continue
-        pairs.append((key[2:], value))
-    own: dict[str, str] = {}
-    for key, value in pairs:
-        if key in ("model", "dataset", "config_files"):
-            if own.get(key, value) != value:
-                problems.append(f"--{key} is given twice, as {own[key]!r} and {value!r}: leave one out.")
-            elif not value.strip():
-                problems.append(f"--{key} is empty: give a value or leave it out.")
-            own[key] = value
+        elif not equals and (not rest or rest[0].startswith("--")):
+            problems.append(f"{word} has no value: write {word}=VALUE (for a switch {word}=True).")
+        else:
+            value = value if equals else rest.pop(0)
+            if not key.startswith("--"):
+                problems.append(f"{word}: the only short options are -m and -d; write --key=value.")
+            elif key[2:] in _NAMED and not value.strip():
+                problems.append(f"{key} is empty: give a value or leave it out.")
+            elif key[2:] in _NAMED and named.setdefault(key, value) != value:
+                problems.append(f"{key} is given twice, as {named[key]!r} and {value!r}: leave one out.")
+            found.append(f"{key}={value}")
     if problems:
         raise ConfigError(problems)
-    files = own["config_files"].split() if "config_files" in own else None
-    return own.get("model"), own.get("dataset"), files, [f"--{key}={value}" for key, value in pairs if key not in own]
+    return found
 
 
-def take_own(options: Iterable[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The options of :func:`parse_run` that are a command's own, by name, and the others as they are.
-
-    Args:
-        options: each ``--key=value``. names: of the command's own; of one that is given twice the last counts.
-    """
-    own: dict[str, str] = {}
-    rest = []
+def _check_known(context: click.Context, command: click.Command, words: Sequence[str]) -> None:
+    """Raise a ConfigError with all options that the command does not have, that it misses, and that exclude others."""
+    options = [each for each in command.get_params(context) if isinstance(each, click.Option)]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    given = list(dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--")))
+    problems = []
+    for name in given:
+        if name not in known:
+            guess = nearest(name[2:], [each[2:] for each in known])
+            problems.append(f"unknown option {name}" + (f": did you mean --{guess}?" if guess else "."))
+    missing = [option.opts[0] for option in options if option.required and option.opts[0] not in given]
+    if missing and not problems:
+        problems.append(f"not given: {', '.join(missing)}")
     for option in options:
-        key, _, value = option[2:].partition("=")
-        if key in names:
-            own[key] = value
-        else:
-            rest.append(option)
-    return own, rest
+        if {*option.secondary_opts} & {*given} and {*option.opts} & {*given}:
+            problems.append(f"{option.opts[0]} and {option.secondary_opts[0]} exclude each other: leave one out.")
+    if problems:
+        raise ConfigError([f"{each} (`recbole-raserec {command.name} --help` lists the options)" for each in problems])
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are this package's."""
+def _print_versions(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    """Print this package's version and those of what it needs, without importing any of it."""
+    if wanted:
+        found = [f"recbole-raserec {__version__}"]
+        for name in ("recbole", "torch", "numpy"):
+            try:
+                found.append(f"{name} {importlib.metadata.version(name)}")
+            except importlib.metadata.PackageNotFoundError:
+                found.append(f"{name} (not installed)")
+        click.echo(", ".join(found))
+        context.exit()
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([f"{message} (`recbole-raserec {self.prog.split()[-1]} --help` lists the options)"])
+
+@click.group(
+    cls=_Application,
+    subcommand_metavar="[COMMAND] --OPTION=VALUE ...",
+    epilog="`recbole-raserec COMMAND --help` lists the options of a command; without a command it is `run`.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions, help="print the versions"
+)
+def app() -> None:
+    """Retrieval-augmented sequential recommendation for RecBole."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,223 +143,252 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, 2 for an error of this package (one message on stderr), 130 when interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    commands = {
-        "run": _run, "prepare": _prepare, "regenerate": _regenerate, "recommend": _recommend, "explain": _explain,
-        "serve": _serve, "compare": _compare, "tune": _tune, "doctor": _doctor,
-    }  # fmt: skip
-    if words[:1] in (["-h"], ["--help"], ["help"]):
-        print(USAGE)
-        return 0
-    if words[:1] == ["--version"]:
-        print(_versions())
-        return 0
     if not words:
-        print(USAGE, file=sys.stderr)
+        click.echo(app.make_context("recbole-raserec", [], resilient_parsing=True).get_help(), err=True)
         return 2
-    command = "run" if words[0].startswith("-") else words.pop(0)
     try:
-        if command not in commands:
-            near = difflib.get_close_matches(command, commands, n=1, cutoff=0.5)
-            guess = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(commands)}."
-            raise ConfigError([f"unknown sub-command {command!r}: {guess}"])
-        commands[command](words)
+        with app.make_context("recbole-raserec", words) as context:
+            app.invoke(context)
+    except click.exceptions.Exit as ended:
+        return ended.exit_code
+    except click.UsageError as error:
+        path = "recbole-raserec" if error.ctx is None else error.ctx.command_path
+        problem = f"{error.format_message()} (`{path} --help` lists the options)"
+        click.echo(f"error: {ConfigError([problem])}", err=True)
+        return 2
     except RaSeRecError as error:
-        print(f"error: {error}", file=sys.stderr)
+        click.echo(f"error: {error}", err=True)
         return 2
     except KeyboardInterrupt:
         again = "the same command continues from the last finished epoch"
-        hint = "nothing was written" if command in ("prepare", "serve") else again
-        print(f"\nInterrupted: {hint}.", file=sys.stderr)
+        hint = "nothing was written" if words[0] in ("prepare", "serve") else again
+        click.echo(f"\nInterrupted: {hint}.", err=True)
         return 130
     return 0
 
 
-def _run(words: list[str]) -> None:
-    if {"-h", "--help"} & set(words):
-        print(RUN_HELP)
-        return
-    model, dataset, files, options = parse_run(words)
+def _option(name: str, metavar: str | None, text: str, *names: str, **more: Any) -> Callable[[Callable], Callable]:
+    return click.option(name, *names, metavar=metavar, help=text, **more)
+
+
+def _paths(context: click.Context, option: click.Parameter, value: str | None) -> list[str] | None:
+    return value.split() if value else None
+
+
+_RUN_OPTIONS = (
+    _option("--model", "NAME", "RaSeRec, SASRec, DuoRec, BSARec, DARec, or any of RecBole", "-m"),
+    _option("--dataset", "NAME", "folder under data_path, or ml-100k (comes with RecBole)", "-d"),
+    _option("--config_files", '"A B"', "YAML files, later ones win over earlier ones", callback=_paths),
+)
+
+
+def _command(short: str, usage: str, *options: Callable[[Callable], Callable]) -> Callable[[Callable], click.Command]:
+    """A command with options of its own, which hands all others on to a run."""
+
+    def make(function: Callable) -> click.Command:
+        function = click.pass_context(function)
+        for option in reversed(options):
+            function = option(function)
+        return app.command(
+            short_help=short, options_metavar=f"{usage} [--OPTION=VALUE ...]",
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+        )(function)  # fmt: skip
+
+    return make
+
+
+@_command("train and evaluate a model (the default)", "--model=MODEL --dataset=DATASET", *_RUN_OPTIONS)
+def run(context: click.Context, model: str | None, dataset: str | None, config_files: list[str] | None) -> None:
+    """Train a model and print its test figures, under both protocols (items of the history kept in the ranking, and
+    removed). RaSeRec trains its backbone first, or reuses it, and is compared with it. The same command continues an
+    interrupted run from the last finished epoch.
+
+    Every option of RecBole can be given as --OPTION=VALUE and wins over the files. Those that matter most:
+
+    \b
+      --data_path=DIR            directory that contains NAME/NAME.inter
+      --backbone=NAME            RaSeRec: a sequential model of this package or of RecBole
+      --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
+      --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
+      --epochs=N                 largest number of training epochs
+      --MAX_ITEM_LIST_LENGTH=N   the model sees the last N items of a history
+      --seed=N
+      --nproc=N                  processes that share every batch; world_size, ip, port, group_offset: several machines
+      --checkpoint_dir=DIR       where results of finished and unfinished stages are kept
+      --result_file=FILE         write the figures as JSON
+    """
     from recbole_raserec.quick_start import run_recbole_raserec
 
-    run_recbole_raserec(model=model, dataset=dataset, config_file_list=files, config_dict=None, argv=options)
+    given: dict[str, Any] = {"model": model, "dataset": dataset, "config_file_list": config_files, "config_dict": None}
+    run_recbole_raserec(**given, argv=context.args)
 
 
-def _regenerate(words: list[str]) -> None:
-    if {"-h", "--help"} & set(words):
-        print(REGENERATE_HELP)
-        return
-    model, dataset, files, options = parse_run(words)
-    own, rest = take_own(options, ("output", "name"))
-    if not own.get("output"):
+@_command(
+    "regenerate a training set (DR4SR) and write it as atomic files",
+    "--dataset=DATASET --output=DIR",
+    *_RUN_OPTIONS,
+    _option("--output", "DIR", "directory of data sets to write into"),
+    _option("--name", "NAME", "of the new data set (default: DATASET-regenerated)"),
+)
+def regenerate(context: click.Context, config_files: list[str] | None, output: str | None, **options: Any) -> None:
+    """Mine the patterns of the training split, train the regenerator on them, let it write new ones, and put all of it
+    behind the original rows: DIR/NAME/NAME.train.inter, with .valid.inter, .test.inter, NAME.yaml (the options under
+    which RecBole alone reads them) and a report. The same command continues an interrupted run.
+
+    \b
+      --regen_gamma=X            share of steps that choose among a sequence's own items, 0 to 1
+      --regen_conditions=N       patterns written for a sequence
+      --regen_...                the others are in properties/overall.yaml, with a comment each
+      --data_path, --seed, --checkpoint_dir, --threads as of `recbole-raserec run`
+    """
+    if not output:
         raise ConfigError(["output: is not given; name the directory to write into, for example --output=dataset"])
-    from pathlib import Path
-
     from recbole_raserec.regeneration import regenerate_dataset
 
-    print(regenerate_dataset(dataset, Path(own["output"]), own.get("name"), model, files, None, rest))
+    options = {**options, "output": Path(output), "config_file_list": config_files, "argv": context.args}
+    click.echo(regenerate_dataset(**options))
 
 
-def _recommend(words: list[str]) -> None:
-    from recbole_raserec.cli.recommend import RECOMMEND, add_recommend, recommend
+@_command(
+    "models against each other over data sets and seeds, with significance",
+    "--models=SPEC,SPEC,... --datasets=NAME,... --output=DIR",
+    _option("--models", "SPEC,...", "NAME[:key=value[:key=value...]], a model and its own options "
+            "(RaSeRec:backbone=SASRec:top_k=10); ; does what : does, in quotes", default=""),
+    _option("--datasets", "NAME,...", "folders under data_path, or ml-100k", default=""),
+    _option("--seeds", "N", "how many, from 2020 on (default: 5); with a comma a list of seeds: 2020,2021 or 2020,",
+            default="5"),
+    _option("--output", "DIR", "directory of runs, tables and figures; one protocol each", default=""),
+    _option("--jobs", "N", "runs at a time (default: 1), each with its part of the cores unless --threads is given",
+            default="1"),
+    _option("--format", "FORMAT", "what is printed: text (default), markdown, latex, csv or json", "style",
+            default="text"),
+    _option("--model", None, "", hidden=True),
+    _option("--dataset", None, "", hidden=True),
+    _RUN_OPTIONS[2],
+)  # fmt: skip
+def compare(context: click.Context, **options: Any) -> None:
+    """Run every model on every data set with every seed, each in a process of its own, and write tables with mean,
+    standard deviation, improvement over the base, significance, time and memory: DIR/compare.json, .txt, .md, .tex,
+    .csv, and .png with matplotlib. What is finished is not run again: the same command continues an interrupted
+    comparison.
 
-    args = _parsed("recommend", "The best items for a history.", RECOMMEND, add_recommend, words)
-    if args is not None:
-        recommend(args)
+    Any option of `recbole-raserec run` holds for all models, as --OPTION=VALUE or in --config_files.
+    """
+    from recbole_raserec.comparison import run_command
 
-
-def _explain(words: list[str]) -> None:
-    from recbole_raserec.cli.recommend import EXPLAIN, add_explain, explain
-
-    args = _parsed("explain", "Why items are recommended.", EXPLAIN, add_explain, words)
-    if args is not None:
-        explain(args)
-
-
-def _serve(words: list[str]) -> None:
-    from recbole_raserec.serving.http import SERVE_HELP, add_serve, serve
-
-    args = _parsed("serve", "Serve a checkpoint over HTTP.", SERVE_HELP, add_serve, words)
-    if args is not None:
-        serve(args)
-
-
-def _doctor(words: list[str]) -> None:
-    def options(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--json", action="store_true", help="print it as JSON")
-        parser.add_argument("--no_self_test", action="store_true", help="report only")
-
-    args = _parsed("doctor", "Report the installation and test it.", "", options, words)
-    if args is None:
-        return
-    from recbole_raserec.cli.main import doctor
-
-    found, checks = doctor.environment(), []
-    if not args.json:
-        print(doctor.text(found))
-    for check in [] if args.no_self_test else doctor.self_test():
-        checks.append(check)
-        if not args.json:
-            print(
-                f"self-test {check.name}: {'ok' if check.passed else 'FAILED'} ({check.found}, {check.seconds:.1f} s)"
-            )
-    if args.json:
-        print(json.dumps({**found, "self_test": [dataclasses.asdict(check) for check in checks]}, indent=2))
-    failed = [check.name for check in checks if not check.passed]
-    if failed:
-        raise RaSeRecError(
-            f"self-test failed: {', '.join(failed)}; install the package again, or report what is above."
-        )
+    run_command(argv=context.args, **options)
 
 
-def _parsed(
-    name: str, description: str, epilog: str, options: Callable[[argparse.ArgumentParser], None], words: list[str]
-) -> argparse.Namespace | None:
-    """The options of a command; None where its help was asked for, and printed."""
-    parser = _Parser(
-        prog=f"recbole-raserec {name}", description=description, epilog=epilog, allow_abbrev=False, add_help=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    options(parser)
-    if {"-h", "--help"} & set(words):
-        parser.print_help()
-        return None
-    return parser.parse_args(words)
+@_command(
+    "search options by their validation figures (needs the extra `tune`)",
+    "--model=MODEL --dataset=DATASET --output=DIR",
+    *_RUN_OPTIONS,
+    _option("--output", "DIR", "the study lives there; DIR/best.yaml is for `run --config_files=DIR/best.yaml`"),
+    _option("--trials", "N", "in all (default: 30; --sampler=grid: every combination)"),
+    _option("--space", "FILE", "YAML file of the options to search, or one of RaSeRec, SASRec, DuoRec, DARec (the "
+            "defaults of these models), regeneration; an option given here is not searched"),
+    _option("--sampler", "NAME", "tpe (the default), random, grid or gp", default="tpe"),
+    _option("--pruner", "NAME", "median (the default), halving or none: ends hopeless trials early", default="median"),
+)  # fmt: skip
+def tune(context: click.Context, trials: str | None, config_files: list[str] | None, **options: Any) -> None:
+    """Search options by the validation metric, with Optuna (pip install 'recbole-raserec[tune]'), and report the test
+    figures of the best trial alone. The same command continues an interrupted search; after its end it prints the
+    result again.
 
-
-def _compare(words: list[str]) -> None:
-    if {"-h", "--help"} & set(words):
-        print(COMPARE_HELP)
-        return
-    model, dataset, files, options = parse_run(words)
-    from recbole_raserec.comparison import OWN, run_command
-
-    own, rest = take_own(options, OWN)
-    run_command(own, files, rest, model, dataset)
-
-
-def _tune(words: list[str]) -> None:
-    if {"-h", "--help"} & set(words):
-        print(TUNE_HELP)
-        return
-    model, dataset, files, options = parse_run(words)
-    texts, rest = take_own(options, ("output", "trials", "space", "sampler", "pruner"))
-    own: dict[str, Any] = dict(texts)
-    if texts.get("trials", "").isdecimal():
-        own["trials"] = int(texts["trials"])
+    --OPTION=VALUE holds for every trial, as of `recbole-raserec run`.
+    """
     from recbole_raserec.tuning import tune_hyper_parameters
 
-    tune_hyper_parameters(model, dataset, **own, config_file_list=files, argv=rest)
+    number: Any = int(trials) if trials is not None and trials.isdecimal() else trials
+    tune_hyper_parameters(trials=number, config_file_list=config_files, argv=context.args, **options)
 
 
-def _prepare(words: list[str]) -> None:
-    parser = _prepare_parser()
-    if {"-h", "--help"} & set(words):
-        parser.print_help()
-        return
-    known = re.findall(r"--\w+", parser.format_usage())
-    unknown = [name for name in (word.partition("=")[0] for word in words) if name[:2] == "--" and name not in known]
-    if unknown:
-        near = {name: difflib.get_close_matches(name, known, n=1) for name in unknown}
-        raise ConfigError(
-            [
-                f"unknown option {name}" + (f": did you mean {guess[0]}?" if guess else ".")
-                for name, guess in near.items()
-            ]
-        )
-    options: dict[str, Any] = vars(parser.parse_args(words))
-    from recbole_raserec.data.preparation import Options, prepare
+class _Serve(click.Command):
+    """The command `serve`; its limits are declared beside the service, and imported when they are needed."""
 
-    options["sep"] = {"tab": "\t", "\\t": "\t", "space": " "}.get(options["sep"], options["sep"])
-    print(prepare(Options(**options)).text())
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        from recbole_raserec.serving.http import Settings
+
+        *params, help_option = super().get_params(ctx)
+        for name, field in Settings.model_fields.items():
+            if name != "token":
+                text = field.description + ("" if "default" in field.description else f" (default: {field.default})")
+                params.append(click.Option([f"--{name}"], metavar="N", default=field.default, help=text))
+        return [*params, help_option]
 
 
-def _prepare_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="recbole-raserec prepare",
-        description="Turn raw data into RecBole's atomic files: OUTPUT/NAME/NAME.inter.",
-        epilog=PREPARE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser.add_argument("--input", required=True, metavar="FILE", help="the raw file, plain or .gz")
-    parser.add_argument("--format", required=True, metavar="FORMAT", help="sequences, ratings or amazon (see below)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory of the data sets, data_path of a run")
-    parser.add_argument("--name", required=True, metavar="NAME", help="name of the data set")
-    parser.add_argument(
-        "--k_core",
-        type=int,
-        default=0,
-        metavar="K",
-        help="keep users and items with at least K interactions, repeatedly",
-    )
-    parser.add_argument(
-        "--drop_duplicates", action="store_true", help="keep only the first interaction of a user with an item"
-    )
-    for role in ("user", "item", "rating", "time"):
-        absent = ", or none" if role in ("rating", "time") else ""
-        parser.add_argument(f"--{role}_col", metavar="COL", help=f"name or position (from 1) of the {role}{absent}")
-    parser.add_argument("--sep", metavar="SEP", help="separator of the columns, such as , or :: or tab")
-    header = parser.add_mutually_exclusive_group()
-    header.add_argument("--header", action="store_true", default=None, help="the first line names the columns")
-    header.add_argument("--no_header", action="store_false", dest="header", help="the first line is an interaction")
-    parser.add_argument("--encoding", default="utf-8", help="of the raw file (default: utf-8)")
-    parser.add_argument(
-        "--max_bad", type=float, default=0.01, metavar="SHARE", help="tolerated share of bad lines (default: 0.01)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    return parser
+@app.command(
+    cls=_Serve,
+    short_help="answer over HTTP, and store new interactions",
+    epilog="""\b
+examples:
+  recbole-raserec serve saved/RaSeRec-ml-100k-...
+  recbole-raserec serve saved/RaSeRec-ml-100k-... --port=9000 --token_file=token.txt --max_k=100""",
+)
+@click.argument("checkpoint", type=click.Path(path_type=Path), metavar="DIR")
+@_option("--host", "NAME", "address to listen on (default: 127.0.0.1)", default="127.0.0.1")
+@_option("--port", "N", "(default: 8000; 0: any free one)", default=8000)
+@_option("--token_file", "FILE", "that holds the token of changing calls", type=click.Path(path_type=Path))
+@_option("--token", "TEXT", "the token itself; see above")
+@_option("--device", "NAME", "cpu, cuda, ... (default: a GPU if there is one)")
+def serve(
+    checkpoint: Path, host: str, port: int, token_file: Path | None, token: str | None, device: str | None,
+    **limits: Any,
+) -> None:  # fmt: skip
+    """Serve a checkpoint over HTTP. DIR is a finished run; its last line names it.
+
+    The token is better in a file or in the variable RECBOLE_RASEREC_TOKEN: a command line is seen by every user of the
+    machine and stays in the shell's history. A --token wins over a --token_file, and that over the variable. Without a
+    token, update, forget and save are refused.
+    """
+    from recbole_raserec.serving import http
+
+    settings = http.Settings(token=http.find_token(token, token_file), **limits)
+    http.serve(checkpoint, settings, host, port, device)
 
 
-def _versions() -> str:
-    """This package's version and those of what it stands on, without importing any of it."""
-    found = [f"recbole-raserec {__version__}"]
-    for name in ("recbole", "torch", "numpy"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} (not installed)")
-    return ", ".join(found)
+@app.command(
+    short_help="turn raw data into the atomic files that `run` reads",
+    epilog="""\b
+formats:
+  sequences  one user a line, `user item item ...` in the order of time
+  ratings    a table, one interaction a line: user, item, rating, time. Separator and header are recognised;
+             columns are found by the usual names, or are 1 to 4, or what the --..._col options say
+  amazon     Amazon reviews of 2014, 2018 or 2023, one JSON object a line
+
+\b
+examples:
+  recbole-raserec prepare --input=reviews_Beauty_5.json.gz --format=amazon --output=dataset --name=amazon-beauty
+  recbole-raserec prepare --input=ratings.dat --format=ratings --output=dataset --name=ml-1m --k_core=5
+  recbole-raserec prepare --input=log.csv --format=ratings --user_col=uid --item_col=sku --time_col=when \\
+      --rating_col=none --output=dataset --name=shop""",
+)
+@_option("--input", "FILE", "the raw file, plain or .gz", required=True)
+@_option("--format", "FORMAT", "sequences, ratings or amazon (see below)", required=True)
+@_option("--output", "DIR", "directory of the data sets, data_path of a run", required=True)
+@_option("--name", "NAME", "name of the data set", required=True)
+@_option("--k_core", "K", "keep users and items with at least K interactions, repeatedly", default=0)
+@_option("--drop_duplicates", None, "keep only the first interaction of a user with an item", is_flag=True)
+@_option("--user_col", "COL", "name or position (from 1) of the user")
+@_option("--item_col", "COL", "name or position (from 1) of the item")
+@_option("--rating_col", "COL", "name or position (from 1) of the rating, or none")
+@_option("--time_col", "COL", "name or position (from 1) of the time, or none")
+@_option("--sep", "SEP", "separator of the columns, such as , or :: or tab")
+@_option("--header/--no_header", None, "whether the first line names the columns, or is an interaction", default=None)
+@_option("--encoding", "NAME", "of the raw file (default: utf-8)", default="utf-8")
+@_option("--max_bad", "SHARE", "tolerated share of bad lines (default: 0.01)", default=0.01)
+@_option("--overwrite", None, "replace an existing file", is_flag=True)
+def prepare(sep: str | None, **options: Any) -> None:
+    """Turn raw data into RecBole's atomic files: OUTPUT/NAME/NAME.inter."""
+    from recbole_raserec.data import preparation
+
+    separator = {"tab": "\t", "\\t": "\t", "space": " "}.get(sep or "", sep)
+    click.echo(preparation.prepare(preparation.Options(sep=separator, **options)).text())
+
+
+app.add_command(recommend)
+app.add_command(explain)
+app.add_command(doctor)
 
 
 if __name__ == "__main__":

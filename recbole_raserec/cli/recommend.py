@@ -1,98 +1,113 @@
-"""The commands ``recommend`` and ``explain``: a checkpoint asked from the shell."""
+"""The commands `recommend` and `explain`: a checkpoint asked from the shell."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
+
+import click
 
 from recbole_raserec.errors import InputError
-from recbole_raserec.storage import replacing
 
-RECOMMEND = """\
-Each history is a line of item ids, `50 172 181` or `["50", "172"]`; or a row of a .csv log with the columns of the data
-set (user_id, item_id and, to sort by, timestamp).
+_FILE = click.Path(path_type=Path)
 
+
+def _shared(k: int) -> Callable[[Callable], Callable]:
+    """The argument and the options that both commands have; `k` items are wanted by default."""
+    options = [
+        click.argument("checkpoint", type=_FILE, metavar="DIR"),
+        click.option("--items", metavar="IDS", help="a history: item ids, oldest first, apart by spaces or commas"),
+        click.option("--user", metavar="ID", help="whose history it is; without --items the stored one is used"),
+        click.option("--k", default=k, metavar="N", help=f"items wanted (default: {k})"),
+        click.option("--strict", is_flag=True, help="an unknown item is an error; otherwise it is dropped"),
+        click.option("--device", help="cpu, cuda, ... (default: a GPU if there is one)"),
+        click.option("--output", type=_FILE, metavar="FILE", help="write there instead of to the terminal"),
+    ]
+
+    def add(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def _format(*names: str) -> Callable[[Callable], Callable]:
+    return click.option("--format", "style", type=click.Choice(names), default="text", help="(default: text)")
+
+
+@click.command(
+    short_help="the best items for a history, from the checkpoint of a finished run",
+    epilog="""\b
 examples:
   recbole-raserec recommend saved/RaSeRec-ml-100k-... --items="50 172 181" --k=5
   recbole-raserec recommend saved/RaSeRec-ml-100k-... --user=42 --format=json
-  recbole-raserec recommend saved/RaSeRec-ml-100k-... --input=histories.txt --output=top10.csv --format=csv"""
+  recbole-raserec recommend saved/RaSeRec-ml-100k-... --input=histories.txt --output=top10.csv --format=csv""",
+)
+@_shared(10)
+@click.option("--input", "source", type=_FILE, metavar="FILE", help="histories, a line each; - for standard input")
+@click.option("--keep_seen", is_flag=True, help="do not leave items of the history out")
+@click.option("--candidates", metavar="IDS", help="rank only these items")
+@click.option("--exclude", metavar="IDS", help="leave these items out")
+@_format("text", "json", "csv")
+def recommend(
+    checkpoint: Path, items: str | None, user: str | None, k: int, strict: bool, device: str | None,
+    output: Path | None, source: Path | None, keep_seen: bool, candidates: str | None, exclude: str | None, style: str,
+) -> None:  # fmt: skip
+    """The best items for a history. DIR is a finished run; its last line names it.
 
-EXPLAIN = """\
+    Each history is a line of item ids, `50 172 181` or `["50", "172"]`; or a row of a .csv log with the columns of the
+    data set (user_id, item_id and, to sort by, timestamp).
+    """
+    from recbole_raserec.serving import Recommender
+
+    if (source is None) == (items is None and user is None):
+        raise InputError("give one history by --items or --user, or several by --input.")
+    recommender = Recommender.load(checkpoint, device)
+    sequences: Any = None if items is None else [_ids(items)]
+    users = None if user is None else [user]
+    if source is not None:
+        sequences = _histories(source)
+    found = recommender.recommend(sequences, k, not keep_seen, _ids(candidates), _ids(exclude), users, strict)
+    for label, dropped, popular in zip(found.labels, found.dropped, found.popular):
+        if dropped:
+            click.echo(f"history {label}: {dropped} unknown items dropped", err=True)
+        if popular:
+            click.echo(f"history {label}: nothing known of it; the most popular items", err=True)
+    titles = dict(zip(recommender.items, recommender.titles)) if recommender.titles else {}
+    _write({"text": _text, "json": _json, "csv": _csv}[style](found, titles), output)
+
+
+@click.command(
+    short_help="why these: the memories behind each recommended item",
+    epilog="""\b
 examples:
   recbole-raserec explain saved/RaSeRec-ml-100k-... --items="50 172 181"
-  recbole-raserec explain saved/RaSeRec-ml-100k-... --user=42 --format=html --output=why.html"""
-
-
-def add_recommend(parser: argparse.ArgumentParser) -> None:
-    """The options of ``recommend``."""
-    _shared(parser, 10)
-    parser.add_argument("--input", type=Path, metavar="FILE", help="histories, a line each; - for standard input")
-    parser.add_argument("--keep_seen", action="store_true", help="do not leave items of the history out")
-    parser.add_argument("--candidates", metavar="IDS", help="rank only these items")
-    parser.add_argument("--exclude", metavar="IDS", help="leave these items out")
-    parser.add_argument("--format", choices=("text", "json", "csv"), default="text", help="(default: text)")
-
-
-def add_explain(parser: argparse.ArgumentParser) -> None:
-    """The options of ``explain``."""
-    _shared(parser, 5)
-    parser.add_argument("--format", choices=("text", "json", "html"), default="text", help="(default: text)")
-
-
-def _shared(parser: argparse.ArgumentParser, k: int) -> None:
-    parser.add_argument("checkpoint", type=Path, metavar="DIR", help="a finished run; its last line names it")
-    parser.add_argument("--items", metavar="IDS", help="a history: item ids, oldest first, apart by spaces or commas")
-    parser.add_argument("--user", metavar="ID", help="whose history it is; without --items the stored one is used")
-    parser.add_argument("--k", type=int, default=k, help=f"items wanted (default: {k})")
-    parser.add_argument("--strict", action="store_true", help="an unknown item is an error; otherwise it is dropped")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
-
-
-def recommend(args: argparse.Namespace) -> None:
-    """Run ``recommend``."""
+  recbole-raserec explain saved/RaSeRec-ml-100k-... --user=42 --format=html --output=why.html""",
+)
+@_shared(5)
+@_format("text", "json", "html")
+def explain(
+    checkpoint: Path, items: str | None, user: str | None, k: int, strict: bool, device: str | None,
+    output: Path | None, style: str,
+) -> None:  # fmt: skip
+    """Why items are recommended. DIR is a finished run; its last line names it."""
     from recbole_raserec.serving import Recommender
 
-    given = [name for name in ("items", "user", "input") if getattr(args, name) is not None]
-    if not given or ("input" in given and len(given) > 1):
-        raise InputError("give one history by --items or --user, or several by --input.")
-    recommender = Recommender.load(args.checkpoint, args.device)
-    sequences: Any = None if args.items is None else [_ids(args.items)]
-    users = None if args.user is None else [args.user]
-    if args.input is not None:
-        sequences = _histories(args.input)
-    found = recommender.recommend(
-        sequences, args.k, not args.keep_seen, _ids(args.candidates), _ids(args.exclude), users, args.strict
-    )
-    for query in range(len(found)):
-        if found.dropped[query]:
-            print(f"history {found.labels[query]}: {found.dropped[query]} unknown items dropped", file=sys.stderr)
-        if found.popular[query]:
-            print(f"history {found.labels[query]}: nothing known of it; the most popular items", file=sys.stderr)
-    titles = dict(zip(recommender.items, recommender.titles)) if recommender.titles else {}
-    _write({"text": _text, "json": _json, "csv": _csv}[args.format](found, titles), args.output)
-
-
-def explain(args: argparse.Namespace) -> None:
-    """Run ``explain``."""
-    from recbole_raserec.serving import Recommender
-
-    if args.items is None and args.user is None:
+    if items is None and user is None:
         raise InputError("give a history by --items or --user.")
-    recommender = Recommender.load(args.checkpoint, args.device)
-    found = recommender.explain(_ids(args.items), args.k, args.user, args.strict)
+    found = Recommender.load(checkpoint, device).explain(_ids(items), k, user, strict)
     if found.dropped:
-        print(f"{found.dropped} unknown items dropped", file=sys.stderr)
-    _write({"text": found.to_text, "json": lambda: found.to_json(2), "html": found.to_html}[args.format](), args.output)
+        click.echo(f"{found.dropped} unknown items dropped", err=True)
+    _write({"text": found.to_text, "json": lambda: found.to_json(2), "html": found.to_html}[style](), output)
 
 
-def _ids(text: Optional[str]) -> Any:
+def _ids(text: str | None) -> Any:
     return None if text is None else text.replace(",", " ").split()
 
 
@@ -153,9 +168,11 @@ def _csv(found: Any, titles: dict[str, str]) -> str:
     return file.getvalue().rstrip("\n")
 
 
-def _write(text: str, output: Optional[Path]) -> None:
+def _write(text: str, output: Path | None) -> None:
     if output is None:
-        print(text)
+        click.echo(text)
         return
+    from recbole_raserec.storage import replacing
+
     with replacing(output) as part:
         Path(part).write_text(text + "\n", encoding="utf-8")

@@ -1,9 +1,14 @@
-"""What a comparison is to run, as cells, and everything in it that can be refused before the first one runs."""
+"""What a comparison is to run, and everything in it that can be refused before the first run.
+
+Model specs, data sets and seeds make a plan: each combination is a run with a configuration of its own, named by the
+fingerprint of all that decides its figures. The base of a row is a run too, once for all that are built on it. Problems
+are collected and raised at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -23,28 +28,40 @@ from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, R
 from recbole_raserec.evaluation import versions
 from recbole_raserec.storage import MANIFEST, MODEL_VERSIONS, fingerprint, plain, read_json, sha256
 
-# What was asked of a comparison, read: model specs, data sets, seeds. Problems are collected, to be raised at once.
-
-
-#: A number alone above this is not taken for a count of seeds.
-MOST_SEEDS = 100
+#: Below the output directory: the files of the runs, and what the runs keep where `checkpoint_dir` is not given.
+CELLS, SAVED = "cells", "saved"
 
 #: Several values: a list, or a text with commas between them.
 Several = Union[str, Sequence[str]]
 
+#: A count of seeds, a list of them, or the text of one of the two.
+Seeds = Union[str, int, Sequence[int]]
+
 #: Options of `run` that a comparison sets itself, and what to do instead.
-TAKEN = {
+_TAKEN = {
     "model": "write --models=...",
     "dataset": "write --datasets=...",
     "seed": "write --seeds=...",
     "result_file": "the figures go into the output directory, leave it out",
     "ranks_file": "the ranks go into the output directory, leave it out",
     "backbone_checkpoint": "every base is trained with every seed, leave it out",
-    "resume": "finished cells are kept and unfinished ones continued, leave it out or name another output directory",
+    "resume": "finished runs are kept and unfinished ones continued, leave it out or name another output directory",
 }
 
 #: Options that cannot differ between the models of a comparison.
-SHARED = ("config_files", "data_path", "checkpoint_dir")
+_SHARED = ("config_files", "data_path", "checkpoint_dir")
+
+#: Options that say what the figures mean: one value in an output directory, and one for each data set in it.
+_PROTOCOL = ("eval_args", "metrics", "topk")
+_FILTERS = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "benchmark_filename")
+
+#: Packages whose version decides a figure.
+_VERSIONS = ("recbole_raserec", "recbole", "torch", "numpy", "faiss", "kernels")
+
+#: A number alone above this is not taken for a count of seeds.
+_MOST_SEEDS = 100
+
+_EXAMPLES = {"models": "SASRec,RaSeRec:backbone=SASRec", "datasets": "ml-100k"}
 
 
 @dataclass
@@ -53,7 +70,7 @@ class Problems:
 
     found: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, problems: Iterable[str], model: str = "") -> None:
+    def add(self, *problems: str, model: str = "") -> None:
         for problem in problems:
             models = self.found.setdefault(problem, [])
             if model and model not in models:
@@ -65,9 +82,9 @@ class Problems:
         try:
             yield
         except ConfigError as error:
-            self.add(error.problems, model)
+            self.add(*error.problems, model=model)
         except RaSeRecError as error:
-            self.add([str(error)], model)
+            self.add(str(error), model=model)
 
     def raise_all(self, models: int) -> None:
         """Raise them as one ConfigError; what not all of the `models` specs share names those that have it."""
@@ -90,161 +107,22 @@ class Spec:
     @property
     def label(self) -> str:
         """The spec again, as a row is called."""
-        return label(self.model, self.options)
-
-
-def label(model: str, options: dict[str, str]) -> str:
-    return ":".join([model, *(f"{name}={value}" for name, value in options.items())])
-
-
-def parse_specs(models: Several, problems: Problems) -> list[Spec]:
-    """Read ``NAME[:key=value[:key=value...]]``, several joined by commas.
-
-    ``;`` does what ``:`` does, in quotes. Signs within brackets and quotes belong to the value.
-    """
-    specs = []
-    for text in parse_names("models", models, problems):
-        name, *rest = split_outside(text, ":;")
-        options: dict[str, str] = {}
-        for part in rest:
-            key, equals, value = (piece.strip() for piece in part.partition("="))
-            if not equals or not key or not value:
-                problems.add([f"models: {text!r}: {part!r} is not of the form key=value; write {name}:key=value"])
-            elif key in TAKEN:
-                problems.add([f"models: {text!r}: {key} cannot be given there; {TAKEN[key]}"])
-            elif key in SHARED:
-                problems.add([f"models: {text!r}: {key} is the same for all models; write --{key}={value}"])
-            elif options.setdefault(key, value) != value:
-                problems.add([f"models: {text!r}: {key} is given as {options[key]!r} and as {value!r}; keep one"])
-        spec = Spec(name.strip(), options)
-        if not spec.model:
-            problems.add([f"models: {text!r} names no model; write NAME:key=value"])
-        else:
-            specs.append(spec)
-    return specs
-
-
-def parse_names(option: str, given: Several, problems: Problems) -> list[str]:
-    """The values of an option, each once."""
-    texts = split_outside(given, ",") if isinstance(given, str) else list(given)
-    names = [text.strip() for text in texts if text.strip()]
-    if not names:
-        problems.add([f"{option}: is not given; name one or more, for example --{option}={_EXAMPLES[option]}"])
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    problems.add(f"{option}: {name} is given twice; leave one out" for name in twice)
-    return list(dict.fromkeys(names))
-
-
-_EXAMPLES = {"models": "SASRec,RaSeRec:backbone=SASRec", "datasets": "ml-100k"}
-
-
-def parse_seeds(given: Union[str, int, Sequence[int]], problems: Problems) -> tuple[int, ...]:
-    """Seeds to run. A number alone is how many, from the default of `seed` on; with a comma it is a list of seeds, so
-    that ``2020,`` is the one seed 2020.
-    """
-    first = int(read_yaml(PROPERTIES / "overall.yaml")["seed"])
-    remedy = f"write how many (--seeds=5: {first} to {first + 4}), or a list (--seeds={first},{first + 1})"
-    if isinstance(given, (str, int)):
-        texts = [part.strip() for part in str(given).split(",")]
-        alone = len(texts) == 1
-        numbers = [int(text) for text in texts if text.isascii() and text.isdigit()]
-        wrong = len(numbers) != len([text for text in texts if text])
-    else:
-        numbers, alone = list(given), False
-        wrong = not all(type(number) is int and number >= 0 for number in numbers)
-    if wrong or not numbers or (alone and numbers[0] < 1):
-        problems.add([f"seeds: {given!r} is neither a number of seeds nor a list of them; {remedy}"])
-    elif alone and numbers[0] > MOST_SEEDS:
-        problems.add([f"seeds: {given} would be {given} seeds; for the seed {given} write --seeds={given}, (a comma)"])
-    elif len(set(numbers)) != len(numbers):
-        problems.add([f"seeds: {given!r} names a seed twice; leave one out"])
-    else:
-        return tuple(range(first, first + numbers[0])) if alone else tuple(numbers)
-    return ()
-
-
-def split_outside(text: str, separators: str) -> list[str]:
-    """Split `text` at each of the `separators` that stands outside of brackets and quotes."""
-    parts, depth, quote = [""], 0, ""
-    for sign in text:
-        if quote:
-            quote = "" if sign == quote else quote
-        elif sign in "'\"":
-            quote = sign
-        else:
-            depth += (sign in "([{") - (sign in ")]}")
-        if sign in separators and depth <= 0 and not quote:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return parts
-
-
-# What a run of a comparison is called: by the fingerprint of all that decides its figures.
-
-
-#: Packages whose version decides a figure.
-_VERSIONS = ("recbole_raserec", "recbole", "torch", "numpy", "faiss", "kernels")
-
-#: Options that say what the figures mean: one value in an output directory, and one for each data set in it.
-PROTOCOL = ("eval_args", "metrics", "topk")
-
-
-def cell_name(config: Any, hashes: dict[tuple[str, ...], str]) -> str:
-    """Name of a cell: model, data set, seed, and the fingerprint of the options, data and versions that decide it."""
-    options: dict[str, Any] = {name: plain(config[name]) for name in PROTOCOL}
-    options["training"] = config.training_options()
-    models, parts = {config.model}, [_content(config, hashes)]
-    if config.model == RETRIEVAL_MODEL:
-        options["backbone"] = config.for_backbone().training_options()
-        models.add(options["backbone"]["model"])
-    if config["regeneration"]:
-        options["regeneration"] = {name: plain(config[name]) for name in regeneration_options(config)}
-        pretrained = trains_regenerator(config) and config["regen_pretrained"]
-        options["embeddings"] = config.for_embeddings().training_options() if pretrained else None
-        given = Path(config["regenerated_data"]) if config["regenerated_data"] else None
-        parts += [sha256(path) for path in sorted(given.iterdir()) if path.is_file()] if given else []
-    collaborative = config["collaborative"]
-    if collaborative in MODELS:
-        models.add(collaborative)
-        options["collaborator"] = config.for_collaborator().training_options()
-    elif collaborative and (Path(collaborative) / MANIFEST).is_file():
-        parts.append(sha256(Path(collaborative) / MANIFEST))
-    found = versions()
-    options["versions"] = {name: found[name] for name in _VERSIONS}
-    options["model_versions"] = {name: MODEL_VERSIONS.get(name) for name in sorted(models)}
-    return f"{config.model}-{config['dataset']}-{config['seed']}-{fingerprint(options, *parts)[:12]}"
-
-
-def _content(config: Any, hashes: dict[tuple[str, ...], str]) -> str:
-    """Hash of the files that the run reads: interactions, and features where the model has some."""
-    folder, dataset = Path(config["data_path"]), config["dataset"]
-    paths = inter_files(folder, dataset, config["benchmark_filename"])
-    suffixes = {*(config["load_col"] or ()), *(config["additional_feat_suffix"] or ())} - {"inter"}
-    paths += [folder / f"{dataset}.{suffix}" for suffix in sorted(suffixes)]
-    key = tuple(str(path) for path in paths if path.is_file())
-    if key not in hashes:
-        hashes[key] = fingerprint({Path(path).name: sha256(path) for path in key})
-    return hashes[key]
-
-
-#: Below the output directory: the cells, and what their runs keep where `checkpoint_dir` is not given.
-CELLS, SAVED = "cells", "saved"
-
-#: One value for each data set, as PROTOCOL.
-_FILTERS = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "benchmark_filename")
+        return ":".join([self.model, *(f"{name}={value}" for name, value in self.options.items())])
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
-    """One run: a model on a data set with a seed.
+class Run:
+    """A model on a data set with a seed.
 
     Attributes:
-        row: label of its row. model, dataset, seed: of the run.
+        row: label of its row.
+        model: of the run.
+        dataset: of the run.
+        seed: of the run.
         options: of the run, by name, without those that the comparison sets.
-        name: of its files; it holds the fingerprint of all that decides its figures.
-        base: name of the cell of its base, which runs before it; None without one.
-        shares: what its run trains or writes that another cell's run may, too; such cells take turns.
+        name: of its files, with the fingerprint of all that decides its figures.
+        base: name of the run of its base; None without one.
+        needs: names of the runs that train what it reuses, its base among them.
     """
 
     row: str
@@ -254,7 +132,12 @@ class Cell:
     options: Mapping[str, Any]
     name: str
     base: Optional[str]
-    shares: frozenset[str]
+    needs: frozenset[str]
+
+    @property
+    def title(self) -> str:
+        """The run as messages call it."""
+        return f"{self.dataset} seed {self.seed} {self.row}"
 
 
 @dataclass(frozen=True)
@@ -262,37 +145,42 @@ class Plan:
     """A comparison that can be run.
 
     Attributes:
-        output: its directory. seeds: of every row.
-        cells: in the order to run them, a base before what stands on it.
-        rows: {data set: {label of a row: label of its base, or None}}, in the order of the table.
+        output: its directory.
+        seeds: of every row.
+        runs: a base before what is built on it.
+        rows: `{data set: {label of a row: label of its base, or None}}`, in the order of the table.
     """
 
     output: Path
     seeds: tuple[int, ...]
-    cells: tuple[Cell, ...]
+    runs: tuple[Run, ...]
     rows: Mapping[str, Mapping[str, Optional[str]]]
 
 
 @dataclass(frozen=True)
 class _Request:
-    """A cell that was asked for: its configuration and that of its base."""
+    """A run that was asked for: its configuration and that of its base."""
 
     spec: Spec
     dataset: str
     seed: int
-    config: Any
-    base: Any
+    config: Config
+    base: Optional[Config]
 
 
 def make_plan(
-    models: Several, datasets: Several, seeds: Union[str, int, Sequence[int]], output: str,
-    config_files: Optional[Sequence[str]] = None, argv: Sequence[str] = (), problems: Optional[Problems] = None,
+    models: Several, datasets: Several, seeds: Seeds, output: str, config_files: Optional[Sequence[str]] = None,
+    argv: Sequence[str] = (), problems: Optional[Problems] = None,
 ) -> Plan:  # fmt: skip
-    """Check all that can be checked without a run, and lay out the cells.
+    """Check all that can be checked without a run, and lay out the runs.
 
     Args:
-        models, datasets, seeds, output: see :func:`recbole_raserec.comparison.driver.compare`.
-        config_files, argv: options of all models, as the runner takes them.
+        models: see `compare`.
+        datasets: see `compare`.
+        seeds: see `compare`.
+        output: see `compare`.
+        config_files: YAML files of options of all models.
+        argv: options of all models, `--key=value`.
         problems: what the caller has found so far; it is raised with what is found here.
 
     Raises:
@@ -302,12 +190,12 @@ def make_plan(
     specs = parse_specs(models, problems)
     names, numbers = parse_names("datasets", datasets, problems), parse_seeds(seeds, problems)
     if not output:
-        problems.add(["output: is not given; name the directory to write into, for example --output=comparison"])
+        problems.add("output: is not given; name the directory to write into, for example --output=comparison")
     elif Path(output).exists() and not Path(output).is_dir():
-        problems.add([f"output: {output} is a file; name a directory"])
+        problems.add(f"output: {output} is a file; name a directory")
     given = {word[2:].partition("=")[0]: word for word in argv}
-    problems.add(f"{name}: cannot be given here; {TAKEN[name]}" for name in given if name in TAKEN)
-    shared = {name: word for name, word in given.items() if name not in TAKEN}
+    problems.add(*(f"{name}: cannot be given here; {_TAKEN[name]}" for name in given if name in _TAKEN))
+    shared = {name: word for name, word in given.items() if name not in _TAKEN}
 
     requests = []
     for seed in numbers or (0,):
@@ -323,14 +211,89 @@ def make_plan(
     return plan
 
 
+def parse_specs(models: Several, problems: Problems) -> list[Spec]:
+    """Read `NAME[:key=value[:key=value...]]`, several joined by commas.
+
+    `;` does what `:` does, in quotes. Signs within brackets and quotes belong to the value.
+    """
+    specs = []
+    for text in parse_names("models", models, problems):
+        name, *rest = split_outside(text, ":;")
+        options: dict[str, str] = {}
+        for part in rest:
+            key, equals, value = (piece.strip() for piece in part.partition("="))
+            if not equals or not key or not value:
+                problems.add(f"models: {text!r}: {part!r} is not of the form key=value; write {name}:key=value")
+            elif key in _TAKEN:
+                problems.add(f"models: {text!r}: {key} cannot be given there; {_TAKEN[key]}")
+            elif key in _SHARED:
+                problems.add(f"models: {text!r}: {key} is the same for all models; write --{key}={value}")
+            elif options.setdefault(key, value) != value:
+                problems.add(f"models: {text!r}: {key} is given as {options[key]!r} and as {value!r}; keep one")
+        if name.strip():
+            specs.append(Spec(name.strip(), options))
+        else:
+            problems.add(f"models: {text!r} names no model; write NAME:key=value")
+    return specs
+
+
+def parse_names(option: str, given: Several, problems: Problems) -> list[str]:
+    """The values of an option, each once."""
+    texts = split_outside(given, ",") if isinstance(given, str) else list(given)
+    names = [text.strip() for text in texts if text.strip()]
+    if not names:
+        problems.add(f"{option}: is not given; name one or more, for example --{option}={_EXAMPLES[option]}")
+    unique = list(dict.fromkeys(names))
+    problems.add(*(f"{option}: {name} is given twice; leave one out" for name in unique if names.count(name) > 1))
+    return unique
+
+
+def parse_seeds(given: Seeds, problems: Problems) -> tuple[int, ...]:
+    """Seeds to run. A number alone is how many, from the default of `seed` on; with a comma it is a list of seeds, so
+    that `2020,` is the one seed 2020.
+    """
+    first = int(read_yaml(PROPERTIES / "overall.yaml")["seed"])
+    remedy = f"write how many (--seeds=5: {first} to {first + 4}), or a list (--seeds={first},{first + 1})"
+    if isinstance(given, (str, int)):
+        texts = [part.strip() for part in str(given).split(",")]
+        alone = len(texts) == 1
+        numbers = [int(text) for text in texts if text.isascii() and text.isdigit()]
+        wrong = len(numbers) != len([text for text in texts if text])
+    else:
+        numbers, alone = list(given), False
+        wrong = not all(type(number) is int and number >= 0 for number in numbers)
+    if wrong or not numbers or (alone and numbers[0] < 1):
+        problems.add(f"seeds: {given!r} is neither a number of seeds nor a list of them; {remedy}")
+    elif alone and numbers[0] > _MOST_SEEDS:
+        problems.add(f"seeds: {given} would be {given} seeds; for the seed {given} write --seeds={given}, (a comma)")
+    elif len(set(numbers)) != len(numbers):
+        problems.add(f"seeds: {given!r} names a seed twice; leave one out")
+    else:
+        return tuple(range(first, first + numbers[0])) if alone else tuple(numbers)
+    return ()
+
+
+def split_outside(text: str, separators: str) -> list[str]:
+    """Split `text` at each of the `separators` that is outside of brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "'\"":
+            quote = sign
+        else:
+            depth += (sign in "([{") - (sign in ")]}")
+        if sign in separators and depth <= 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
 def _request(
     spec: Spec, dataset: str, seed: int, config_files: Optional[Sequence[str]], shared: Mapping[str, str]
 ) -> _Request:
-    """The configurations of a cell.
-
-    Raises:
-        RaSeRecError: they are wrong.
-    """
+    """The configurations of a run, or a RaSeRecError with what is wrong in them."""
     own = {name: f"--{name}={value}" for name, value in spec.options.items()}
     words = [*{**shared, **own}.values(), f"--seed={seed}"]
     try:
@@ -338,8 +301,10 @@ def _request(
     except ConfigError as error:
         raise ConfigError([_shared_remedy(problem, spec) for problem in error.problems]) from None
     problems = Problems()
-    problems.add(f"{name}: is set in a file; {TAKEN[name]}" for name in ("backbone_checkpoint",) if config[name])
-    problems.add(["resume: is false; " + TAKEN["resume"]] if config["resume"] is False else [])
+    if config["backbone_checkpoint"]:
+        problems.add(f"backbone_checkpoint: is set in a file; {_TAKEN['backbone_checkpoint']}")
+    if config["resume"] is False:
+        problems.add(f"resume: is false; {_TAKEN['resume']}")
     with problems.noted():
         check_run(config)
     problems.raise_all(0)
@@ -369,94 +334,122 @@ def _check_data(requests: Sequence[_Request], problems: Problems) -> None:
             ensure_dataset(config)
         except DatasetError as error:
             text = str(error)
-            problems.add([f"datasets: {text[0].lower()}{text[1:]}"])
+            problems.add(f"datasets: {text[0].lower()}{text[1:]}")
 
 
 def _check_protocols(folder: Path, requests: Sequence[_Request], problems: Problems) -> None:
-    """Refuse figures that mean different things, among the cells asked for and those in the directory."""
-    known: dict[tuple[str, str], tuple[str, str]] = {}  # (option, data set) -> (value, whose)
+    """Refuse figures that mean different things, among the runs asked for and those in the directory."""
+    made = []
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(CheckpointError):
+            record = read_json(path)
+            if isinstance(record, dict) and {"dataset", "options"} <= record.keys():
+                made.append((record["dataset"], record["options"], f"the run {path.stem}"))
+    made += [(each.dataset, each.config.explain(), each.spec.label) for each in requests]
+    known: dict[tuple[str, str], tuple[str, str]] = {}  # (option, data set) -> (value, of which run)
     told: set[str] = set()
-    cells = [(of["dataset"], of["options"], f"the cell {name}") for name, of in _records(folder).items()]
-    cells += [(each.dataset, each.config.explain(), each.spec.label) for each in requests]
-    for dataset, options, whose in cells:
-        for option in (*PROTOCOL, *_FILTERS):
+    for dataset, options, run in made:
+        for option in (*_PROTOCOL, *_FILTERS):
             value = _meaning(option, options.get(option))
-            before, other = known.setdefault((option, dataset if option in _FILTERS else ""), (value, whose))
+            before, other = known.setdefault((option, dataset if option in _FILTERS else ""), (value, run))
             if before != value and option not in told:
                 told.add(option)
                 problems.add(
-                    [
-                        f"output: {folder.parent} would hold figures of two protocols: {option} is {before} for "
-                        f"{other}, and {value} for {whose} on {dataset}; give one value to all, or name another "
-                        "output directory"
-                    ]
+                    f"output: {folder.parent} would hold figures of two protocols: {option} is {before} for {other}, "
+                    f"and {value} for {run} on {dataset}; give one value to all, or name another output directory"
                 )
-
-
-def _records(folder: Path) -> dict[str, Any]:
-    """The readable result records of a directory, by name of the cell."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            record = read_json(path)
-        except CheckpointError:
-            continue
-        if isinstance(record, dict) and {"dataset", "options"} <= record.keys():
-            found[path.stem] = record
-    return found
 
 
 def _meaning(option: str, value: Any) -> str:
     """An option's value as a text that is the same where it means the same."""
     if option in ("metrics", "topk"):
         values = list(value) if isinstance(value, (list, tuple)) else [value]
-        value = sorted(set(map(str.lower, values))) if option == "metrics" else sorted(set(values))
+        value = sorted({each.lower() if isinstance(each, str) else each for each in values})
     return str(dict(sorted(value.items())) if isinstance(value, Mapping) else value)
 
 
 def _lay_out(output: Path, seeds: tuple[int, ...], requests: Sequence[_Request], problems: Problems) -> Plan:
-    """Cells in the order to run, rows in the order of the table; one cell for a base that several stand on."""
+    """Runs in their order, rows in the order of the table; one run for a base that several are built on."""
     hashes: dict[tuple[str, ...], str] = {}
-    cells: dict[str, Cell] = {}
+    runs: dict[str, Run] = {}
     rows: dict[str, dict[str, Optional[str]]] = {}
     asked: dict[str, str] = {}
-    named = [(request, cell_name(request.config, hashes)) for request in requests]
+    named = [(request, run_name(request.config, hashes)) for request in requests]
     labels = {(request.dataset, request.seed, request.spec.label): name for request, name in named}
     for request, name in named:
         if asked.setdefault(name, request.spec.label) != request.spec.label:
-            problems.add([f"models: {asked[name]} and {request.spec.label} are the same run; leave one out"])
+            problems.add(f"models: {asked[name]} and {request.spec.label} are the same run; leave one out")
     for request, name in named:
-        row = rows.setdefault(request.dataset, {})
-        base_name = None
+        row, base = rows.setdefault(request.dataset, {}), None
         if request.base is not None:
-            base_name = cell_name(request.base, hashes)
+            base = run_name(request.base, hashes)
             kept = {key: text for key, text in request.spec.options.items() if key in request.base.external_config_dict}
-            base_label = asked.get(base_name) or label(request.base.model, kept)
-            if labels.setdefault((request.dataset, request.seed, base_label), base_name) != base_name:
+            label = asked.get(base) or Spec(request.base.model, kept).label
+            if labels.setdefault((request.dataset, request.seed, label), base) != base:
                 problems.add(
-                    [
-                        f"models: the base of {request.spec.label} is another run than the row {base_label}; give the "
-                        "options in which they differ in the specs"
-                    ]
+                    f"models: the base of {request.spec.label} is another run than the row {label}; give the options "
+                    "in which they differ in the specs"
                 )
-            if base_name not in cells:
-                cells[base_name] = _cell(base_label, request, request.base, base_name, None, hashes)
-            row.setdefault(base_label, None)
-        cells.setdefault(name, _cell(request.spec.label, request, request.config, name, base_name, hashes))
-        row[request.spec.label] = None if base_name is None else cells[base_name].row
-    return Plan(output, seeds, tuple(cells.values()), rows)
+            if base not in runs:
+                runs[base] = _run(label, request, request.base, base, None, hashes)
+            row.setdefault(label, None)
+        if name not in runs:
+            runs[name] = _run(request.spec.label, request, request.config, name, base, hashes)
+        row[request.spec.label] = None if base is None else runs[base].row
+    return Plan(output, seeds, tuple(runs.values()), rows)
 
 
-def _cell(
-    row: str, request: _Request, config: Any, name: str, base: Optional[str], hashes: dict[tuple[str, ...], str]
-) -> Cell:
-    shares = {name} if base is None else {name, base}
-    if trains_regenerator(config):  # mining takes seconds, and is locked by itself
-        shares.add(f"regeneration-{request.dataset}-{request.seed}")
-        if config["regen_pretrained"]:
-            shares.add(cell_name(config.for_embeddings(), hashes))
+def _run(
+    row: str, request: _Request, config: Config, name: str, base: Optional[str], hashes: dict[tuple[str, ...], str]
+) -> Run:
+    needs = set() if base is None else {base}
+    if trains_regenerator(config) and config["regen_pretrained"]:
+        needs.add(run_name(config.for_embeddings(), hashes))
     if config["collaborative"] in MODELS:
-        shares.add(cell_name(config.for_collaborator(), hashes))
-    taken = {"model", "dataset", "config_files", *TAKEN}
+        needs.add(run_name(config.for_collaborator(), hashes))
+    taken = {"model", "dataset", "config_files", *_TAKEN}
     options = {key: value for key, value in config.external_config_dict.items() if key not in taken}
-    return Cell(row, config.model, request.dataset, request.seed, options, name, base, frozenset(shares))
+    return Run(row, config.model, request.dataset, request.seed, options, name, base, frozenset(needs))
+
+
+def run_name(config: Config, hashes: dict[tuple[str, ...], str]) -> str:
+    """Model, data set, seed, and the fingerprint of the options, data and versions that decide the figures.
+
+    Args:
+        config: of the run.
+        hashes: of the data files that were read so far, by their paths; added to.
+    """
+    options: dict[str, Any] = {name: plain(config[name]) for name in _PROTOCOL}
+    options["training"] = config.training_options()
+    models, parts = {config.model}, [_content(config, hashes)]
+    if config.model == RETRIEVAL_MODEL:
+        options["backbone"] = config.for_backbone().training_options()
+        models.add(options["backbone"]["model"])
+    if config["regeneration"]:
+        options["regeneration"] = {name: plain(config[name]) for name in regeneration_options(config)}
+        pretrained = trains_regenerator(config) and config["regen_pretrained"]
+        options["embeddings"] = config.for_embeddings().training_options() if pretrained else None
+        given = Path(config["regenerated_data"]) if config["regenerated_data"] else None
+        parts += [sha256(path) for path in sorted(given.iterdir()) if path.is_file()] if given else []
+    collaborative = config["collaborative"]
+    if collaborative in MODELS:
+        models.add(collaborative)
+        options["collaborator"] = config.for_collaborator().training_options()
+    elif collaborative and (Path(collaborative) / MANIFEST).is_file():
+        parts.append(sha256(Path(collaborative) / MANIFEST))
+    found = versions()
+    options["versions"] = {name: found[name] for name in _VERSIONS}
+    options["model_versions"] = {name: MODEL_VERSIONS.get(name) for name in sorted(models)}
+    return f"{config.model}-{config['dataset']}-{config['seed']}-{fingerprint(options, *parts)[:12]}"
+
+
+def _content(config: Config, hashes: dict[tuple[str, ...], str]) -> str:
+    """Hash of the files that the run reads: interactions, and features where the model has some."""
+    folder, dataset = Path(config["data_path"]), config["dataset"]
+    paths = inter_files(folder, dataset, config["benchmark_filename"])
+    suffixes = {*(config["load_col"] or ()), *(config["additional_feat_suffix"] or ())} - {"inter"}
+    paths += [folder / f"{dataset}.{suffix}" for suffix in sorted(suffixes)]
+    key = tuple(str(path) for path in paths if path.is_file())
+    if key not in hashes:
+        hashes[key] = fingerprint({Path(path).name: sha256(path) for path in key})
+    return hashes[key]

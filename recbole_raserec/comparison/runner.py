@@ -1,4 +1,9 @@
-"""Running the cells of a comparison: each in a process of its own, what is finished never again."""
+"""Starts the runs of a comparison, each in a process of its own; what is finished is not run again.
+
+A run starts when those it reuses a part of have ended. Two comparisons in one directory, or a process that outlived the
+one that started it, may work at the same run: each stage is locked while it is trained, so the later process waits and
+reuses it, and its figures are the same.
+"""
 
 from __future__ import annotations
 
@@ -8,252 +13,195 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import IO, Any, Callable, Optional
+from typing import Any, Callable, Optional
 
-from recbole_raserec.comparison.figures import Run
-from recbole_raserec.comparison.plan import Cell
+from recbole_raserec.comparison.figures import Finished
+from recbole_raserec.comparison.plan import Run
 from recbole_raserec.config import parse_value
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.storage import INHERITED, lock_file, read_json
+from recbole_raserec.storage import read_json
 
-#: The runner of a cell; the options follow.
-RUNNER = (sys.executable, "-m", "recbole_raserec.cli.main", "run")
+#: The command of a run; the options follow.
+COMMAND = (sys.executable, "-m", "recbole_raserec.cli.main", "run")
 
-#: The first characters of a line in a cell's log with which a start begins.
+#: The first characters of a line in a run's log with which a start begins.
 _START = "# start: "
 
-#: Seconds between two looks at what runs; lines of a failed run that are shown.
-_PAUSE, _LAST_LINES = 0.1, 6
+#: Lines of a failed run that are shown; seconds between two looks for an interrupt.
+_LAST_LINES, _PAUSE = 6, 0.5
 
 Say = Callable[[str], None]
 
 
-def finished(folder: Path, cell: Cell) -> Optional[Run]:
-    """The cell's run, if there is a whole one in `folder`. The runner writes the ranks first, the record last."""
-    ranks = folder / f"{cell.name}.npz"
+def finished(folder: Path, run: Run) -> Optional[Finished]:
+    """The whole run, if it is in `folder`. A run writes the ranks first, the record last."""
+    ranks = folder / f"{run.name}.npz"
     if not ranks.is_file():
         return None
     try:
-        record = read_json(folder / f"{cell.name}.json")
+        record = read_json(folder / f"{run.name}.json")
     except CheckpointError:
         return None
-    return Run(record, ranks, continued=_starts(folder, cell) > 1)
+    starts = sum(line.startswith(_START) for line in _log(folder, run))
+    return Finished(record, ranks, continued=starts > 1)
 
 
-def _starts(folder: Path, cell: Cell) -> int:
-    with contextlib.suppress(FileNotFoundError), open(folder / f"{cell.name}.log", encoding="utf-8") as log:
-        return sum(line.startswith(_START) for line in log)
-    return 0
-
-
-def run_cells(
-    cells: Sequence[Cell], folder: Path, jobs: int, words: Callable[[Cell], Sequence[str]],
+def run_all(
+    runs: Sequence[Run], folder: Path, jobs: int, words: Callable[[Run], Sequence[str]],
     environment: Mapping[str, str], say: Say,
 ) -> dict[str, str]:  # fmt: skip
-    """Run what is not finished, `jobs` cells at a time; a failed one ends none but those that stand on it.
-
-    A cell whose process outlived the program that started it is waited for: it holds its locks until it ends.
+    """Run what is not finished; a failed run ends none of the others but those whose base it is.
 
     Args:
-        cells: in the order to run, a base before what stands on it. folder: of their files.
-        words: the options of a cell's run. environment: of its process.
-        say: takes a line about each cell.
+        runs: in the order to start them.
+        folder: of their files.
+        jobs: runs at a time.
+        words: the options of a run.
+        environment: of the processes.
+        say: takes a line about each run.
 
     Returns:
-        {name of a failed cell: its last words}.
+        `{name of a failed run: its last words}`.
     """
-    work = _Work(list(cells), folder, jobs, say)
+    progress, failed = _Progress(runs, jobs, say), dict[str, str]()
+    todo = {run.name: run for run in runs if not progress.take(run, finished(folder, run), "cached")}
+    places = {name: place for place, name in enumerate(todo)}
+    order = TopologicalSorter({name: run.needs & todo.keys() for name, run in todo.items()})
+    order.prepare()
+    waiting: list[str] = []
+    running: dict[Future, Run] = {}
+    processes: list[subprocess.Popen] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while order.is_active():
+                ready, waiting = sorted([*waiting, *order.get_ready()], key=places.__getitem__), []
+                for run in [todo[name] for name in ready]:
+                    if run.base in failed:
+                        failed[run.name] = f"its base failed ({run.base})"
+                        progress.leave(run, "failed")
+                    elif len(running) == jobs:
+                        waiting.append(run.name)
+                        continue
+                    elif not progress.take(run, finished(folder, run), "done elsewhere"):
+                        processes.append(_start([*COMMAND, *words(run)], folder, run, environment))
+                        running[pool.submit(processes[-1].wait)] = run
+                        progress.started[run] = time.monotonic()
+                        continue
+                    order.done(run.name)
+                for future in wait(running, _PAUSE, FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    seconds = time.monotonic() - progress.started.pop(run)
+                    if not progress.take(run, finished(folder, run), "done", seconds):
+                        failed[run.name] = _last_words(folder, run, future.result())
+                        progress.leave(run, f"failed after {duration(seconds)}")
+                    order.done(run.name)
+        finally:
+            _end(processes)
+    return failed
+
+
+def _start(command: Sequence[str], folder: Path, run: Run, environment: Mapping[str, str]) -> subprocess.Popen:
+    with open(folder / f"{run.name}.log", "a", encoding="utf-8") as log:
+        log.write(_START + " ".join(command) + "\n")
+        log.flush()
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(environment)
+        )
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """End what still runs: the comparison was interrupted. A second interrupt ends the waiting."""
+    left = [process for process in processes if process.poll() is None]
+    for process in left:
+        process.terminate()
     try:
-        while work.waiting or work.running:
-            for cell in list(work.running):
-                work.collect(cell)
-            for cell in list(work.waiting):
-                if len(work.running) < jobs:
-                    work.start(cell, words, environment)
-            if work.running or work.waiting:
-                time.sleep(_PAUSE)
+        for process in left:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
     finally:
-        work.end_all()
-    return work.failed
+        for process in left:
+            process.kill()
 
 
-@dataclass
-class _Process:
-    """A running cell: its process, when it began, and the open files that hold its locks."""
+class _Progress:
+    """Says how each run ended, how many are left, and about how long they take."""
 
-    process: subprocess.Popen
-    since: float
-    locks: list[IO[bytes]]
-
-
-class _Work:
-    """What is to do, what runs, what is done."""
-
-    def __init__(self, cells: list[Cell], folder: Path, jobs: int, say: Say):
-        self.folder, self.total, self._jobs, self._say = folder, len(cells), jobs, say
-        self.waiting, self.running = cells, dict[Cell, _Process]()
-        self.failed: dict[str, str] = {}
+    def __init__(self, runs: Sequence[Run], jobs: int, say: Say):
+        self.left, self.started = list(runs), dict[Run, float]()
+        self._total, self._jobs, self._say = len(runs), jobs, say
         self._seconds: dict[tuple[str, str], list[float]] = {}
-        self._elsewhere: set[str] = set()
-        for cell in list(cells):
-            self._take(cell, "cached")
 
-    def _take(self, cell: Cell, how: str, seconds: Optional[float] = None) -> bool:
-        """Cross a cell off the list if it is finished; it took `seconds`, or what its record says."""
-        run = finished(self.folder, cell)
-        if run is None:
+    def take(self, run: Run, found: Optional[Finished], how: str, seconds: Optional[float] = None) -> bool:
+        """Cross off a run if it is finished; it took `seconds`, or what its record says."""
+        if found is None:
             return False
-        seconds = run.record["seconds"]["this_run"] if seconds is None else seconds
-        self._seconds.setdefault((cell.row, cell.dataset), []).append(seconds)
-        self.waiting.remove(cell)
-        self._tell(cell, f"{how}, {duration(seconds)}")
+        seconds = found.record["seconds"]["this_run"] if seconds is None else seconds
+        self._seconds.setdefault((run.dataset, run.row), []).append(seconds)
+        self.leave(run, f"{how}, {duration(seconds)}")
         return True
 
-    def start(self, cell: Cell, words: Callable[[Cell], Sequence[str]], environment: Mapping[str, str]) -> None:
-        """Start a cell, unless its base is missing or somebody is at what it shares."""
-        if cell.base in self.failed:
-            self._fail(cell, f"its base failed ({cell.base})")
-            return
-        busy = frozenset[str]().union(*(other.shares for other in self.running))
-        if any(cell.base == other.name for other in self.waiting) or busy & cell.shares:
-            return
-        locks = _lock(self.folder / "locks", cell.shares)
-        if locks is None:
-            if cell.name not in self._elsewhere:
-                self._elsewhere.add(cell.name)
-                self._say(f"{_title(cell)}: a process of an earlier start is still at it or at its base; waiting")
-            return
-        if self._take(cell, "done elsewhere"):
-            _close(locks)
-            return
-        command = [*RUNNER, *words(cell)]
-        with open(self.folder / f"{cell.name}.log", "a", encoding="utf-8") as log:
-            log.write(_START + " ".join(command) + "\n")
-            log.flush()
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=dict(environment),
-                pass_fds=[lock.fileno() for lock in locks],
-            )  # fmt: skip
-        self.waiting.remove(cell)
-        self.running[cell] = _Process(process, time.monotonic(), locks)
-
-    def collect(self, cell: Cell) -> None:
-        """Take the result of a cell whose process has ended."""
-        of = self.running[cell]
-        code = of.process.poll()
-        if code is None:
-            return
-        del self.running[cell]
-        _close(of.locks)
-        self.waiting.append(cell)
-        seconds = time.monotonic() - of.since
-        if not self._take(cell, "done", seconds):
-            self._fail(cell, _last_words(self.folder / f"{cell.name}.log", code), seconds)
-
-    def end_all(self) -> None:
-        """End what still runs: the comparison was interrupted. A second interrupt ends the waiting."""
-        for of in self.running.values():
-            of.process.terminate()
-        try:
-            for of in self.running.values():
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    of.process.wait(timeout=10)
-        finally:
-            for of in self.running.values():
-                of.process.kill()
-                of.process.wait()
-                _close(of.locks)
-
-    def _fail(self, cell: Cell, words: str, seconds: Optional[float] = None) -> None:
-        self.waiting.remove(cell)
-        self.failed[cell.name] = words
-        self._tell(cell, "failed" if seconds is None else f"failed after {duration(seconds)}")
-
-    def _tell(self, cell: Cell, how: str) -> None:
-        left = len(self.waiting) + len(self.running)
-        done = f"[{self.total - left:{len(str(self.total))}}/{self.total}]"
-        self._say(f"{done} {_title(cell)}: {how}; " + (f"{left} left{self._estimate()}" if left else "none left"))
+    def leave(self, run: Run, how: str) -> None:
+        """Cross off a run that ended in this way."""
+        self.left.remove(run)
+        count = len(self.left)
+        done = f"[{self._total - count:{len(str(self._total))}}/{self._total}]"
+        self._say(f"{done} {run.title}: {how}; {f'{count} left{self._estimate()}' if count else 'none left'}")
 
     def _estimate(self) -> str:
-        """The time left, from what like cells took; that cells which share something take turns is not counted."""
+        """The time left, from what like runs took; that some wait for others is not counted."""
         known = [seconds for values in self._seconds.values() for seconds in values]
         if not known:
             return ""
         total = 0.0
-        for cell in [*self.waiting, *self.running]:
-            same = self._seconds.get((cell.row, cell.dataset))
-            like = [s for (_, dataset), values in self._seconds.items() if dataset == cell.dataset for s in values]
-            passed = time.monotonic() - self.running[cell].since if cell in self.running else 0.0
+        for run in self.left:
+            same = self._seconds.get((run.dataset, run.row))
+            like = [s for (dataset, _), values in self._seconds.items() if dataset == run.dataset for s in values]
+            passed = time.monotonic() - self.started[run] if run in self.started else 0.0
             total += max(0.0, statistics.fmean(same or like or known) - passed)
-        return f", about {duration(total / min(self._jobs, len(self.waiting) + len(self.running)))}"
-
-
-def _title(cell: Cell) -> str:
-    return f"{cell.dataset} seed {cell.seed} {cell.row}"
+        return f", about {duration(total / min(self._jobs, len(self.left)))}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, to two places: 14 s, 3 min 20 s, 2 h 5 min."""
+    """Seconds in words, in two units: 14 s, 3 min 20 s, 2 h 5 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _lock(folder: Path, names: frozenset[str]) -> Optional[list[IO[bytes]]]:
-    """Open files that hold a lock for each name, for a started process to inherit; None if somebody has one.
-
-    Where processes do not inherit files there are none.
-    """
-    if not INHERITED:
+def _log(folder: Path, run: Run) -> list[str]:
+    try:
+        return (folder / f"{run.name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
-    held: list[IO[bytes]] = []
-    for name in sorted(names):
-        file = lock_file(folder / name)
-        if file is None:
-            _close(held)
-            return None
-        held.append(file)
-    return held
 
 
-def _close(files: Sequence[IO[bytes]]) -> None:
-    for file in files:
-        file.close()
-
-
-def _last_words(log: Path, code: int) -> str:
+def _last_words(folder: Path, run: Run, code: int) -> str:
     """How a run ended: its last lines, or the signal that ended it."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    first = max((place for place, line in enumerate(lines) if line.startswith(_START)), default=-1)
+    lines = _log(folder, run)
+    first = max((number for number, line in enumerate(lines) if line.startswith(_START)), default=-1)
     last = [line for line in lines[first + 1 :] if line.strip()][-_LAST_LINES:]
     end = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return "\n".join([*last, f"({end}; all of it: {log})"])
+    return "\n".join([*last, f"({end}; all of it: {folder / f'{run.name}.log'})"])
 
 
-def _words_of(options: Mapping[str, Any]) -> Iterator[str]:
-    """Options as the command line takes them, which reads a text as what it looks like."""
-    for name, value in options.items():
-        plain = isinstance(value, str) and parse_value(value) == value
-        yield f"--{name}={value if plain else repr(value)}"
-
-
-def command_words(cell: Cell, folder: Path, set_options: Mapping[str, Any]) -> list[str]:
-    """The options of a cell's run: its own, then those the comparison sets (`set_options` win)."""
-    own = {**cell.options, **set_options}
-    own.update(
-        seed=cell.seed, result_file=str(folder / f"{cell.name}.json"), ranks_file=str(folder / f"{cell.name}.npz")
-    )
-    return [f"--model={cell.model}", f"--dataset={cell.dataset}", *_words_of(own)]
+def command_words(run: Run, folder: Path, set_options: Mapping[str, Any]) -> list[str]:
+    """The options of a run: its own, then those the comparison sets (`set_options` win)."""
+    files = {"result_file": str(folder / f"{run.name}.json"), "ranks_file": str(folder / f"{run.name}.npz")}
+    words = [f"--model={run.model}", f"--dataset={run.dataset}"]
+    for name, value in {**run.options, **set_options, "seed": run.seed, **files}.items():
+        same = isinstance(value, str) and parse_value(value) == value  # not the text of a number, of a list, ...
+        words.append(f"--{name}={value if same else repr(value)}")
+    return words
 
 
 def environment_of(given: Mapping[str, str]) -> dict[str, str]:
     """The environment of the runs: the given one, and a checkout that is not installed is found from anywhere."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     made = dict(given)
     if (root / "setup.py").is_file():
         made["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), made.get("PYTHONPATH")]))

@@ -1,6 +1,6 @@
 """What RecBole 1.2.1 needs to run on the libraries of today: patches of its modules, made as they are imported."""
 
 from recbole_raserec.compat import patches as _registered  # noqa: F401
-from recbole_raserec.compat.import_hooks import apply, mends
+from recbole_raserec.compat.import_hooks import all_patches, apply
 
-__all__ = ["apply", "mends"]
+__all__ = ["all_patches", "apply"]

@@ -1,7 +1,7 @@
-"""Mends of other packages' modules: registered by name, put in force when a module is imported, or at once.
+"""Patches of other packages' modules: registered by name, made when a module is imported, or at once.
 
-A mend is one small function; its docstring is the reason for it. It waits until the module it concerns is imported, so
-that registering it imports nothing. What is mended stands in :mod:`recbole_raserec.compat.patches`.
+A patch is one small function; its docstring is the reason for it. It waits until the module it concerns is imported, so
+that registering it imports nothing. What is patched stands in `recbole_raserec.compat.patches`.
 """
 
 from __future__ import annotations
@@ -17,87 +17,93 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Mend:
-    """One mend: its `name`, the `reason` for it, and whether this environment needs it (`active`)."""
+class Patch:
+    """One patch.
 
-    name: str
-    reason: str
-    active: bool
+    Attributes:
+        name: of the patch.
+        modules: that it concerns.
+        needed: whether this environment needs it.
+        function: Called with a module after it was executed; if `around`, a generator without arguments that yields
+            once while a module is executed.
+        around: see `function`.
+    """
 
-
-@dataclass(frozen=True)
-class _Entry:
     name: str
     modules: tuple[str, ...]
     needed: Callable[[], bool]
-    patch: Callable[..., Any]  # (module) -> None; if `around`: a generator function ()
+    function: Callable[..., Any]
     around: bool
 
+    @property
+    def active(self) -> bool:
+        """Whether this environment needs it."""
+        return self.needed()
 
-_ENTRIES: list[_Entry] = []
-_DONE: set[tuple[str, str]] = set()  # (mend, module)
+    @property
+    def reason(self) -> str:
+        """Why it is there."""
+        return " ".join((self.function.__doc__ or "").split())
 
 
-def mend(name: str, *modules: str, needed: Callable[[], bool] = lambda: True, around: bool = False) -> Callable:
-    """Register the decorated function as a mend of `modules`.
+_PATCHES: list[Patch] = []
+_DONE: set[tuple[str, str]] = set()  # (patch, module)
 
-    Args:
-        name: of the mend. needed: whether this environment needs it.
-        around: the function is a generator that yields once while a module is executed; otherwise it is called with
-            the module afterwards.
-    """
 
-    def register(patch: Callable) -> Callable:
-        _ENTRIES.append(_Entry(name, modules, needed, patch, around))
-        return patch
+def patch(name: str, *modules: str, needed: Callable[[], bool] = lambda: True, around: bool = False) -> Callable:
+    """Register the decorated function as a patch; the arguments are the attributes of `Patch`."""
+
+    def register(function: Callable) -> Callable:
+        _PATCHES.append(Patch(name, modules, needed, function, around))
+        return function
 
     return register
 
 
-def mends() -> list[Mend]:
-    """All mends, in the order in which they are applied."""
-    return [Mend(entry.name, " ".join((entry.patch.__doc__ or "").split()), entry.needed()) for entry in _ENTRIES]
+def all_patches() -> list[Patch]:
+    """All patches, in the order in which they are made."""
+    return list(_PATCHES)
 
 
 def apply() -> None:
-    """Put every mend in force, now or as soon as its module is imported. Calling it again changes nothing."""
+    """Make every patch, now or as soon as its module is imported. Calling it again changes nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for name in dict.fromkeys(name for entry in _ENTRIES for name in entry.modules):
+    for name in dict.fromkeys(name for entry in _PATCHES for name in entry.modules):
         if name in sys.modules:
             _patch(sys.modules[name])
 
 
 def _patch(module: types.ModuleType) -> None:
-    for entry in _ENTRIES:
+    for entry in _PATCHES:
         key = (entry.name, module.__name__)
-        if module.__name__ in entry.modules and not entry.around and key not in _DONE and entry.needed():
+        if module.__name__ in entry.modules and not entry.around and key not in _DONE and entry.active:
             _DONE.add(key)
-            entry.patch(module)
+            entry.function(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a module, and puts the mends around and after its execution."""
+    """Lets the other finders find a module, and makes the patches around and after its execution."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if not any(fullname in entry.modules for entry in _ENTRIES):
+        if not any(fullname in entry.modules for entry in _PATCHES):
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             # Set on this one loader, so that its type, which other tools look at, stays what it is.
-            vars(spec.loader)["exec_module"] = _mended(spec.loader.exec_module)
+            vars(spec.loader)["exec_module"] = _patched(spec.loader.exec_module)
         return spec
 
 
-def _mended(execute: Callable[[types.ModuleType], None]) -> Callable[[types.ModuleType], None]:
+def _patched(execute: Callable[[types.ModuleType], None]) -> Callable[[types.ModuleType], None]:
     def exec_module(module: types.ModuleType) -> None:
         with contextlib.ExitStack() as stack:
-            for entry in _ENTRIES:
+            for entry in _PATCHES:
                 if module.__name__ in entry.modules:
-                    _DONE.discard((entry.name, module.__name__))  # executing it again undoes the mend
+                    _DONE.discard((entry.name, module.__name__))  # executing it again undoes the patch
                     if entry.around:
-                        stack.enter_context(contextlib.contextmanager(entry.patch)())
+                        stack.enter_context(contextlib.contextmanager(entry.function)())
             execute(module)
         _patch(module)
 
@@ -105,7 +111,7 @@ def _mended(execute: Callable[[types.ModuleType], None]) -> Callable[[types.Modu
 
 
 class View(types.ModuleType):
-    """A module as one module of RecBole shall see it: the real one, but for the attributes given."""
+    """A module as one module of RecBole is to see it: the real one, but for the attributes given."""
 
     def __init__(self, real: types.ModuleType, **attributes: Any):
         super().__init__(real.__name__, real.__doc__)

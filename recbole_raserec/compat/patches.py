@@ -1,18 +1,20 @@
-"""Mends for RecBole 1.2.1 on today's torch, numpy, pandas, scipy and setuptools.
+"""Patches for RecBole 1.2.1 on today's torch, numpy, pandas, scipy and setuptools.
 
-This is the only module that knows how RecBole breaks. Each mend is one small function; its docstring is the reason.
-:func:`apply` puts all of them in force, each as soon as the module it concerns is imported, so that importing this
-package does not import all of RecBole. :func:`mends` lists them for a report.
+This is the only module that knows how RecBole breaks. Each patch is one small function; its docstring is the reason.
+`apply` makes all of them, each as soon as the module it concerns is imported, so that importing this package does not
+import all of RecBole.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
+import enum
 import functools
 import importlib.metadata
 import importlib.util
 import os
+import pickle
 import sys
 import types
 import warnings
@@ -21,9 +23,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from recbole_raserec.compat.import_hooks import Mend, View, apply, mend, mends
-
-__all__ = ["Mend", "apply", "mends"]
+from recbole_raserec.compat.import_hooks import View, patch
 
 _DATASET = "recbole.data.dataset.dataset"
 _QUICK_START = "recbole.quick_start.quick_start"
@@ -39,7 +39,7 @@ def _at_least(distribution: str, version: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------- numpy, ray
 
 
-@mend("numpy-names", "numpy", needed=lambda: _at_least("numpy", "2"))
+@patch("numpy-names", "numpy", needed=lambda: _at_least("numpy", "2"))
 def _numpy_names(module: Any) -> None:
     """numpy 2 removed the names bool8 (ray 2.6 uses it at import) and float_, complex_, unicode_ (RecBole's Config uses
     them). They are given back."""
@@ -47,7 +47,7 @@ def _numpy_names(module: Any) -> None:
         vars(module).setdefault(old, getattr(module, new))
 
 
-@mend("numpy-aliases", "recbole.evaluator.metrics", needed=lambda: _at_least("numpy", "1.20"))
+@patch("numpy-aliases", "recbole.evaluator.metrics", needed=lambda: _at_least("numpy", "1.20"))
 def _numpy_aliases(module: Any) -> None:
     """RecBole's metrics use np.float and np.bool, which RecBole's Config puts into numpy; needed without one too."""
     module.np = View(module.np, float=module.np.float64, bool=module.np.bool_)
@@ -57,11 +57,11 @@ def _without_pkg_resources() -> bool:
     return "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None
 
 
-@mend("pkg-resources", "ray", "ray.tune", needed=_without_pkg_resources, around=True)
+@patch("pkg-resources", "ray", "ray.tune", needed=_without_pkg_resources, around=True)
 def _pkg_resources() -> Iterator[None]:
     """ray 2.6 imports pkg_resources, which setuptools 82 removed and the versions before it warn about. ray asks it for
-    the version of numpy and for the module `packaging`; a stand-in answers while ray is imported, and nobody else sees
-    it."""
+    the version of numpy and for the module `packaging`; a stand-in answers while ray is imported, and no other module
+    sees it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
@@ -84,12 +84,10 @@ def _pkg_resources() -> Iterator[None]:
 def _torch_view() -> types.ModuleType:
     import torch
 
-    from recbole_raserec.compat.recbole_checkpoint import load
-
-    return View(torch, load=load)
+    return View(torch, load=load_checkpoint)
 
 
-@mend(
+@patch(
     "torch-load",
     _TRAINER,
     *(_GENERAL + name for name in ("convncf", "nais", "neumf", "ract")),
@@ -102,7 +100,7 @@ def _torch_load(module: Any) -> None:
     module.torch = _torch_view()
 
 
-@mend("load-data-and-model", _QUICK_START)
+@patch("load-data-and-model", _QUICK_START)
 def _load_data_and_model(module: Any) -> None:
     """As torch-load, for load_data_and_model of RecBole's quick start, which imports torch inside the function."""
 
@@ -120,7 +118,7 @@ def _load_data_and_model(module: Any) -> None:
             owner.load_data_and_model = new
 
 
-@mend("ensure-dir", "recbole.utils.utils")
+@patch("ensure-dir", "recbole.utils.utils")
 def _ensure_dir(module: Any) -> None:
     """RecBole bug: it looks whether a directory is there and then makes it, which fails if another process made it in
     between."""
@@ -138,7 +136,7 @@ def _ensure_dir(module: Any) -> None:
     module.ensure_dir = ensure_dir
 
 
-@mend("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))
+@patch("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))
 def _grad_scaler(module: Any) -> None:
     """torch 2.4 deprecated torch.cuda.amp.GradScaler, which RecBole's Trainer makes (and torch warns about) in every
     epoch. The Trainer gets its successor, torch.amp.GradScaler."""
@@ -147,10 +145,86 @@ def _grad_scaler(module: Any) -> None:
     module.amp = View(module.amp, GradScaler=functools.partial(torch.amp.GradScaler, "cuda"))
 
 
+# -------------------------------------------------------- RecBole's checkpoints (pickles), read without running code
+
+
+#: Globals that RecBole's checkpoints may name, RecBole's own classes apart.
+_PLAIN = frozenset(
+    {
+        "_codecs.encode", "builtins.set", "builtins.slice", "collections.OrderedDict", "collections.defaultdict",
+        "logging.getLogger", "numpy.dtype", "numpy.matrix", "numpy.ndarray", "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar", "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+        "pathlib.PosixPath", "pathlib.WindowsPath", "torch.Size", "torch.device", "torch.serialization._get_layout",
+        "torch._utils._rebuild_parameter", "torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_tensor_v2",
+        "yaml.loader.FullLoader",  # an attribute of RecBole's Config
+    }
+)  # fmt: skip
+
+
+class CheckpointUnpickler(pickle.Unpickler):
+    """Knows the globals that RecBole's checkpoints name: plain values, tensors, arrays, RecBole's classes.
+
+    Raises:
+        pickle.UnpicklingError: the file names any other global.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" in _PLAIN:
+            return super().find_class(module, name)
+        # No import by a name found in a file: importing a module runs it.
+        if module in sys.modules or module.startswith(("recbole.", "recbole_raserec.", "scipy.sparse.")):
+            found = super().find_class(module, name)
+            if _is_written_by_recbole(found):
+                return found
+        raise pickle.UnpicklingError(
+            f"The checkpoint names {module}.{name}, which is neither a value nor a class that RecBole writes. "
+            f"If you trust where the file comes from, read it with torch.load(file, weights_only=False)."
+        )
+
+
+def _is_written_by_recbole(found: Any) -> bool:
+    import torch
+    from recbole.config import Config
+    from recbole.model.abstract_recommender import AbstractRecommender
+    from scipy.sparse import spmatrix
+
+    if not isinstance(found, type):
+        return isinstance(found, (torch.dtype, torch.layout))
+    # DIN, FDSA, SASRecF, ... store their embedding layers whole, some with the data set these were made for.
+    own = found.__module__.startswith(("recbole.", "recbole_raserec.", "torch.nn.modules."))
+    return own or issubclass(found, (Config, AbstractRecommender, enum.Enum, spmatrix))
+
+
+def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
+    """torch.load for a checkpoint of RecBole's Trainer; with `weights_only` or `pickle_module` it is torch.load itself.
+
+    `file` may also be a checkpoint directory of this package (S3Rec's and RaCT's `pre_model_path`); of its weights,
+    {"state_dict": tensors} is returned.
+
+    Raises:
+        pickle.UnpicklingError: the file names a global that no checkpoint of RecBole names.
+    """
+    import torch
+
+    if isinstance(file, (str, os.PathLike)) and os.path.isdir(file):
+        from recbole_raserec.storage import read_tensors
+
+        return {"state_dict": read_tensors(os.path.join(file, "model.safetensors"))[0]}
+    if options.get("weights_only") is None and options.get("pickle_module") is None:
+        reader = types.ModuleType("recbole_checkpoint_pickle")
+        reader.__dict__.update(vars(pickle), Unpickler=CheckpointUnpickler, load=_load_pickle)
+        options.update(weights_only=False, pickle_module=reader)
+    return torch.load(file, map_location, **options)
+
+
+def _load_pickle(file: Any, **options: Any) -> Any:
+    return CheckpointUnpickler(file, **options).load()  # torch's format before 1.6 is a row of pickles
+
+
 # ------------------------------------------------------------------------------------------------------- pandas, scipy
 
 
-@mend("pandas-fillna", _DATASET)
+@patch("pandas-fillna", _DATASET)
 def _pandas_fillna(module: Any) -> None:
     """RecBole fills missing values by feat[field].fillna(..., inplace=True): deprecated since pandas 2.2, and without
     effect in pandas 3. They are filled in the data frame before RecBole tries to, and the warning is silenced."""
@@ -183,7 +257,7 @@ def _pandas_fillna(module: Any) -> None:
     module.pd = View(pd, read_csv=read_csv)
 
 
-@mend("missing-ids", _DATASET)
+@patch("missing-ids", _DATASET)
 def _missing_ids(module: Any) -> None:
     """RecBole drops interactions without a user, then those without an item, by labels that it takes for positions:
     where both occur it drops the wrong rows, or fails. They are dropped before RecBole looks."""
@@ -204,7 +278,7 @@ def _missing_ids(module: Any) -> None:
     dataset._filter_nan_user_or_item = _filter_nan_user_or_item
 
 
-@mend("pandas-agg-len", _DATASET, needed=lambda: _at_least("pandas", "3"))
+@patch("pandas-agg-len", _DATASET, needed=lambda: _at_least("pandas", "3"))
 def _pandas_agg_len(module: Any) -> None:
     """RecBole takes the lengths of the sequences in a column by feat[field].agg(len); pandas 3 answers with the length
     of the column. In RecBole's module (which calls it on no other Series) len of a Series is the lengths."""
@@ -213,7 +287,7 @@ def _pandas_agg_len(module: Any) -> None:
     module.len = lambda value: value.map(len) if isinstance(value, pd.Series) else len(value)
 
 
-@mend("scipy-dok-update", "recbole.model.abstract_recommender", needed=lambda: _at_least("scipy", "1.13"))
+@patch("scipy-dok-update", "recbole.model.abstract_recommender", needed=lambda: _at_least("scipy", "1.13"))
 def _dok_update(_: Any) -> None:
     """RecBole's graph models (GCMC, LightGCN, NCL, NGCF, SpectralCF, ...) fill their adjacency matrix by
     dok_matrix._update, a private method that scipy 1.13 removed. It is given back: one unchecked dict update."""
@@ -226,7 +300,7 @@ def _dok_update(_: Any) -> None:
 # --------------------------------------------------------------------------------------------- errors of RecBole's own
 
 
-@mend("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")
+@patch("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")
 def _cpr_predict(module: Any) -> None:
     """GRU4RecCPR and SASRecCPR end predict in `assert False` for being slow; run_recbole calls it (to count the
     operations), and so does every evaluation on sampled items. The scores are taken from full_sort_predict."""
@@ -240,7 +314,7 @@ def _cpr_predict(module: Any) -> None:
             getattr(module, name).predict = predict
 
 
-@mend("ksr-dtype", _SEQUENTIAL + "ksr")
+@patch("ksr-dtype", _SEQUENTIAL + "ksr")
 def _ksr_dtype(module: Any) -> None:
     """KSR multiplies its float32 memory with the relation vectors as numpy read them, in float64, which torch refuses.
     The vectors are cast when the model is made."""
@@ -254,11 +328,11 @@ def _ksr_dtype(module: Any) -> None:
     module.KSR.__init__ = __init__
 
 
-@mend("sine-anomaly", _SEQUENTIAL + "sine")
+@patch("sine-anomaly", _SEQUENTIAL + "sine")
 def _sine_anomaly(module: Any) -> None:
     """RecBole bug: SINE's module turns torch's anomaly detection on for the whole process, and importing any sequential
     model imports it. Every backward pass then looks for NaN after each operation and records stack traces. It is a
-    debugging aid that costs up to a third of a training step; whoever wants it can turn it on again."""
+    debugging aid that costs up to a third of a training step; it can be turned on again."""
     import torch
 
     torch.autograd.set_detect_anomaly(False)

@@ -13,23 +13,21 @@ from typing import Any, Optional
 
 import numpy as np
 
+from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.splits import Splits
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.storage import HISTORIES, ITEMS, read_arrays, read_json, write_arrays, write_json
-
-# What every user did so far, by internal ids: read from a checkpoint, grown and forgotten while it serves.
-
 
 _KIND, _VERSION = "user histories", 1
 _ARRAYS = {"offsets": "<i8", "items": "<i4"}
 
 
 class Histories:
-    """Items of each user in the order of time.
+    """Items of each user in the order of time, by internal ids; they grow and are forgotten while a checkpoint serves.
 
     Args:
-        offsets: int64 [U + 1]. items: int [N]; user u has ``items[offsets[u]:offsets[u + 1]]``.
+        offsets: int64 [U + 1].
+        items: int [N]; user u has `items[offsets[u]:offsets[u + 1]]`.
     """
 
     def __init__(self, offsets: np.ndarray, items: np.ndarray):
@@ -69,7 +67,7 @@ class Histories:
 
     @classmethod
     def load(cls, directory: Path, n_users: int, n_items: int) -> Histories:
-        """Read what :meth:`save` wrote.
+        """Read what `save` wrote.
 
         Raises:
             CheckpointError: missing, damaged, or of other users or items.
@@ -118,16 +116,16 @@ class Catalogue:
         sound = isinstance(counts, list) and all(type(count) is int and 0 <= count < 1 << 62 for count in counts)
         named = titles is None or (isinstance(titles, list) and all(isinstance(title, str) for title in titles))
         if not sound or not named or len(counts or ()) != n_items or (titles is not None and len(titles) != n_items):
-            raise CheckpointError(f"{path} does not describe this checkpoint's items; it is damaged or foreign.")
+            raise CheckpointError(f"{path} does not describe this checkpoint's items; it is damaged or of another one.")
         kept = (directory / HISTORIES).is_dir()
         histories = Histories.load(directory / HISTORIES, n_users, n_items) if kept else None
         return cls(np.array(counts, dtype=np.int64), titles, histories)
 
 
-def catalogue_of(splits: Splits, config: Any) -> Catalogue:
-    """The catalogue of a prepared data set."""
+def catalogue_of(splits: Any, config: Config) -> Catalogue:
+    """The catalogue of a prepared data set, its `Splits`."""
     dataset = splits.train._dataset
-    dataset = getattr(dataset, "original", None) or dataset  # regenerated rows are nobody's history
+    dataset = getattr(dataset, "original", None) or dataset  # regenerated rows are no user's history
     parts = [dataset, splits.valid._dataset, splits.test._dataset]
     tokens = splits.vocabulary()["items"]
     titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", tokens)
@@ -144,7 +142,7 @@ def catalogue_of(splits: Splits, config: Any) -> Catalogue:
 def read_titles(path: Path, tokens: list[str]) -> Optional[list[str]]:
     """Names of the items `tokens` from an atomic item file; None without the file or a column of names.
 
-    The column is the first whose name contains ``title``, else ``name``. An item that the file lacks has its id.
+    The column is the first whose name contains `title`, else `name`. An item that the file lacks has its id.
     """
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""RecBole's SequentialDataset on top of the CSR store: same windows, same order of targets, nothing materialised."""
+"""RecBole's SequentialDataset on top of the CSR store: same tables, same windows, same order, nothing materialised."""
 
 from __future__ import annotations
 
@@ -14,30 +14,42 @@ from recbole.utils import FeatureSource, FeatureType
 
 from recbole_raserec.data.sequences import SequenceStore
 
-# RecBole's reading and leave-one-out split of a log, without its Python loops: same tables, same rows, same order.
-
-
+#: Column of every batch: index of the target in its user's full history, so the untruncated prefix length.
+POSITION = "sequence_position"
+#: Column of splits with regenerated rows: the row of the store that holds the window; elsewhere that is the user.
+SEQUENCE = "sequence_row"
+#: Column of a training batch: the row's weight in the loss.
+WEIGHT = "row_weight"
 #: Rows of a table that are read at a time.
 CHUNK = 1 << 19
-
-#: Rows of a group that a ``leave_one_out`` mode puts into (validation, test).
+#: Rows of a group that a `leave_one_out` mode puts into (validation, test).
 LEFT_OUT = {"valid_and_test": (1, 1), "valid_only": (1, 0), "test_only": (0, 1)}
 
 
-def rows_of(feat: Interaction, index: Any) -> Interaction:
-    """``feat[index]`` for an index array, taken by tensor. (RecBole turns the index into a Python list first.)"""
-    index = torch.as_tensor(index)
-    return Interaction({field: values[index] for field, values in feat.interaction.items()})
+class SequenceDataset(SequentialDataset):
+    """Drop-in for RecBole's `SequentialDataset` whose prefix windows are indices into one sorted copy of the log.
 
+    RecBole builds a dense `[windows, max_length]` tensor per field in a Python loop over the interactions; here the
+    list fields of a batch are gathered when the batch is asked for. Every other behaviour (fields, splits, order of the
+    rows) is RecBole's. Memory: O(interactions).
 
-class FastLoading(SequentialDataset):
-    """What of RecBole's data set takes Python time per interaction, vectorised. Results are RecBole's."""
+    Attributes:
+        store: the users' sequences (full log: the split happens on the windows, see `windows`).
+        trim: cut a batch to its longest window instead of `MAX_ITEM_LIST_LENGTH` (set by the loader for models
+            that give the same result on the trimmed batch).
+        original: of a training split with regenerated rows, the split without them; None elsewhere.
+    """
 
+    store: SequenceStore
     inter_feat: Any
+    trim: bool = False
+    original: Any = None
 
     def _load_feat(self, filepath: Any, source: Any) -> Optional[pd.DataFrame]:
-        """Read an interaction table with the C parser, in parts, so that a token which occurs a thousand times is one
-        string. Files of any other kind go RecBole's way."""
+        """Read an interaction table in parts, in which a token is one string however often it occurs.
+
+        Files of any other kind go RecBole's way.
+        """
         separator = self.config["field_separator"]
         load, unload = self._get_load_and_unload_col(source)
         if source != FeatureSource.INTERACTION or load == set() or len(separator) != 1:
@@ -49,19 +61,25 @@ class FastLoading(SequentialDataset):
         if not wanted or len(types) < len(header) or not set(wanted.values()) <= {"token", "float"}:
             return super()._load_feat(filepath, source)
         dtypes: dict[str, Any] = {f"{f}:{t}": (np.float64 if t == "float" else str) for f, t in wanted.items()}
-        columns: dict[str, Any] = {name: [] if kind is np.float64 else _Tokens() for name, kind in dtypes.items()}
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
+        known: dict[str, str] = {}
         options = {"sep": separator, "usecols": list(dtypes), "dtype": dtypes, "encoding": self.config["encoding"]}
         with pd.read_csv(filepath, engine="c", chunksize=CHUNK, **options) as chunks:
             for chunk in chunks:
                 for name, column in columns.items():
-                    column.append(chunk[name].to_numpy())
+                    values = chunk[name].to_numpy()
+                    if dtypes[name] is str:
+                        codes, names = pd.factorize(values)
+                        tokens = [*(known.setdefault(token, token) for token in names), np.nan]  # code -1: missing
+                        values = np.array(tokens, dtype=object)[codes]
+                    column.append(values)
         table = {}
         for column, (field, kind) in zip(columns.values(), wanted.items()):
             self.field2source[field], self.field2type[field] = source, FeatureType(kind)
             self.field2seqlen[field] = 1
             if kind == "float":
                 self.field2bucketnum[field] = 2
-            table[field] = column.joined() if isinstance(column, _Tokens) else np.concatenate(column or [np.zeros(0)])
+            table[field] = np.concatenate(column)
         return pd.DataFrame(table, copy=False)
 
     def _filter_by_inter_num(self) -> None:
@@ -96,8 +114,8 @@ class FastLoading(SequentialDataset):
         A group with too few rows keeps one for training, and the later part comes first.
 
         Raises:
-            ValueError: no group field.
-            NotImplementedError: unknown mode.
+            ValueError: there is no group field.
+            NotImplementedError: the mode is unknown.
         """
         if group_by is None or leave_one_mode not in LEFT_OUT:
             return super().leave_one_out(group_by, leave_one_mode)
@@ -105,95 +123,6 @@ class FastLoading(SequentialDataset):
         parts = leave_out(groups, leave_one_mode)
         self._drop_unused_col()
         return [self.copy(rows_of(self.inter_feat, index)) for index in parts]
-
-
-def leave_out(groups: np.ndarray, mode: str) -> list[np.ndarray]:
-    """Row numbers of the training, validation and test part, [N0], [N1], [N2].
-
-    Groups follow each other in the order of their first rows; within a group the rows keep their order.
-
-    Args:
-        groups: int [N], group of each row.
-        mode: one of :data:`LEFT_OUT`.
-    """
-    rows, begin = _rows_by_group(groups)
-    count = np.diff(begin)
-    begin, count = begin[:-1][count > 0], count[count > 0]
-    turn = np.argsort(rows[begin], kind="stable")  # groups by their first rows
-    begin, count = begin[turn], count[turn]
-    order = rows[np.repeat(begin - np.cumsum(count) + count, count) + np.arange(len(groups))]  # rows, group by group
-    behind = np.repeat(np.cumsum(count), count) - 1 - np.arange(len(groups))  # rows of the group that follow
-    left = np.repeat(np.minimum(sum(LEFT_OUT[mode]), count - 1), count)
-    parts = [order[behind >= left]]
-    for phase, wanted in enumerate(LEFT_OUT[mode]):
-        later = sum(LEFT_OUT[mode][phase + 1 :])  # rows that go to later parts
-        parts.append(order[(behind == later) & (behind < left)] if wanted else order[:0])
-    return parts
-
-
-def _rows_by_group(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows sorted by group and, within one, as they were [N]; where each group's rows begin [G + 1].
-
-    For small non-negative numbers (ids) by counting, which is many times faster than a sort.
-    """
-    if len(groups) and groups.min() >= 0 and groups.max() < 4 * len(groups):
-        index = np.arange(len(groups))
-        size = int(groups.max()) + 1
-        table = sp.coo_matrix((np.empty(len(groups), dtype=bool), (groups, index)), shape=(size, len(groups))).tocsr()
-        return table.indices.astype(np.int64), table.indptr.astype(np.int64)
-    order = np.argsort(groups, kind="stable")
-    ends = np.flatnonzero(np.diff(groups[order])) + 1
-    return order, np.concatenate([[0], ends, [len(groups)]]).astype(np.int64)
-
-
-class _Tokens:
-    """A column of tokens that arrives in parts; each distinct token is kept once."""
-
-    def __init__(self) -> None:
-        self._codes: list[np.ndarray] = []
-        self._known: dict[str, int] = {}
-
-    def append(self, tokens: np.ndarray) -> None:
-        codes, names = pd.factorize(tokens)
-        known = self._known
-        here = np.fromiter((known.setdefault(name, len(known)) for name in names), dtype=np.int32, count=len(names))
-        self._codes.append(np.append(here, np.int32(-1))[codes])  # -1: missing
-
-    def joined(self) -> np.ndarray:
-        """The strings, object [N]; equal ones are one object, missing ones NaN."""
-        names = np.array([*self._known, np.nan], dtype=object)
-        return names[np.concatenate(self._codes or [np.zeros(0, dtype=np.int32)])]
-
-
-#: Column of every batch: index of the target in its user's full history, so the untruncated prefix length.
-POSITION = "sequence_position"
-
-#: Column of splits with regenerated rows: the row of the store that holds the window; elsewhere that is the user.
-SEQUENCE = "sequence_row"
-
-
-#: Column of a training batch: the row's weight in the loss.
-WEIGHT = "row_weight"
-
-
-class SequenceDataset(FastLoading):
-    """Drop-in for RecBole's ``SequentialDataset`` whose prefix windows are indices into one sorted copy of the log.
-
-    RecBole builds a dense ``[windows, max_length]`` tensor per field in a Python loop over the interactions; here the
-    list fields of a batch are gathered when the batch is asked for. Every other behaviour (fields, splits, order of the
-    rows) is RecBole's. Memory: O(interactions).
-
-    Attributes:
-        store: the users' sequences (full log: the split happens on the windows, see :meth:`windows`).
-        trim: cut a batch to its longest window instead of ``MAX_ITEM_LIST_LENGTH`` (set by the loader for models
-            that give the same result on the trimmed batch).
-        original: of a training split with regenerated rows, the split without them; None elsewhere.
-    """
-
-    store: SequenceStore
-    inter_feat: Any
-    trim: bool = False
-    original: Any = None
 
     def data_augmentation(self) -> None:
         self._aug_presets()
@@ -211,12 +140,12 @@ class SequenceDataset(FastLoading):
         rows.update(
             Interaction({self.item_list_length_field: position.clamp(max=self.max_item_list_len), POSITION: position})
         )
-        self.inter_feat = _Rows(rows, self)
+        self.inter_feat = Rows(rows, self)
 
     def copy(self, new_inter_feat: Any) -> Any:
         part = super().copy(new_inter_feat)
         if self.is_lazy:
-            part.inter_feat = _Rows(new_inter_feat, part)
+            part.inter_feat = Rows(new_inter_feat, part)
         return part
 
     @property
@@ -231,7 +160,7 @@ class SequenceDataset(FastLoading):
         return self.join(rows) if join else rows
 
     def _with_windows(self, rows: Interaction) -> Interaction:
-        """Add the list fields of `rows`: [B, L] each, L the longest window (`trim`) or ``MAX_ITEM_LIST_LENGTH``."""
+        """Add the list fields of `rows`: [B, L] each, L the longest window (`trim`) or `MAX_ITEM_LIST_LENGTH`."""
         users, positions = rows[self._owner(rows)].numpy(), rows[POSITION].numpy()
         if users.ndim == 0:
             users, positions = users[None], positions[None]
@@ -275,7 +204,7 @@ class SequenceDataset(FastLoading):
         return self._create_sparse_matrix(both, self.uid_field, self.iid_field, form, value_field)
 
 
-class _Rows(Interaction):
+class Rows(Interaction):
     """The rows of a split; a list field that is asked for as a whole (FEARec does) is built then, and kept."""
 
     def __init__(self, rows: Interaction, dataset: SequenceDataset):
@@ -298,3 +227,48 @@ class _Rows(Interaction):
     @property
     def _suffix(self) -> str:
         return self._dataset.config["LIST_SUFFIX"]
+
+
+def rows_of(feat: Interaction, index: Any) -> Interaction:
+    """`feat[index]` for an index array, taken by tensor. (RecBole turns the index into a Python list first.)"""
+    index = torch.as_tensor(index)
+    return Interaction({field: values[index] for field, values in feat.interaction.items()})
+
+
+def leave_out(groups: np.ndarray, mode: str) -> list[np.ndarray]:
+    """Row numbers of the training, validation and test part, [N0], [N1], [N2].
+
+    Groups follow each other in the order of their first rows; within a group the rows keep their order.
+
+    Args:
+        groups: group of each row, int [N].
+        mode: one of `LEFT_OUT`.
+    """
+    rows, begin = _rows_by_group(groups)
+    count = np.diff(begin)
+    begin, count = begin[:-1][count > 0], count[count > 0]
+    turn = np.argsort(rows[begin], kind="stable")  # groups by their first rows
+    begin, count = begin[turn], count[turn]
+    order = rows[np.repeat(begin - np.cumsum(count) + count, count) + np.arange(len(groups))]  # rows, group by group
+    behind = np.repeat(np.cumsum(count), count) - 1 - np.arange(len(groups))  # rows of the group that follow
+    left = np.repeat(np.minimum(sum(LEFT_OUT[mode]), count - 1), count)
+    parts = [order[behind >= left]]
+    for phase, wanted in enumerate(LEFT_OUT[mode]):
+        later = sum(LEFT_OUT[mode][phase + 1 :])  # rows that go to later parts
+        parts.append(order[(behind == later) & (behind < left)] if wanted else order[:0])
+    return parts
+
+
+def _rows_by_group(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows sorted by group and, within one, as they were [N]; where each group's rows begin [G + 1].
+
+    For small non-negative numbers (ids) by counting, which is many times faster than a sort.
+    """
+    if len(groups) and groups.min() >= 0 and groups.max() < 4 * len(groups):
+        index = np.arange(len(groups))
+        size = int(groups.max()) + 1
+        table = sp.coo_matrix((np.empty(len(groups), dtype=bool), (groups, index)), shape=(size, len(groups))).tocsr()
+        return table.indices.astype(np.int64), table.indptr.astype(np.int64)
+    order = np.argsort(groups, kind="stable")
+    ends = np.flatnonzero(np.diff(groups[order])) + 1
+    return order, np.concatenate([[0], ends, [len(groups)]]).astype(np.int64)

@@ -1,4 +1,5 @@
-"""Training batches whose rows are of like length, so that little is spent on padding."""
+"""Training batches: windows of like length together (`BucketLoader`), or all positions of a sequence in one causal pass
+that predicts every item of it (`PackedLoader`)."""
 
 from __future__ import annotations
 
@@ -8,42 +9,43 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from recbole.config import Config
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
 
 from recbole_raserec.data.dataset import WEIGHT
-from recbole_raserec.data.sequences import SequenceStore
+from recbole_raserec.data.sequences import SequenceStore, pad_rows
 
 #: Batches that are sorted by length together. Each such block is a uniform random sample of the epoch.
 BLOCK = 64
-
 #: Windows up to this length are not told apart where a batch needs items to mask.
 SHORT = 5
-
+#: Prefix of the fields of same-target windows.
 SAME_TARGET = "same_target_"
-
 #: The rows of the batch (packed: of its targets) that have a same-target window, where not all do.
 SAME_TARGET_ROWS = SAME_TARGET + "rows"
+#: Field of a packed batch: target item of each position, 0 where none is predicted, [U, L].
+PACKED_TARGETS = "packed_targets"
 
 
 class BucketLoader(TrainDataLoader):
     """RecBole's TrainDataLoader with length-bucketed batches.
 
-    An epoch is a uniform permutation of the rows, cut into blocks of :data:`BLOCK` batches; within a block rows are
+    An epoch is a uniform permutation of the rows, cut into blocks of `BLOCK` batches; within a block rows are
     sorted by window length, cut into batches, and the batches are put into random order. Every row is seen once an
     epoch. With RecBole's `transform: mask_itemseq` (BERT4Rec), whose loss is a mean over the masked items of a batch, a
     batch holds a constant number of items that can be masked instead of a constant number of rows: otherwise those of
     short windows would weigh many times more, and a batch of the shortest has none. What cannot count there is left
-    out, see :func:`counted_masks`. Needs a :class:`~recbole_raserec.data.dataset.SequenceDataset`, whose `trim` it
+    out, see `counted_masks`. Needs a `SequenceDataset`, whose `trim` it
     switches on.
 
     Args:
-        same_target: add to each batch, under the prefix :data:`SAME_TARGET`, the window of another row with the same
+        same_target: add to each batch, under the prefix `SAME_TARGET`, the window of another row with the same
             target item, drawn uniformly (the row itself where it is the only one). DuoRec's supervised view.
     """
 
     def __init__(
-        self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
+        self, config: Config, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
         same_target: bool = False,
     ):  # fmt: skip
         super().__init__(config, dataset, sampler, shuffle=shuffle)
@@ -81,7 +83,7 @@ class BucketLoader(TrainDataLoader):
                 yield parts[batch]
 
     def _by_maskable(self, block: np.ndarray) -> list[np.ndarray]:
-        """`block` in batches of as many maskable items as :attr:`step` rows have on average, short windows mixed."""
+        """`block` in batches of as many maskable items as `step` rows have on average, short windows mixed."""
         assert self._maskable is not None
         block = block[np.argsort(np.maximum(self._lengths[block], SHORT), kind="stable")]
         budget = max(self._maskable.mean() * self.step, 1.0)
@@ -111,11 +113,11 @@ class BucketLoader(TrainDataLoader):
         return made
 
 
-def counted_masks(batch: Interaction, config: Any) -> Interaction:
+def counted_masks(batch: Interaction, config: Config) -> Interaction:
     """A masked batch without what RecBole's BERT4Rec multiplies by 0: windows in which no item but the first is masked,
-    and the places of ``MASK_INDEX`` [B, M] (and the items at them) that no window uses.
+    and the positions of `MASK_INDEX` [B, M] (and the items at them) that no window uses.
 
-    RecBole fills M up to ``mask_ratio`` times the longest window, and scores all items at each of the B x M places.
+    RecBole fills M up to `mask_ratio` times the longest window, and scores all items at each of the B x M positions.
     Without the dropout of the encoder the loss is the same.
     """
     counted = batch[config["MASK_INDEX"]] > 0  # [B, M]
@@ -135,15 +137,13 @@ class SameTarget:
     """Rows grouped by target item: a CSR index, so that a partner is one random offset.
 
     Args:
-        targets: int array [N], target item of each row.
+        targets: target item of each row, int [N].
     """
 
     def __init__(self, targets: np.ndarray):
         self._order = np.argsort(targets, kind="stable")
-        sorted_targets = targets[self._order]
-        starts = np.searchsorted(sorted_targets, targets, side="left")
-        ends = np.searchsorted(sorted_targets, targets, side="right")
-        self._start, self._count = starts, ends - starts
+        self._start = np.searchsorted(targets[self._order], targets, side="left")
+        self._count = np.searchsorted(targets[self._order], targets, side="right") - self._start
         self._rank = np.empty(len(targets), dtype=np.int64)
         self._rank[self._order] = np.arange(len(targets))
 
@@ -160,18 +160,11 @@ class SameTarget:
 class RowLoader(BucketLoader):
     """Batches of the split's rows without their windows: user, target, position. For models that look vectors up."""
 
-    def __init__(self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False):
+    def __init__(self, config: Config, dataset: Any, sampler: Any, shuffle: bool = False):
         super().__init__(config, dataset, sampler, shuffle, bucket=False)
 
     def collate_fn(self, index: Any) -> Interaction:
         return self._dataset.inter_feat[np.asarray(index)]
-
-
-# All-positions training: one causal pass over a user's sequence predicts every item of it.
-
-
-#: Field of a packed batch: target item of each position, 0 where none is predicted, [U, L].
-PACKED_TARGETS = "packed_targets"
 
 
 class PackedWindows:
@@ -179,16 +172,22 @@ class PackedWindows:
 
     A sequence of at most `max_length` inputs is one window. A longer one is cut into windows of `max_length` inputs
     that overlap by half; a later window predicts only what the ones before did not, so that every target but those of
-    the first window sees at least ``max_length // 2`` earlier items. (RecBole's windows slide by one: there each
+    the first window sees at least `max_length // 2` earlier items. (RecBole's windows slide by one: there each
     target sees `max_length` items, at that many times the cost.)
 
     Args:
-        store: sequences. users, positions: training rows [N]; a target's index in its user's history.
+        store: the sequences.
+        users: user of each training row, [N].
+        positions: index of each row's target in its user's history, [N].
+        max_length: longest window.
 
     Attributes:
-        user, start, length: int64 [W]; window w reads ``length`` items of ``user`` from index ``start``.
-        row: int64 [N], training rows ordered by window and position; offsets: int64 [W + 1] into it.
-        column: int64 [N], column of its window at which row ``row[k]`` is predicted.
+        user: whose items window w reads, int64 [W].
+        start: index of its first item, int64 [W].
+        length: how many items it reads, int64 [W].
+        row: training rows ordered by window and position, int64 [N].
+        offsets: the rows of window w are `row[offsets[w]:offsets[w + 1]]`; int64 [W + 1].
+        column: column of its window at which row `row[k]` is predicted, int64 [N].
     """
 
     def __init__(self, store: SequenceStore, users: np.ndarray, positions: np.ndarray, max_length: int):
@@ -219,9 +218,10 @@ class PackedPlan:
     """Which targets the rows of one epoch's batches predict.
 
     Attributes:
-        window, length: int64 [R]; row r reads the first ``length`` inputs of window ``window``.
-        offsets: int64 [R + 1]; row r predicts ``slots[offsets[r]:offsets[r + 1]]``, places in `PackedWindows.row`.
-        slots: int64 [N].
+        window: that row r reads, int64 [R].
+        length: how many inputs of it, from the first on; int64 [R].
+        offsets: row r predicts `slots[offsets[r]:offsets[r + 1]]`; int64 [R + 1].
+        slots: positions in `PackedWindows.row`, int64 [N].
     """
 
     window: np.ndarray
@@ -255,9 +255,9 @@ class PackedLoader(BucketLoader):
     """Batches of packed windows with about `train_batch_size` targets each, whatever the length of the histories.
 
     (With a fixed number of windows a batch and a mean loss, targets of long histories would weigh many times less.)
-    Each epoch deals the targets of a window out to `packed_copies` rows anew, see :func:`plan_epoch`: the targets of
+    Each epoch deals the targets of a window out to `packed_copies` rows again, see `plan_epoch`: the targets of
     one sequence then fall into different batches, as they do with one window per target.
-    A batch holds ``item_id_list`` [U, L], ``item_length`` [U] and :data:`PACKED_TARGETS` [U, L]; with `same_target`
+    A batch holds `item_id_list` [U, L], `item_length` [U] and `PACKED_TARGETS` [U, L]; with `same_target`
     also a window per target, in row-major order of the targets; where rows have weights, those of the targets [U, L].
 
     Args:
@@ -266,12 +266,13 @@ class PackedLoader(BucketLoader):
     """
 
     def __init__(
-        self, config: Any, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
+        self, config: Config, dataset: Any, sampler: Any, shuffle: bool = False, bucket: bool = True,
         same_target: bool = False, costs: Optional[np.ndarray] = None,
     ):  # fmt: skip
         super().__init__(config, dataset, sampler, shuffle, bucket, same_target)
         users, positions, self._row_targets = dataset.windows()
-        self._windows = PackedWindows(dataset.store, users, positions, dataset.max_item_list_len)
+        self._windows = windows = PackedWindows(dataset.store, users, positions, dataset.max_item_list_len)
+        self._begin = dataset.store.offsets[windows.user] + windows.start  # of each window in the store, [W]
         feat = dataset.inter_feat
         self._weights = feat[WEIGHT].numpy() if WEIGHT in feat.interaction else None
         self._copies = (config["packed_copies"] or 1) if shuffle else 1
@@ -284,17 +285,14 @@ class PackedLoader(BucketLoader):
         if self._tokens is None:
             return super().__len__()
         plan = plan_epoch(self._windows, 1)
-        order = np.argsort(plan.length, kind="stable")
-        return len(np.unique(self._numbers(plan, order)))
+        return len(np.unique(self._numbers(plan, np.argsort(plan.length, kind="stable"))))
 
     def _numbers(self, plan: PackedPlan, order: np.ndarray) -> np.ndarray:
         """Number of the batch that each row of `order` goes to."""
         sizes = plan.sizes()[order]
         if self._tokens is None:
             return (np.cumsum(sizes) - 1) // self.step
-        windows, store = self._windows, self._dataset.store
-        window = plan.window[order]
-        start = store.offsets[windows.user[window]] + windows.start[window]
+        start = self._begin[plan.window[order]]
         tokens = self._tokens[start + plan.length[order]] - self._tokens[start]
         numbers, number, targets, total = [], 0, 0, 0
         for size, cost in zip(sizes.tolist(), tokens.tolist()):
@@ -323,14 +321,9 @@ class PackedLoader(BucketLoader):
     def collate_fn(self, index: Any) -> Interaction:
         windows, plan, dataset = self._windows, self._plan, self._dataset
         index = np.asarray(index)
-        window, length = plan.window[index], plan.length[index]
-        store = dataset.store
+        length = plan.length[index]
         # a row may stop short of its window's end: it begins where the window does
-        rows = store.offsets[windows.user[window]][:, None] + windows.start[window][:, None] + np.arange(length.max())
-        beyond = np.arange(length.max()) >= length[:, None]
-        rows[beyond] = 0
-        item_seq = store.items[rows]
-        item_seq[beyond] = 0
+        item_seq = pad_rows(dataset.store.items, self._begin[plan.window[index]], length)
         sizes = plan.offsets[index + 1] - plan.offsets[index]
         line = np.repeat(np.arange(len(index)), sizes)
         slot = plan.slots[np.repeat(plan.offsets[index] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())]

@@ -1,7 +1,7 @@
-"""Frequent sequential patterns within a span, counted exactly: the ground of regeneration and of a pattern memory.
+"""Frequent sequential patterns within a span, counted exactly, for regeneration and for a pattern memory.
 
 A pattern is a tuple of items; it occurs in a sequence where its items stand in that order, other items between them or
-not, the last at most ``alpha - 1`` places behind the first. Its support is the number of sequences in which it occurs
+not, the last at most `alpha - 1` positions behind the first. Its support is the number of sequences in which it occurs
 (DR4SR, arXiv 2405.17795: sliding window alpha = 5, threshold beta = 2).
 
 Patterns are grown by their last item. All occurrences of one length are arrays; a pattern one item longer is a pair
@@ -28,11 +28,11 @@ class Patterns:
     """Mined patterns, by length, then by their items.
 
     Attributes:
-        items: int64, the items of all patterns one after the other.
-        offsets: int64 [P + 1]; pattern p is ``items[offsets[p]:offsets[p + 1]]``.
-        support: int64 [P], sequences it occurs in.
-        occurrences: of each pattern and each sequence it occurs in, ascending: pattern, sequence, and the place in the
-            sequence at which it is first complete, int64 arrays of ``support.sum()`` rows; None unless asked for.
+        items: of all patterns one after the other, int64.
+        offsets: pattern p is `items[offsets[p]:offsets[p + 1]]`; int64 [P + 1].
+        support: sequences it occurs in, int64 [P].
+        occurrences: of each pattern and each sequence it occurs in, ascending: pattern, sequence, and the position in
+            the sequence at which it is first complete, int64 arrays of `support.sum()` rows; None unless asked for.
     """
 
     items: np.ndarray
@@ -62,14 +62,15 @@ def mine_patterns(
     """All patterns of `min_length` to `max_length` items within a span of `alpha` that `beta` or more sequences hold.
 
     Args:
-        items: int [N], the sequences one after the other; ids from 0 on.
-        offsets: int [S + 1]; sequence s is ``items[offsets[s]:offsets[s + 1]]``.
-        alpha: places a pattern may span, its first and last item included.
+        items: of the sequences one after the other, int [N]; ids from 0 on.
+        offsets: sequence s is `items[offsets[s]:offsets[s + 1]]`; int [S + 1].
+        alpha: positions a pattern may span, its first and last item included.
         beta: least number of sequences.
-        min_length, max_length: items of a pattern; `max_length` None: `alpha`.
+        min_length: least number of items of a pattern.
+        max_length: largest number of items of a pattern; None: `alpha`.
         memory_mb: MiB that the candidates may take at a time, the result and the sequences not counted.
         desc: show a progress bar with this label.
-        occurrences: whether to note the sequences, see :class:`Patterns`.
+        occurrences: whether to note the sequences, see `Patterns`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -114,7 +115,7 @@ class _Log:
     alpha: int
     beta: int
     n_items: int
-    frequent: Any = None  # bool [N], places whose item alone is frequent
+    frequent: Any = None  # bool [N], positions whose item alone is frequent
 
 
 def _parts(first: np.ndarray, starts: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -128,13 +129,13 @@ def _parts(first: np.ndarray, starts: np.ndarray, size: int) -> Iterator[np.ndar
 
 
 def _grow(log: _Log, starts: np.ndarray, min_length: int, max_length: int, occurrences: bool) -> Iterator[_Found]:
-    """What is found of each length, of the patterns that begin at `starts`, ascending places."""
+    """What is found of each length, of the patterns that begin at `starts`, ascending positions."""
     heads, state = np.unique(log.items[starts], return_inverse=True)
     patterns = heads[:, None]  # [P, m]
     start, end = starts, starts  # first and last place of each occurrence of a pattern; ascending by start
     for length in range(1, max_length + 1):
         if length > 1:
-            reach = np.minimum(start + log.alpha, log.ends[start]) - 1 - end  # places behind `end` within the span
+            reach = np.minimum(start + log.alpha, log.ends[start]) - 1 - end  # positions behind `end` within the span
             grown = np.repeat(np.arange(len(start)), reach)
             step = np.arange(len(grown)) - np.repeat(np.cumsum(reach) - reach, reach) + 1
             last = end[grown] + step
@@ -180,7 +181,7 @@ def _support(keys: np.ndarray, sequence: np.ndarray) -> tuple[np.ndarray, np.nda
 def _assemble(found: list[_Found], starts: np.ndarray | None) -> Patterns:
     """Everything in one order; `starts` [S + 1] of the sequences, when the occurrences are wanted."""
     empty = np.zeros(0, dtype=np.int64)
-    items, lengths, support, places, first = [empty], [empty], [empty], [(empty, empty, empty)], 0
+    items, lengths, support, positions, first = [empty], [empty], [empty], [(empty, empty, empty)], 0
     for length in sorted({part[0].shape[1] for part in found}):
         parts = [part for part in found if part[0].shape[1] == length]
         table, counts = (np.concatenate([part[which] for part in parts]) for which in (0, 1))
@@ -195,11 +196,11 @@ def _assemble(found: list[_Found], starts: np.ndarray | None) -> Patterns:
             pattern = np.concatenate([rank[part[2][0] + at] for part, at in zip(parts, begin)])
             sequence, end = (np.concatenate([part[2][which] for part in parts]) for which in (1, 2))
             turn = np.lexsort((sequence, pattern))
-            places.append((pattern[turn], sequence[turn], (end - starts[sequence])[turn]))
+            positions.append((pattern[turn], sequence[turn], (end - starts[sequence])[turn]))
         first += len(table)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     occurrences = None
     if starts is not None:
-        pattern, sequence, place = (np.concatenate([rows[which] for rows in places]) for which in range(3))
+        pattern, sequence, place = (np.concatenate([rows[which] for rows in positions]) for which in range(3))
         occurrences = pattern, sequence, place
     return Patterns(np.concatenate(items), offsets, np.concatenate(support), occurrences)

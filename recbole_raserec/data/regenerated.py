@@ -1,4 +1,4 @@
-"""Regenerated sequences, and the hook that lets them join a training split; validation, test, ids stay as they are."""
+"""Regenerated sequences, and how they join a training split; validation, test and ids stay as they are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 
-from recbole_raserec.data.dataset import POSITION, SEQUENCE, WEIGHT, SequenceDataset, _Rows
-from recbole_raserec.data.sequences import SequenceStore
+from recbole_raserec.data.dataset import POSITION, SEQUENCE, WEIGHT, Rows, SequenceDataset
+from recbole_raserec.data.sequences import SequenceStore, pad_rows
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.storage import read_arrays, write_arrays
 
@@ -31,12 +31,13 @@ class Regenerated:
     """Sequences that join the original ones.
 
     Attributes:
-        items: int64 [N]. offsets: int64 [S + 1].
-        users: int64 [S], whose sequence a generated one was written for; 0 for a mined pattern.
-        origin: uint8 [S], index into :data:`ORIGINS`.
-        weights: float32 [N] or None, of each item as a target in the loss.
+        items: the sequences one after the other, int64 [N].
+        offsets: sequence s is `items[offsets[s]:offsets[s + 1]]`; int64 [S + 1].
+        users: whose sequence a generated one was written for, 0 for a mined pattern; int64 [S].
+        origin: index into `ORIGINS`, uint8 [S].
+        weights: of each item as a target in the loss, float32 [N], or None.
         vocabulary: external ids behind `users` and `items` ("users", "items"), or None; its hash is stored.
-        training: hash of the training split it was made from, see :func:`training_hash`; stored.
+        training: hash of the training split it was made from, see `training_hash`; stored.
     """
 
     items: np.ndarray
@@ -52,9 +53,7 @@ class Regenerated:
 
     def save(self, directory: Path, fingerprint: str) -> None:
         """Store in `directory`, atomically."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        if self.weights is not None:
-            arrays["weights"] = self.weights
+        arrays = {name: getattr(self, name) for name in (*_ARRAYS, *_WEIGHTS) if getattr(self, name) is not None}
         meta = {"fingerprint": fingerprint, "training": self.training, "ids": _ids_hash(self.vocabulary)}
         write_arrays(Path(directory), _KIND, _VERSION, arrays, meta)
 
@@ -63,10 +62,10 @@ class Regenerated:
         cls, directory: Path, n_users: int, n_items: int, fingerprint: Optional[str] = None,
         vocabulary: Optional[dict[str, list[str]]] = None,
     ) -> Regenerated:  # fmt: skip
-        """Read what :meth:`save` wrote; `vocabulary`, if given, must be the one it was written with.
+        """Read what `save` wrote; `vocabulary`, if given, must be the one it was written with.
 
         Raises:
-            CheckpointError: missing, damaged, foreign, of another fingerprint, or of other users and items.
+            CheckpointError: It is missing, damaged, no such file, of another fingerprint, or of other users and items.
         """
         path = Path(directory)
         arrays, meta = read_arrays(path, _KIND, _VERSION, _ARRAYS, optional=_WEIGHTS)
@@ -74,8 +73,7 @@ class Regenerated:
         if fingerprint is not None and meta.get("fingerprint") != fingerprint:
             raise CheckpointError(f"{path} was made from other data or options; name another directory, or delete it.")
         parts: dict[str, Any] = {name: np.array(values) for name, values in arrays.items()}
-        found = cls(**parts)
-        found = dataclasses.replace(found, training=meta.get("training"), vocabulary=vocabulary)
+        found = cls(**parts, training=meta.get("training"), vocabulary=vocabulary)
         alike = vocabulary is None or meta.get("ids") == _ids_hash(vocabulary)
         if not alike or not found._fits(n_users, n_items):
             raise CheckpointError(
@@ -85,19 +83,13 @@ class Regenerated:
 
     def only(self, origin: str) -> Regenerated:
         """The sequences of one origin."""
-        fine = self.origin == ORIGINS.index(origin)
-        lengths = np.diff(self.offsets)
-        inside = np.repeat(fine, lengths)
-        return Regenerated(
-            self.items[inside], np.concatenate([[0], np.cumsum(lengths[fine])]), self.users[fine], self.origin[fine],
-            None if self.weights is None else self.weights[inside], self.vocabulary, self.training,
-        )  # fmt: skip
+        return self._kept(self.origin == ORIGINS.index(origin))
 
     def with_ids_of(self, vocabulary: dict[str, list[str]]) -> Regenerated:
         """The same sequences in the numbering of another data set of the same log.
 
         A model that reads item features numbers items in another order than one that does not. Sequences with an item
-        which the other data set does not have are left out; a user it does not have becomes nobody.
+        which the other data set does not have are left out; a user it does not have becomes 0.
         """
         if self.vocabulary is None or self.vocabulary == vocabulary:
             return self
@@ -106,14 +98,20 @@ class Regenerated:
             name: np.array([number[name].get(token, 0) for token in tokens], dtype=np.int64)
             for name, tokens in self.vocabulary.items()
         }
-        items, lengths = maps["items"][self.items], np.diff(self.offsets)
-        owner = np.repeat(np.arange(len(self)), lengths)
+        items = maps["items"][self.items]
         fine = np.ones(len(self), dtype=bool)
-        fine[owner[items == 0]] = False
-        inside = fine[owner]
-        return Regenerated(
-            items[inside], np.concatenate([[0], np.cumsum(lengths[fine])]), maps["users"][self.users[fine]],
-            self.origin[fine], None if self.weights is None else self.weights[inside], vocabulary, self.training,
+        fine[np.repeat(np.arange(len(self)), np.diff(self.offsets))[items == 0]] = False
+        renumbered = {"items": items, "users": maps["users"][self.users], "vocabulary": vocabulary}
+        return dataclasses.replace(self, **renumbered)._kept(fine)
+
+    def _kept(self, fine: np.ndarray) -> Regenerated:
+        """The sequences with a True in `fine` [S]."""
+        lengths = np.diff(self.offsets)
+        inside = np.repeat(fine, lengths)
+        return dataclasses.replace(
+            self, items=self.items[inside], offsets=np.concatenate([[0], np.cumsum(lengths[fine])]),
+            users=self.users[fine], origin=self.origin[fine],
+            weights=None if self.weights is None else self.weights[inside],
         )  # fmt: skip
 
     def _fits(self, n_users: int, n_items: int) -> bool:
@@ -148,48 +146,19 @@ def _ids_hash(vocabulary: Optional[dict[str, list[str]]]) -> Optional[str]:
     return None if vocabulary is None else hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-class RegeneratedDataset(SequenceDataset):
-    """A SequenceDataset whose training split has regenerated rows behind its own.
-
-    Attributes:
-        regenerated: set it before ``build()``; None: nothing is added.
-    """
-
-    regenerated: Optional[Regenerated] = None
-
-    def build(self) -> list[Any]:
-        """The splits, regenerated rows behind those of the training split."""
-        built = super().build()
-        if self.regenerated is not None and len(built) > 1:
-            built[0] = joined(built[0], self.regenerated)
-        return built
-
-
-def regenerated_class(kind: Any) -> Any:
-    """The data set class that does for `kind`, a sequential one, what :class:`RegeneratedDataset` does."""
-    if kind is SequenceDataset:
-        return RegeneratedDataset
-
-    def build(self: Any) -> list[Any]:
-        built = kind.build(self)
-        if self.regenerated is not None and len(built) > 1:
-            built[0] = densely_joined(built[0], self.regenerated)
-        return built
-
-    return type(f"Regenerated{kind.__name__}", (kind,), {"regenerated": None, "build": build})
-
-
-def joined(train: SequenceDataset, extra: Regenerated) -> SequenceDataset:
-    """A copy of a training split with the windows of `extra` as further rows; `original` of it is the split itself.
+def joined(train: Any, extra: Regenerated) -> Any:
+    """A copy of a sequential training split with the windows of `extra` as further rows; its `original` is the split.
 
     Every prefix of a regenerated sequence is a row, as of an original one. It belongs to the user it was written for
     (mined patterns: to the padding user 0), so that models with user vectors find one; its window stands in the store
-    behind those of the users, under the column :data:`~recbole_raserec.data.dataset.SEQUENCE`. Fields other than user
-    and item are 0, the time is the position.
+    behind those of the users, under the column `SEQUENCE`. Fields other than user and item are 0, the time is the
+    position.
 
     Raises:
         DatasetError: the split was read ready-made from benchmark files.
     """
+    if not isinstance(train, SequenceDataset):
+        return _densely_joined(train, extra)
     if not train.is_lazy:
         raise DatasetError("regeneration: benchmark files have no histories to regenerate; use an interaction log.")
     part, store, feat = copy.copy(train), train.store, train.inter_feat
@@ -215,12 +184,12 @@ def joined(train: SequenceDataset, extra: Regenerated) -> SequenceDataset:
         scale = (len(feat) + len(weights)) / (len(feat) + weights.sum())
         columns[WEIGHT] = torch.full((len(feat),), scale, dtype=torch.float32)
         known[WEIGHT] = weights * scale
-    part.inter_feat = _Rows(_grown(columns, known, int(rows.sum())), part)
+    part.inter_feat = Rows(_grown(columns, known, int(rows.sum())), part)
     part.original = train
     return part
 
 
-def densely_joined(train: Any, extra: Regenerated) -> Any:
+def _densely_joined(train: Any, extra: Regenerated) -> Any:
     """The same for a data set of RecBole with windows as dense tensors (DIEN's): rows of the same columns.
 
     A list column of items other than the history (DIEN's negatives) holds random items.
@@ -231,18 +200,15 @@ def densely_joined(train: Any, extra: Regenerated) -> Any:
     position = np.arange(len(extra.items)) - extra.offsets[owner]
     rows = np.flatnonzero(position)
     kept = np.minimum(position[rows], longest)
-    columns = np.arange(longest)
-    inside = columns < kept[:, None]
-    place = np.where(inside, (rows - kept)[:, None] + columns, 0)
     known = {
         train.uid_field: extra.users[owner][rows], train.iid_field: extra.items[rows],
-        train.item_list_length_field: kept, train.item_id_list_field: np.where(inside, extra.items[place], 0),
+        train.item_list_length_field: kept, train.item_id_list_field: pad_rows(extra.items, rows - kept, kept, longest),
     }  # fmt: skip
     known[train.label_field] = np.ones(len(rows))
     negatives = getattr(train, "neg_item_list_field", None)
     if negatives in feat.interaction:
-        drawn = np.random.default_rng(train.config["seed"]).integers(1, train.item_num, inside.shape)
-        known[negatives] = np.where(inside, drawn, 0)
+        drawn = np.random.default_rng(train.config["seed"]).integers(1, train.item_num, (len(rows), longest))
+        known[negatives] = np.where(np.arange(longest) < kept[:, None], drawn, 0)
     part.inter_feat = _grown(feat.interaction, known, len(rows))
     part.original = train
     return part

@@ -1,4 +1,4 @@
-"""User sequences as one CSR store: the ground on which windows, memories and histories stand.
+"""User sequences as one CSR store, of which windows, memories and histories are made.
 
 Memory is O(interactions): a prefix window is an index (user, position), materialised only for the batch that needs it.
 """
@@ -31,10 +31,10 @@ def pad_rows(
         width = int(lengths.max()) if len(lengths) else 0
     columns = np.arange(width)
     inside = columns < np.asarray(lengths)[:, None]
-    places = np.where(inside, np.asarray(starts)[:, None] + columns, 0)
+    index = np.where(inside, np.asarray(starts)[:, None] + columns, 0)
     if not len(items):
         return np.full(inside.shape, fill, dtype=items.dtype)
-    rows = items[places]
+    rows = items[index]
     rows[~inside] = fill
     return rows
 
@@ -57,15 +57,15 @@ def pad_lists(rows: Sequence[Sequence[int]], width: Optional[int] = None) -> tup
 class SequenceStore:
     """Every user's items in time order.
 
-    Items of user `u` are ``items[offsets[u]:offsets[u + 1]]``. Ids are RecBole's internal ones: 0 is padding, users
-    run over ``1 .. n_users - 1``, items over ``1 .. n_items - 1``.
+    Items of user `u` are `items[offsets[u]:offsets[u + 1]]`. Ids are RecBole's internal ones: 0 is padding, users
+    run over `1 .. n_users - 1`, items over `1 .. n_items - 1`.
 
     Args:
-        users: int array [N], non-decreasing (rows sorted by user, then time).
-        items: int array [N].
+        users: non-decreasing (rows sorted by user, then time), int [N].
+        items: int [N].
         n_users: number of user ids, padding included.
         n_items: number of item ids, padding included.
-        times: float array [N] or None.
+        times: float [N] or None.
 
     Raises:
         ValueError: `users` is not sorted.
@@ -105,20 +105,24 @@ class SequenceStore:
         kept = np.arange(len(self.items)) - self.offsets[self.users()] < size[self.users()]
         return self.items[kept], np.concatenate([[0], np.cumsum(size)])
 
-    def windows(self, users: np.ndarray, positions: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    def windows(
+        self, users: np.ndarray, positions: np.ndarray, max_length: int, width: Optional[int] = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """What the model sees before ``items[offsets[users] + positions]``: the last `max_length` earlier items.
 
         Args:
-            users: [B]; positions: [B], index of the target in its user's own history (so the prefix has that length).
+            users: [B].
+            positions: [B], index of the target in its user's own history (so the prefix has that length).
             max_length: longest prefix kept.
+            width: columns L; None: as many as the longest row.
 
         Returns:
-            item_seq int64 [B, L], left-aligned and padded with 0 to the longest row; item_seq_len int64 [B].
+            item_seq int64 [B, L], left-aligned and padded with 0; item_seq_len int64 [B].
         """
-        rows, lengths = self.window_rows(users, positions, max_length)
-        item_seq = self.items[np.maximum(rows, 0)]
-        item_seq[rows < 0] = 0
-        return item_seq, lengths
+        positions = np.asarray(positions, dtype=np.int64)
+        lengths = np.minimum(positions, max_length)
+        starts = self.offsets[np.asarray(users, dtype=np.int64)] + positions - lengths
+        return pad_rows(self.items, starts, lengths, width), lengths
 
     def window_rows(
         self, users: np.ndarray, positions: np.ndarray, max_length: int, width: Optional[int] = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -14,10 +15,10 @@ from recbole.data.dataloader import TrainDataLoader
 from recbole.data.utils import create_samplers, get_dataloader
 from recbole.utils import ModelType
 
-from recbole_raserec.config import get_model, trims
+from recbole_raserec.config import Config, get_model, trims
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loaders import BucketLoader, PackedLoader
-from recbole_raserec.data.regenerated import regenerated_class
+from recbole_raserec.data.regenerated import Regenerated, joined
 from recbole_raserec.errors import CheckpointError, ConfigError, shown
 from recbole_raserec.storage import data_fingerprint, plain, read_ids
 
@@ -28,7 +29,9 @@ class Splits:
 
     Attributes:
         dataset: the whole data set (ids, vocabulary).
-        train, valid, test: RecBole data loaders.
+        train: RecBole data loader.
+        valid: RecBole data loader.
+        test: RecBole data loader.
         fingerprint: hash of the filtered log and its external ids.
         seen: per phase ("valid", "test") a boolean matrix [n_users, n_items], the history before that phase's target.
     """
@@ -46,38 +49,33 @@ class Splits:
 
 
 def vocabulary_of(dataset: Any) -> dict[str, list[str]]:
-    """See :meth:`Splits.vocabulary`."""
+    """See `Splits.vocabulary`."""
     fields = {"users": dataset.uid_field, "items": dataset.iid_field}
     return {name: [str(token) for token in dataset.field2id_token[field]] for name, field in fields.items()}
 
 
 def prepare(
-    config: Any,
-    dataset_class: Any,
-    trim: bool,
-    same_target: bool = False,
-    packed: bool = False,
-    regenerated: Any = None,
-    costs: Optional[Callable[[Any, Any], np.ndarray]] = None,
-) -> Splits:
+    config: Config, dataset_class: Any, trim: bool, same_target: bool = False, packed: bool = False,
+    regenerated: Optional[Regenerated] = None, costs: Optional[Callable[[Any, Any], np.ndarray]] = None,
+) -> Splits:  # fmt: skip
     """Read, filter and split the data set as RecBole does, and put this package's loaders on it.
 
     Args:
-        config: the run's configuration.
-        dataset_class: see :func:`recbole_raserec.data.splits.get_dataset_class`.
+        config: of the run.
+        dataset_class: see `get_dataset_class`.
         trim: the model gives the same result on batches cut to their longest row.
         same_target: the model's loss reads same-target windows (DuoRec).
-        regenerated: sequences that join the training split; `dataset_class` must know the attribute.
         packed: train on all positions of a sequence in one pass.
+        regenerated: sequences that join the training split.
         costs: (config, training split) -> tokens of each item [V], for a model whose batches they bound.
     """
     dataset = dataset_class(config)
-    if regenerated is not None:
-        dataset.regenerated = regenerated.with_ids_of(vocabulary_of(dataset))
     log = dataset.inter_feat
     digest = data_fingerprint(dataset)
     log_users, log_items = np.asarray(log[dataset.uid_field]), np.asarray(log[dataset.iid_field])
     built = dataset.build()
+    if regenerated is not None and len(built) > 1:
+        built[0] = joined(built[0], regenerated.with_ids_of(vocabulary_of(dataset)))
     lazy = isinstance(built[0], SequenceDataset) and built[0].is_lazy
     samplers = _samplers(config, dataset, built) if lazy else create_samplers(config, dataset, built)
     train_class = get_dataloader(config, "train")
@@ -103,7 +101,7 @@ def prepare(
     return Splits(dataset, train, evaluation[0], evaluation[1], seen, digest)
 
 
-def _samplers(config: Any, dataset: Any, built: list[Any]) -> Any:
+def _samplers(config: Config, dataset: Any, built: list[Any]) -> Any:
     """RecBole's samplers of a sequential data set, where something is sampled: they hold a set for every user."""
     mode = config["eval_args"]["mode"]
     modes = set(mode.values()) if isinstance(mode, dict) else {mode}
@@ -124,66 +122,59 @@ def _seen_without(users: np.ndarray, items: np.ndarray, later: Any, dataset: Any
     return counts.astype(bool)
 
 
-class _users_per_batch:
+@contextlib.contextmanager
+def _users_per_batch(config: Config, dataset: Any) -> Iterator[None]:
     """`eval_batch_size` counts users for every kind of model (RecBole: users x items for the non-sequential ones)."""
-
-    def __init__(self, config: Any, dataset: Any):
-        self._config = config
-        self._factor = 1 if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else dataset.item_num
-
-    def __enter__(self) -> None:
-        self._size = self._config["eval_batch_size"]
-        self._config["eval_batch_size"] = self._size * self._factor
-
-    def __exit__(self, *_: Any) -> None:
-        self._config["eval_batch_size"] = self._size
+    size = config["eval_batch_size"]
+    config["eval_batch_size"] = size * (1 if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else dataset.item_num)
+    try:
+        yield
+    finally:
+        config["eval_batch_size"] = size
 
 
-def get_dataset_class(config: Any) -> Any:
+def get_dataset_class(config: Config) -> Any:
     """Data set class for the configured model: the lazy one where RecBole would use its SequentialDataset."""
     special = getattr(recbole.data.dataset, f"{config['model']}Dataset", None)
     if special is not None:
         return special
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
-        from recbole_raserec.data.dataset import SequenceDataset
-
         return SequenceDataset
     if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
         return recbole.data.dataset.KnowledgeBasedDataset
     return recbole.data.dataset.Dataset
 
 
-def prepare_data(config: Any, regenerated: Any = None) -> Splits:
-    """Data set, loaders and seen items as the configured model needs them; `regenerated` joins the training split."""
-    model_class = get_model(config["model"])
-    same_target = getattr(model_class, "needs_same_target", None)
-    packed = config["training"] == "packed" and hasattr(model_class, "encode_positions")
-    if packed and config["loss_type"] != "CE":
-        raise ConfigError(
-            [
-                f"training: packed predicts by cross entropy, and loss_type is {config['loss_type']}; set training: "
-                "prefix, or loss_type: CE"
-            ]
-        )
-    partners = same_target is not None and same_target(config)
-    kind = get_dataset_class(config)
-    if regenerated is not None:
-        kind = regenerated_class(kind)
-    costs = getattr(model_class, "token_costs", None)
-    return prepare(config, kind, trims(model_class), partners, packed, regenerated, costs)
-
-
-# Another run's checkpoint in this run: did it learn from what this run learns from, and from nothing held out?
-
-
-def check_same_split(option: str, directory: Path, manifest: Mapping[str, Any], config: Any, splits: Splits) -> None:
-    """Refuse a checkpoint whose training split may hold what this run validates or tests on.
-
-    Args:
-        option: that named it. directory, manifest: its. config, splits: of this run.
+def prepare_data(config: Config, regenerated: Optional[Regenerated] = None) -> Splits:
+    """Data set, loaders and seen items as the configured model needs them; `regenerated` joins the training split.
 
     Raises:
-        CheckpointError: users, items or the log behind them are others, or they were split in another way.
+        ConfigError: packed training with a loss other than cross entropy.
+    """
+    model_class = get_model(config["model"])
+    packed = config["training"] == "packed" and hasattr(model_class, "encode_positions")
+    if packed and config["loss_type"] != "CE":
+        problem = f"training: packed predicts by cross entropy, and loss_type is {config['loss_type']}"
+        raise ConfigError([f"{problem}; set training: prefix, or loss_type: CE"])
+    same_target = getattr(model_class, "needs_same_target", lambda _: False)(config)
+    costs = getattr(model_class, "token_costs", None)
+    return prepare(config, get_dataset_class(config), trims(model_class), same_target, packed, regenerated, costs)
+
+
+def check_same_split(
+    option: str, directory: Path, manifest: Mapping[str, Any], config: Config, splits: Splits
+) -> None:  # fmt: skip
+    """Refuse another run's checkpoint whose training split may hold what this run validates or tests on.
+
+    Args:
+        option: that named the checkpoint.
+        directory: of the checkpoint.
+        manifest: of the checkpoint.
+        config: of this run.
+        splits: of this run.
+
+    Raises:
+        CheckpointError: Users, items or the log behind them are others, or they were split in another way.
     """
     dataset = config["dataset"]
     if read_ids(directory) != splits.vocabulary():

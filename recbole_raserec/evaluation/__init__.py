@@ -3,7 +3,7 @@
 from recbole_raserec.evaluation.plots import plot_bars, plot_beside, plot_lines, plot_points
 from recbole_raserec.evaluation.protocols import SEEN_KEPT, Ranks, collect_ranks, evaluate, metrics_by_protocol
 from recbole_raserec.evaluation.ranking import scores
-from recbole_raserec.evaluation.ranks import grouped, read_ranks, user_metrics
+from recbole_raserec.evaluation.ranks import grouped, holm, paired_p, read_ranks, user_metrics
 from recbole_raserec.evaluation.report import (
     ABSENT,
     PROTOCOL_TITLES,
@@ -15,7 +15,6 @@ from recbole_raserec.evaluation.report import (
     text_block,
     versions,
 )
-from recbole_raserec.evaluation.significance import holm, paired_p
 
 __all__ = [
     "ABSENT",

@@ -1,4 +1,7 @@
-"""Plots of figures that lie beside them as JSON. They need matplotlib (``pip install 'recbole-raserec[plots]'``)."""
+"""Plots of figures that lie beside them as JSON, written atomically.
+
+Each raises MissingExtraError without matplotlib (`pip install 'recbole-raserec[plots]'`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -16,24 +19,22 @@ from recbole_raserec.storage import replacing
 #: Labels of more characters do not fit into a panel.
 LONG_LABEL = 30
 
+Target = Union[str, os.PathLike]
 #: x -> the values of all seeds there.
 Points = Mapping[Any, Sequence[float]]
 
 
 def plot_lines(
-    path: str | os.PathLike, panels: Mapping[str, Mapping[str, Points]], xlabel: str, ylabel: str,
+    path: Target, panels: Mapping[str, Mapping[str, Points]], xlabel: str, ylabel: str,
     levels: Optional[Mapping[str, Mapping[str, Sequence[float]]]] = None, log: bool = False,
 ) -> None:  # fmt: skip
     """Curves with a band of one standard deviation, a panel each.
 
     Args:
-        path: of the PNG; replaced atomically.
+        path: of the PNG.
         panels: {title: {label: points}}; all x are numbers.
         levels: {title: {label: values}}, dashed horizontal lines.
         log: a logarithmic x axis.
-
-    Raises:
-        MissingExtraError: there is no matplotlib.
     """
     figure, axes = _axes(len(panels))
     colors = _colors([*panels.values(), *(levels or {}).values()])
@@ -41,7 +42,7 @@ def plot_lines(
         for label, points in curves.items():
             x = sorted(points)
             mean = np.array([np.mean(points[place]) for place in x])
-            spread = np.array([np.std(points[place], ddof=1) if len(points[place]) > 1 else 0.0 for place in x])
+            spread = np.array([_spread(points[place]) for place in x])
             axis.plot(x, mean, marker="o", label=label, color=colors[label])
             axis.fill_between(x, mean - spread, mean + spread, color=colors[label], alpha=0.2, linewidth=0)
         for label, values in (levels or {}).get(title, {}).items():
@@ -52,14 +53,8 @@ def plot_lines(
     _write(figure, path)
 
 
-def plot_bars(
-    path: str | os.PathLike, panels: Mapping[str, Mapping[str, Points]], xlabel: str, ylabel: str
-) -> None:  # fmt: skip
-    """Groups of bars with one standard deviation, a panel each; `panels` is {title: {label: points}} with any x.
-
-    Raises:
-        MissingExtraError: there is no matplotlib.
-    """
+def plot_bars(path: Target, panels: Mapping[str, Mapping[str, Points]], xlabel: str, ylabel: str) -> None:
+    """Groups of bars with one standard deviation, a panel each; `panels` is {title: {label: points}} with any x."""
     figure, axes = _axes(len(panels))
     colors = _colors(panels.values())
     for axis, (title, series) in zip(axes, panels.items()):
@@ -68,28 +63,24 @@ def plot_bars(
         for number, (label, points) in enumerate(series.items()):
             names = list(points)
             place = np.arange(len(names)) + (number - (len(series) - 1) / 2) * width
-            spread = [np.std(values, ddof=1) if len(values) > 1 else 0.0 for values in points.values()]
-            means = [np.mean(values) for values in points.values()]
-            axis.bar(place, means, width, yerr=spread, label=label, capsize=2, color=colors[label])
+            means, spread = map(np.mean, points.values()), map(_spread, points.values())
+            axis.bar(place, [*means], width, yerr=[*spread], label=label, capsize=2, color=colors[label])
         axis.set_xticks(np.arange(len(names)), [str(name) for name in names])
         _finish(axis, title, xlabel, ylabel)
     _write(figure, path)
 
 
 def plot_points(
-    path: str | os.PathLike, series: Mapping[str, Sequence[tuple[Any, float]]], xlabel: str, ylabel: str,
+    path: Target, series: Mapping[str, Sequence[tuple[Any, float]]], xlabel: str, ylabel: str,
     steps: Optional[Mapping[str, Sequence[tuple[Any, float]]]] = None, log: bool = False,
 ) -> None:  # fmt: skip
     """One panel of single points.
 
     Args:
-        path: of the PNG; replaced atomically.
+        path: of the PNG.
         series: {label: (x, y) pairs}; x are numbers, or texts that get a place each. A series without any is left out.
         steps: {label: (x, y) pairs}, drawn as lines that keep their height up to the next pair.
         log: a logarithmic x axis.
-
-    Raises:
-        MissingExtraError: there is no matplotlib.
     """
     figure, (axis,) = _axes(1)
     for label, pairs in series.items():
@@ -102,6 +93,10 @@ def plot_points(
         axis.set_xscale("log")
     _finish(axis, "", xlabel, ylabel)
     _write(figure, path)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def _axes(panels: int) -> tuple[Any, Any]:
@@ -161,14 +156,14 @@ def _wrapped(label: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def _write(figure: Any, path: str | os.PathLike) -> None:
+def _write(figure: Any, path: Target) -> None:
     _legend(figure)
     with replacing(path) as part:
         # no date and version in the file: the same figures give the same bytes
         figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
 
 
-def plot_beside(path: str | os.PathLike, suffix: str = "") -> Path:
-    """Where the plot of a JSON file goes: the same name, `suffix` added, ending in ``.png``."""
+def plot_beside(path: Target, suffix: str = "") -> Path:
+    """Where the plot of a JSON file goes: the same name, `suffix` added, ending in `.png`."""
     path = Path(path)
     return path.with_name(f"{path.stem}{suffix}.png")

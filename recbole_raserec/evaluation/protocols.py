@@ -2,18 +2,19 @@
 
 The same model differs by a fifth or more in NDCG between the two protocols, so every figure carries its name:
 
-- ``seen_kept``: the items of the user's earlier history stay in the ranking. RecBole's way for sequential models.
-- ``seen_removed``: they are taken out, except the target itself. RecBole's way for general models.
+- `seen_kept`: the items of the user's earlier history stay in the ranking. RecBole's way for sequential models.
+- `seen_removed`: they are taken out, except the target itself. RecBole's way for general models.
 
-Ranks are counted here (:mod:`recbole_raserec.evaluation.ranking`); the metrics come from RecBole's own Evaluator, which
+Ranks are counted here (`ranking`); the metrics come from RecBole's own Evaluator, which
 is handed the hit structure that its Collector would have built, and so are equal to RecBole's to the last digit. (Where
 scores tie, RecBole leaves the order open; here the lower item id ranks first.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from recbole.evaluator import Evaluator
 from recbole.evaluator.collector import DataStruct
 from scipy.sparse import csr_matrix
 
-from recbole_raserec.config import SEEN_KEPT, SEEN_REMOVED, evaluation_problems
+from recbole_raserec.config import SEEN_KEPT, SEEN_REMOVED, Config, evaluation_problems
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import ConfigError, DatasetError
 from recbole_raserec.evaluation.ranking import Scorer, batches_of, csr_pairs, even_blocks
@@ -31,6 +32,8 @@ from recbole_raserec.evaluation.ranking import Scorer, batches_of, csr_pairs, ev
 PROTOCOLS = (SEEN_KEPT, SEEN_REMOVED)
 
 Metrics = dict[str, float]
+#: Where only `metrics`, `topk` and the like are read, a plain mapping will do.
+Options = Union[Config, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,15 @@ class Ranks:
     """The rank of every target of an evaluation set, in the order of its data loader.
 
     Attributes:
-        kept: int64 [P], 1-based, seen items in the ranking.
-        removed: int64 [P], seen items out of the ranking; None if the seen items were not given.
-        queries: int64 [P], the query each rank belongs to (a general model may have several targets per query).
-        users: int64 [n_queries], internal user id of each query.
-        targets: int64 [P], internal item id of each target.
+        kept: 1-based ranks with the seen items in the ranking, int64 [P].
+        removed: 1-based ranks without them, int64 [P]; None if the seen items were not given.
+        queries: the query of each rank (a general model may have several targets per query), int64 [P].
+        users: internal user id of each query, int64 [n_queries].
+        targets: internal item id of each target, int64 [P].
     """
 
     kept: torch.Tensor
-    removed: torch.Tensor | None
+    removed: Optional[torch.Tensor]
     queries: torch.Tensor
     users: torch.Tensor
     targets: torch.Tensor
@@ -57,30 +60,19 @@ class Ranks:
 
 
 def evaluate(
-    model: torch.nn.Module,
-    eval_data: Any,
-    config: Any,
-    seen: csr_matrix | None = None,
-    progress: bool = False,
-    *,
-    seen_by: str = "user",
-    decimals: int | None = None,
-) -> dict[str, Metrics]:
+    model: torch.nn.Module, eval_data: Any, config: Options, seen: Optional[csr_matrix] = None, progress: bool = False,
+    *, seen_by: str = "user", decimals: Optional[int] = None,
+) -> dict[str, Metrics]:  # fmt: skip
     """Metrics of `model` on `eval_data` under both protocols: {protocol: {"recall@10": value, ...}}.
 
-    Args: as :func:`collect_ranks`, and
-        decimals: digits the values are rounded to; without it `metric_decimal_place`, as RecBole does.
-
-    Raises:
-        ConfigError, DatasetError, ValueError: as :func:`collect_ranks`.
+    The arguments and errors are those of `collect_ranks` and `metrics_from_ranks`.
     """
-    return metrics_by_protocol(
-        collect_ranks(model, eval_data, config, seen, progress, seen_by=seen_by), config, decimals=decimals
-    )
+    ranks = collect_ranks(model, eval_data, config, seen, progress, seen_by=seen_by)
+    return metrics_by_protocol(ranks, config, decimals=decimals)
 
 
-def metrics_by_protocol(ranks: Ranks, config: Any, *, decimals: int | None = None) -> dict[str, Metrics]:
-    """Metrics of collected ranks under each protocol they have; the arguments are those of :func:`evaluate`."""
+def metrics_by_protocol(ranks: Ranks, config: Options, *, decimals: Optional[int] = None) -> dict[str, Metrics]:
+    """Metrics of collected ranks under each protocol they have; see `metrics_from_ranks`."""
     return {
         protocol: metrics_from_ranks(values, config, queries=ranks.queries, decimals=decimals)
         for protocol, values in ranks.by_protocol().items()
@@ -88,14 +80,9 @@ def metrics_by_protocol(ranks: Ranks, config: Any, *, decimals: int | None = Non
 
 
 def collect_ranks(
-    model: torch.nn.Module,
-    eval_data: Any,
-    config: Any,
-    seen: csr_matrix | None = None,
-    progress: bool = False,
-    *,
-    seen_by: str = "user",
-) -> Ranks:
+    model: torch.nn.Module, eval_data: Any, config: Options, seen: Optional[csr_matrix] = None, progress: bool = False,
+    *, seen_by: str = "user",
+) -> Ranks:  # fmt: skip
     """Rank every target of `eval_data` with `model`, in chunks of at most `eval_memory_mb` MiB of scores.
 
     A model that offers `full_sort_vectors(interaction) -> (h [B, H], item_vectors [V, H], item_bias [V] or None)`, with
@@ -105,7 +92,7 @@ def collect_ranks(
     Args:
         model: a RecBole model; its training mode is restored afterwards.
         eval_data: RecBole's FullSortEvalDataLoader, or one whose batches have the same four parts.
-        config: the run's configuration (`metrics`, `topk`, `eval_args`, `USER_ID_FIELD`, `device`, `eval_memory_mb`).
+        config: gives `metrics`, `topk`, `eval_args`, `USER_ID_FIELD`, `device`, `eval_memory_mb`.
         seen: what has been seen before the targets of this phase (training data for validation; training and
             validation data for test), the whole log and not just the part the model reads: bool [n_users, n_items].
             Without it only `seen_kept` is reported. RecBole's own history index is not used: it holds the same items.
@@ -114,7 +101,7 @@ def collect_ranks(
             which a user has several queries with different histories).
 
     Raises:
-        ConfigError: a metric needs more than the ranks, the items are sampled, or `eval_memory_mb` is too low.
+        ConfigError: A metric needs more than the ranks, the items are sampled, or `eval_memory_mb` is too low.
         DatasetError: there is nothing to evaluate.
         ValueError: the model gives NaN scores, or `seen` does not fit the data.
     """
@@ -127,35 +114,36 @@ def collect_ranks(
         raise ValueError(f"seen_by is {seen_by!r}; it must be 'user' or 'query'.")
 
     scorer = Scorer(model, eval_data._dataset, config)
-    ranks = _RankLists()
-    was_training = model.training
+    parts: list[tuple[torch.Tensor, ...]] = []
+    n_queries, was_training = 0, model.training
     model.eval()
     try:
         with torch.no_grad():
             for interaction, positive_u, positive_i in batches_of(eval_data, scorer.rows, progress):
                 users = interaction[config["USER_ID_FIELD"]].cpu()
-                seen_rows = users.numpy()
-                if seen_by == "query":
-                    seen_rows = ranks.n_queries + np.arange(len(users))
-                kept, removed = _rank_batch(scorer, interaction, positive_u, positive_i, seen, seen_rows)
-                ranks.add(kept, removed, positive_u, users, positive_i.cpu())
+                rows = users.numpy() if seen_by == "user" else n_queries + np.arange(len(users))
+                kept, removed = _rank_batch(scorer, interaction, positive_u, positive_i, seen, rows)
+                parts.append((kept, removed, positive_u + n_queries, users, positive_i.cpu()))
+                n_queries += len(users)
     finally:
         model.train(was_training)
-    if not ranks.n_queries:
+    if not n_queries:
         raise DatasetError("the evaluation set is empty: no user has an interaction left for it after the split.")
-    return ranks.joined(with_removed=seen is not None)
+    kept, removed, queries, users, targets = (torch.cat(part) for part in zip(*parts))
+    add_up = current().add_up  # each process has ranked its queries
+    return Ranks(add_up(kept), None if seen is None else add_up(removed), queries, users, targets)
 
 
 def metrics_from_ranks(
-    ranks: torch.Tensor, config: Any, *, queries: torch.Tensor | None = None, decimals: int | None = None
+    ranks: torch.Tensor, config: Options, *, queries: Optional[torch.Tensor] = None, decimals: Optional[int] = None
 ) -> Metrics:
     """RecBole's metrics from the ranks of the targets.
 
     Args:
-        ranks: int64 [P], 1-based.
-        config: gives `metrics`, `topk` and `metric_decimal_place`.
-        queries: int64 [P], the query (0..n-1, each present) of each rank; without it each rank is a query of its own.
-        decimals: digits to round to instead of `metric_decimal_place`.
+        ranks: 1-based, int64 [P].
+        config: gives `metrics`, `topk`, `metric_decimal_place`, `eval_args`.
+        queries: query (0..n-1, each present) of each rank, int64 [P]; without it each rank is a query of its own.
+        decimals: digits the values are rounded to; without it `metric_decimal_place`, as RecBole does.
 
     Raises:
         ConfigError: a metric needs more than the ranks.
@@ -165,10 +153,12 @@ def metrics_from_ranks(
     return {name: float(value) for name, value in evaluator.evaluate(collected).items()}
 
 
-def query_metrics(ranks: torch.Tensor, config: Any, *, queries: torch.Tensor | None = None) -> dict[str, np.ndarray]:
+def query_metrics(
+    ranks: torch.Tensor, config: Options, *, queries: Optional[torch.Tensor] = None
+) -> dict[str, np.ndarray]:
     """RecBole's metrics of each query, not averaged and not rounded: {"recall@10": float64 [n], ...}.
 
-    The arguments and errors are those of :func:`metrics_from_ranks`.
+    The arguments and errors are those of `metrics_from_ranks`.
     """
     evaluator, collected = _evaluator(ranks, config, queries, 0)
     for metric in evaluator.metric_class.values():
@@ -177,7 +167,7 @@ def query_metrics(ranks: torch.Tensor, config: Any, *, queries: torch.Tensor | N
     return {name: np.asarray(values, dtype=np.float64) for name, values in evaluator.evaluate(collected).items()}
 
 
-def _evaluator(ranks: torch.Tensor, config: Any, queries: torch.Tensor | None, digits: int) -> tuple[Any, Any]:
+def _evaluator(ranks: torch.Tensor, config: Options, queries: Optional[torch.Tensor], digits: int) -> tuple[Any, Any]:
     """RecBole's Evaluator, and the hit structure of `ranks` that it reads."""
     problems = evaluation_problems(config)
     if problems:
@@ -196,13 +186,9 @@ def _evaluator(ranks: torch.Tensor, config: Any, queries: torch.Tensor | None, d
 
 
 def _rank_batch(
-    scorer: Scorer,
-    interaction: Interaction,
-    positive_u: torch.Tensor,
-    positive_i: torch.Tensor,
-    seen: csr_matrix | None,
-    seen_rows: np.ndarray,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scorer: Scorer, interaction: Interaction, positive_u: torch.Tensor, positive_i: torch.Tensor,
+    seen: Optional[csr_matrix], seen_rows: np.ndarray,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Ranks (kept, removed), int64 [P] each, of the positives of one batch; `seen_rows` [B] are rows of `seen`.
 
     In a group of processes those of the queries of this process, 0 for the others'.
@@ -229,38 +215,10 @@ def _rank_batch(
     return kept, removed
 
 
-class _RankLists:
-    """Collects the ranks of the batches."""
-
-    def __init__(self) -> None:
-        self.n_queries = 0
-        self.kept: list[torch.Tensor] = []
-        self.removed: list[torch.Tensor] = []
-        self.queries: list[torch.Tensor] = []
-        self.users: list[torch.Tensor] = []
-        self.targets: list[torch.Tensor] = []
-
-    def add(
-        self, kept: torch.Tensor, removed: torch.Tensor, rows: torch.Tensor, users: torch.Tensor, targets: torch.Tensor
-    ) -> None:
-        self.kept.append(kept)
-        self.removed.append(removed)
-        self.queries.append(rows + self.n_queries)
-        self.users.append(users)
-        self.targets.append(targets)
-        self.n_queries += len(users)
-
-    def joined(self, with_removed: bool) -> Ranks:
-        add_up = current().add_up  # each process has ranked its queries
-        removed = add_up(torch.cat(self.removed)) if with_removed else None
-        queries, users, targets = (torch.cat(parts) for parts in (self.queries, self.users, self.targets))
-        return Ranks(add_up(torch.cat(self.kept)), removed, queries, users, targets)
-
-
-def _cutoffs(config: Any) -> list[int]:
+def _cutoffs(config: Options) -> list[int]:
     return [config["topk"]] if isinstance(config["topk"], int) else list(config["topk"])
 
 
-def _names(config: Any) -> list[str]:
+def _names(config: Options) -> list[str]:
     metrics = config["metrics"]
     return [metrics] if isinstance(metrics, str) else list(metrics)

@@ -11,7 +11,7 @@ Shapes: B or N queries, V items with the padding, H dimensions, S pairs of a que
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Optional
 
 import numpy as np
@@ -23,6 +23,9 @@ from tqdm import tqdm
 from recbole_raserec.errors import ConfigError
 
 MIB = 2**20
+DEFAULT_MEMORY_MB = 512
+#: Queries of like length that are encoded together.
+GROUP = 128
 # Scores and their comparison mask are reused while they still lie in the processor's last-level cache; a larger chunk
 # is slower on a CPU. A GPU wants few, large kernels.
 _CPU_CHUNK_BYTES = 12 * MIB
@@ -36,7 +39,7 @@ SeenPairs = tuple[np.ndarray, np.ndarray]
 
 
 def scores(h: torch.Tensor, item_vectors: torch.Tensor, item_bias: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """The score of each item for each user vector: ``h @ item_vectors.T (+ item_bias)``.
+    """The score of each item for each user vector: `h @ item_vectors.T (+ item_bias)`.
 
     Args:
         h: user vectors [B, H].
@@ -51,10 +54,7 @@ def scores(h: torch.Tensor, item_vectors: torch.Tensor, item_bias: Optional[torc
 
 
 def target_ranks(
-    scores: torch.Tensor,
-    targets: torch.Tensor,
-    seen: SeenPairs | None = None,
-    rows: torch.Tensor | None = None,
+    scores: torch.Tensor, targets: torch.Tensor, seen: Optional[SeenPairs] = None, rows: Optional[torch.Tensor] = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank each target in its row of a score matrix, with the seen items kept in the ranking and without them.
 
@@ -90,14 +90,9 @@ def target_ranks(
 
 
 def rank_in_chunks(
-    h: torch.Tensor,
-    item_vectors: torch.Tensor,
-    targets: torch.Tensor,
-    seen: SeenPairs | None = None,
-    *,
-    item_bias: torch.Tensor | None = None,
-    memory_mb: float = 512,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    h: torch.Tensor, item_vectors: torch.Tensor, targets: torch.Tensor, seen: Optional[SeenPairs] = None,
+    *, item_bias: Optional[torch.Tensor] = None, memory_mb: float = DEFAULT_MEMORY_MB,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Rank each target by the scores `h @ item_vectors.T (+ item_bias)` without ever holding the whole [N, V] matrix.
 
     Rows are scored in chunks into one buffer that is allocated once; scores and mask stay under `memory_mb`.
@@ -111,7 +106,7 @@ def rank_in_chunks(
         memory_mb: upper bound in MiB for the buffers (option `eval_memory_mb`).
 
     Returns:
-        (kept, removed): 1-based ranks, int64 [N] on the CPU, as :func:`target_ranks` counts them.
+        (kept, removed): 1-based ranks, int64 [N] on the CPU, as `target_ranks` counts them.
 
     Raises:
         ConfigError: `memory_mb` does not hold the scores of a single query.
@@ -153,13 +148,8 @@ def chunk_rows(n_items: int, bytes_per_score: int, memory_mb: float, device: tor
     row_bytes = n_items * bytes_per_score
     limit = int(memory_mb * MIB) // row_bytes
     if limit < 1:
-        need = math.ceil(row_bytes / MIB)
-        raise ConfigError(
-            [
-                f"eval_memory_mb: {memory_mb} MiB do not hold the scores of one user over {n_items} items; "
-                f"set it to {need} or more."
-            ]
-        )
+        problem = f"eval_memory_mb: {memory_mb} MiB do not hold the scores of one user over {n_items} items"
+        raise ConfigError([f"{problem}; set it to {math.ceil(row_bytes / MIB)} or more."])
     return max(1, min(limit, _chunk_bytes(device) // row_bytes))
 
 
@@ -183,10 +173,8 @@ def _count(block: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> to
     if len(odd):
         unclear = items[odd]
         if bool(unclear.isnan().any()):
-            raise ValueError(
-                "the model gives NaN scores, which have no rank; its training has diverged (lower the learning rate) "
-                "or its weights are damaged."
-            )
+            cause = "its training has diverged (lower the learning rate) or its weights are damaged"
+            raise ValueError(f"the model gives NaN scores, which have no rank; {cause}.")
         ids = torch.arange(1, block.shape[1], device=block.device)
         ahead[odd] += ((unclear == own[odd]) & (ids < targets[odd].unsqueeze(1))).sum(1)
     return ahead + 1
@@ -198,7 +186,7 @@ def _row_sums(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _seen_in_front(
-    scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, seen: SeenPairs | None
+    scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, seen: Optional[SeenPairs]
 ) -> torch.Tensor:
     """How many distinct seen items stand in front of each target: int64 [B] on the CPU."""
     n_targets, n_items = len(targets), scores.shape[1]
@@ -234,15 +222,6 @@ def _chunk_bytes(device: torch.device) -> int:
     return _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
 
 
-# Scores of all items for the queries of any RecBole model, in blocks of bounded memory.
-
-
-DEFAULT_MEMORY_MB = 512
-
-#: Queries of like length that are encoded together.
-GROUP = 128
-
-
 class Scorer:
     """Scores all items for a block of queries, whichever of the three ways the model offers."""
 
@@ -250,24 +229,19 @@ class Scorer:
         self.model, self.dataset, self.config = model, dataset, config
         self.n_items = dataset.item_num
         self.device = torch.device(config["device"])
-        self.memory_mb = option(config, "eval_memory_mb") or DEFAULT_MEMORY_MB
+        self.memory_mb = _option(config, "eval_memory_mb") or DEFAULT_MEMORY_MB
         # float32 scores, the mask they are counted with, and a copy such as many models make on their way.
         self.rows = chunk_rows(self.n_items, 3 * 4, self.memory_mb, self.device)
-        self.batch_size = max(1, option(config, "eval_batch_size") or 4096)
+        self.batch_size = max(1, _option(config, "eval_batch_size") or 4096)
         self.gives_vectors = hasattr(model, "full_sort_vectors")
         if self.gives_vectors:  # the scores are cut up later; encoding is better done in large batches
             self.rows = max(self.rows, self.batch_size)
         self.predicts_pairs_only = False
 
     def rank(
-        self,
-        interaction: Interaction,
-        start: int,
-        stop: int,
-        rows: torch.Tensor,
-        targets: torch.Tensor,
-        pairs: SeenPairs | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, interaction: Interaction, start: int, stop: int, rows: torch.Tensor, targets: torch.Tensor,
+        pairs: Optional[SeenPairs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Ranks of `targets` [P] in the rows `rows` [P] of the block of queries start..stop."""
         block = interaction[start:stop].to(self.device)
         if self.gives_vectors:
@@ -282,7 +256,7 @@ class Scorer:
             raise ValueError(f"{name} gives {len(scores)} rows of scores for {stop - start} queries.")
         return target_ranks(scores, targets, pairs, rows)
 
-    def _vectors(self, block: Interaction) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _vectors(self, block: Interaction) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
         """The model's `full_sort_vectors`; where windows may be trimmed, encoded in groups of like length."""
         lengths = self.dataset.item_list_length_field if getattr(self.dataset, "trim", False) else None
         if lengths not in block or len(block) <= GROUP:
@@ -322,15 +296,13 @@ class Scorer:
 
 def batches_of(eval_data: Any, rows: int, progress: bool) -> Iterator[tuple[Interaction, torch.Tensor, torch.Tensor]]:
     """(interaction, positive_u, positive_i) of every batch."""
+    batches, collate = eval_data, None
     if isinstance(eval_data, FullSortEvalDataLoader) and not eval_data.is_sequential:
         # RecBole sizes these batches as eval_batch_size // n_items queries: one user a batch for most catalogues.
-        spans = [list(range(start, stop)) for start, stop in even_blocks(eval_data.sample_size, rows)]
-        batches: Any = map(
-            eval_data.collate_fn, tqdm(spans, desc="evaluate", ncols=80, leave=False, disable=not progress)
-        )
-    else:
-        batches = iter(tqdm(eval_data, desc="evaluate", ncols=80, leave=False, disable=not progress))
-    for interaction, _, positive_u, positive_i in batches:
+        batches = [list(range(start, stop)) for start, stop in even_blocks(eval_data.sample_size, rows)]
+        collate = eval_data.collate_fn
+    for batch in tqdm(batches, desc="evaluate", ncols=80, leave=False, disable=not progress):
+        interaction, _, positive_u, positive_i = collate(batch) if collate else batch
         yield interaction, positive_u.cpu(), positive_i.cpu()
 
 
@@ -340,9 +312,6 @@ def even_blocks(n: int, size: int) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in zip(cuts[:-1], cuts[1:])]
 
 
-def option(config: Any, name: str) -> Any:
+def _option(config: Any, name: str) -> Any:
     """An option that may be absent: RecBole's Config answers None, a plain mapping has no such key."""
-    try:
-        return config[name]
-    except KeyError:
-        return None
+    return config.get(name) if isinstance(config, Mapping) else config[name]

@@ -1,4 +1,22 @@
-"""The ranks of a run's test targets as a file: what significance over users, and any other metric, is computed from."""
+"""The ranks of a run's test targets as a file, and what is computed from them: metrics by user and by group, and the
+paired significance of the difference between two models.
+
+Two tests answer different questions:
+
+- *over users*: each user's metric is averaged over the seeds, and the differences of the users are tested. A small p
+  says that the difference is not an accident of the users who happen to be in the log: it would be found with other
+  users of the same kind. It takes the trained models as they are. With few seeds it says nothing about another seed:
+  a lucky initialisation that ranks better for everybody is as significant here as a better method. With ten thousand
+  users a difference too small to matter is significant too; look at its size first.
+- *over seeds*: the means of the seeds are tested, each seed of the one against the same seed of the other. A small p
+  says that the difference is not an accident of initialisation and order of the batches. It takes the users and the
+  split as they are. With few seeds it has little power: two seeds reach p < .05 only where the difference is more than
+  12 standard errors, so a large p is no evidence of equality.
+
+Neither says anything about another data set, another split, or other hyperparameters, and both take their pairs for
+independent (users who share items are not quite). The t-test assumes that the mean difference is about normal, which
+thousands of users give and a handful of seeds do not.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +25,25 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
+from scipy import stats
 from scipy.sparse import csr_matrix
 
 from recbole_raserec.errors import CheckpointError
 from recbole_raserec.evaluation.protocols import PROTOCOLS, Ranks, metrics_from_ranks, query_metrics
 from recbole_raserec.storage import replacing
 
-#: Names in the file: ``<stage>/users``, ``<stage>/queries``, ``<stage>/<protocol>`` for the ranks, and what targets are
+#: Names in the file: `<stage>/users`, `<stage>/queries`, `<stage>/<protocol>` for the ranks, and what targets are
 #: grouped by.
 USERS, QUERIES = "users", "queries"
 POPULARITY, HISTORY = GROUPINGS = ("popularity", "history")
+#: Digits of the figures of groups.
+DECIMALS = 6
+#: What the rounding of two figures to six decimals can make of their difference.
+ROUNDING = 2e-6
 
 
 @dataclass(frozen=True)
@@ -28,9 +51,9 @@ class StageRanks:
     """The ranks of one stage.
 
     Attributes:
-        users: str [n], the user of each query, as the log calls them.
-        queries: int64 [P], the query (0..n-1) of each target; a query of a general model may have several.
-        ranks: {protocol: int64 [P]}, 1-based.
+        users: the user of each query, as the log calls them, str [n].
+        queries: the query (0..n-1) of each target, int64 [P]; a query of a general model may have several.
+        ranks: {protocol: 1-based int64 [P]}.
         groupings: {"popularity": int64 [P], users who had the target in the training split; "history": int64 [P],
             different items that its user had before the test}; empty in files of earlier versions.
     """
@@ -44,7 +67,7 @@ class StageRanks:
 def write_ranks(
     path: str | os.PathLike, stages: Mapping[str, Ranks], users: Sequence[str], seen: Mapping[str, csr_matrix]
 ) -> None:
-    """Write the ranks of a run's stages as an ``.npz`` file without pickle, atomically.
+    """Write the ranks of a run's stages as an `.npz` file without pickle, atomically.
 
     Args:
         path: of the file.
@@ -69,7 +92,7 @@ def write_ranks(
 
 
 def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
-    """Read what :func:`write_ranks` wrote: {stage: ranks}, the whole pipeline last.
+    """Read what `write_ranks` wrote: {stage: ranks}, the whole pipeline last.
 
     Raises:
         CheckpointError: the file is missing, damaged, or none of ranks.
@@ -101,26 +124,19 @@ def user_metrics(
     """The metrics of each user, the mean over a user's queries where there are several.
 
     Args:
-        ranks: of one stage. protocol: one of those it has.
+        ranks: of one stage.
+        protocol: one of those it has.
         options: give `metrics` and `topk`.
 
     Returns:
         (users str [U], sorted, {"recall@10": float64 [U], ...}).
     """
-    values = query_metrics(
-        torch.from_numpy(ranks.ranks[protocol]), options, queries=torch.from_numpy(ranks.queries)
-    )  # [n] each
+    given = torch.from_numpy(ranks.ranks[protocol])
+    values = query_metrics(given, options, queries=torch.from_numpy(ranks.queries))  # [n] each
     users, place = np.unique(ranks.users, return_inverse=True)
     place = place.reshape(-1)
     counts = np.bincount(place)
     return users, {name: np.bincount(place, weights=each) / counts for name, each in values.items()}
-
-
-# Metrics of test targets in groups: by how many had the target in training, and by the length of the history.
-
-
-#: Digits of the figures.
-DECIMALS = 6
 
 
 def quintiles(values: np.ndarray) -> list[np.ndarray]:
@@ -134,7 +150,9 @@ def grouped(ranks: StageRanks, options: Mapping[str, Any], metric: str) -> dict[
     """One metric in quintiles of the targets, a target being a query of its own.
 
     Args:
-        ranks: of one stage. options: give `metrics` and `topk`. metric: "ndcg@10", say, one of them.
+        ranks: of one stage.
+        options: give `metrics` and `topk`.
+        metric: one of them, "ndcg@10", say.
 
     Returns:
         {"popularity" | "history": {"3-7": {"targets": n, protocol: value}}}; empty for ranks without groupings.
@@ -143,13 +161,68 @@ def grouped(ranks: StageRanks, options: Mapping[str, Any], metric: str) -> dict[
     for grouping, values in ranks.groupings.items():
         found[grouping] = {}
         for rows in quintiles(values):
-            chosen = {name: torch.from_numpy(each[rows]) for name, each in ranks.ranks.items()}
-            found[grouping][f"{values[rows].min()}-{values[rows].max()}"] = {
-                "targets": len(rows),
-                **{name: _metric(each, options, metric) for name, each in chosen.items()},
+            figures = {
+                name: metrics_from_ranks(torch.from_numpy(each[rows]), options, decimals=DECIMALS)[metric]
+                for name, each in ranks.ranks.items()
             }
+            label = f"{values[rows].min()}-{values[rows].max()}"
+            found[grouping][label] = {"targets": len(rows), **figures}
     return found
 
 
-def _metric(ranks: torch.Tensor, options: Mapping[str, Any], metric: str) -> float:
-    return metrics_from_ranks(ranks, options, decimals=DECIMALS)[metric]
+def paired_p(ours: Sequence[float] | np.ndarray, base: Sequence[float] | np.ndarray) -> Optional[float]:
+    """Two-sided p-value of the paired t-test that the mean difference is zero.
+
+    Args:
+        ours: values [n].
+        base: values [n], pair by pair.
+
+    Returns:
+        p in [0, 1]; None for fewer than two pairs, and for differences that are equal up to `ROUNDING` and not
+        zero, which two seeds of few users bring about by chance: the statistic needs a spread.
+        Differences that are all zero give 1.
+
+    Raises:
+        ValueError: the two have different lengths, or hold something not finite.
+    """
+    ours, base = np.asarray(ours, dtype=np.float64), np.asarray(base, dtype=np.float64)
+    if ours.shape != base.shape or ours.ndim != 1:
+        raise ValueError(f"pairs need two lists of the same length, not {ours.shape} and {base.shape}.")
+    difference = ours - base
+    if not np.isfinite(difference).all():
+        raise ValueError("a value is not finite.")
+    if len(difference) < 2:
+        return None
+    if np.ptp(difference) <= ROUNDING:
+        return 1.0 if np.abs(difference).max() <= ROUNDING else None
+    return float(stats.ttest_rel(ours, base).pvalue)
+
+
+def holm(p: Sequence[Optional[float]]) -> list[Optional[float]]:
+    """Holm's correction: the p-values of a family, so that rejecting those below a level errs anywhere in the family
+    with at most that probability.
+
+    The i-th smallest of m (from 1) is multiplied by m - i + 1; none becomes smaller than one before it, or more than 1.
+
+    Args:
+        p: one value for each comparison of the family; None where there was nothing to test, which does not count.
+
+    Returns:
+        the corrected values, in the order of `p`; None stays None.
+
+    Raises:
+        ValueError: a value is not in [0, 1].
+
+    References:
+        Holm, S. (1979): A simple sequentially rejective multiple test procedure.
+    """
+    known = {place: value for place, value in enumerate(p) if value is not None}
+    for value in known.values():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{value} is no p-value.")
+    corrected: list[Optional[float]] = [None] * len(p)
+    largest = 0.0
+    for done, place in enumerate(sorted(known, key=lambda place: known[place])):
+        largest = max(largest, min(1.0, (len(known) - done) * known[place]))
+        corrected[place] = largest
+    return corrected

@@ -1,21 +1,21 @@
-"""Results for people (tables for the terminal and for Markdown) and for programs (a JSON record)."""
+"""Results for people (tables in text, Markdown, LaTeX and CSV) and for programs (a JSON record)."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-import os
 import platform
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from logging import getLogger
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, TypedDict
 
+import pandas as pd
 from recbole.utils import ModelType
+from tabulate import LATEX_ESCAPE_RULES, DataRow, Line, TableFormat, tabulate
 
-from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics
+from recbole_raserec.config import Config
+from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics, Options
 from recbole_raserec.evaluation.ranks import write_ranks
 from recbole_raserec.kernels import loaded, peak_memory_mb
 from recbole_raserec.storage import plain, write_json
@@ -24,116 +24,98 @@ PROTOCOL_TITLES = {
     SEEN_KEPT: "seen items kept in the ranking (RecBole's way for sequential models)",
     SEEN_REMOVED: "seen items removed from the ranking",
 }
-IMPROVEMENT = "improvement"
 ABSENT = "-"
+#: Columns of a terminal that the text of a comparison may take.
+WIDTH = 120
 _METRIC_TITLES = {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP"}
 _DISTRIBUTIONS = {
     "recbole_raserec": ("recbole-raserec",),
-    "recbole": ("recbole",),
-    "torch": ("torch",),
-    "numpy": ("numpy",),
-    "scipy": ("scipy",),
-    "pandas": ("pandas",),
+    **{name: (name,) for name in ("recbole", "torch", "numpy", "scipy", "pandas")},
     "faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cu11"),
 }
+_TEXT = TableFormat(Line("", "-", "--", ""), None, None, None, DataRow("", "  ", ""), DataRow("", "  ", ""), 0, None)
 
 Results = Mapping[str, Metrics]  # protocol -> {"recall@10": value, ...}
+Rows = list[list[str]]  # the first row is the head
+Content = Mapping[str, Any]  # of `compare.json`
 
 
-def comparison_table(
-    base: Results,
-    ours: Results,
-    names: Sequence[str] = ("SASRec", "RaSeRec"),
-    *,
-    style: str = "text",
-    width: int = 80,
-    digits: int = 4,
-) -> str:
-    """Base, ours and the improvement in percent: one block for each protocol, named in words.
+class Record(TypedDict, total=False):
+    """Everything a result needs to be understood and repeated, ready for JSON."""
+
+    model: str
+    backbone: Optional[str]  # what the model retrieves with; None for a baseline
+    dataset: str
+    seed: int
+    metrics: Mapping[str, Any]  # {"base" | "ours": {"valid" | "test": Results}}; a baseline has only "base"
+    improvement_percent: dict[str, dict[str, dict[str, Optional[float]]]]  # of "ours" over "base", as `metrics`
+    protocol: Mapping[str, Any]  # what the figures mean, see `protocol_description`
+    seconds: Mapping[str, float]  # wall time of each stage
+    parameters: Mapping[str, int]  # {"base" | "ours": learned numbers of the model}
+    peak_memory_mb: Optional[float]  # largest memory of the process, MiB
+    curves: Mapping[str, Any]  # {"base" | "ours": validation values and training losses by epoch}
+    versions: dict[str, Optional[str]]
+    options: Mapping[str, Any]  # of the run
+
+
+def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, seconds: float) -> Record:
+    """Write and print the figures of a run.
 
     Args:
-        base, ours: metrics by protocol, with the same protocols and metrics.
-        names: what the two rows are called.
-        style: "text" for the terminal or "markdown".
-        width: columns of the terminal; metrics that do not fit go into a second band of the same block.
-        digits: digits after the point of the metrics.
-
-    Raises:
-        ValueError: the two do not have the same protocols and metrics, or the style is unknown.
+        config: of the run.
+        stages: the outcome of each stage, from the base to the whole pipeline.
+        regeneration: the outcome of stage i, or None.
+        seconds: wall time of the run.
     """
-    return _table([(names[0], base), (names[1], ours)], True, style, width, digits)
-
-
-def stages_table(results: Mapping[str, Results], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
-    """One row for each stage of the pipeline, and the improvement of the last over the first in percent.
-
-    Raises:
-        ValueError: the rows do not have the same protocols and metrics, or the style is unknown.
-    """
-    return _table(list(results.items()), True, style, width, digits)
-
-
-def results_table(results: Mapping[str, Results], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
-    """One row a model, one block a protocol; `results` is {model: {protocol: metrics}}, one model or more.
-
-    Raises:
-        ValueError: the models do not have the same protocols and metrics, or the style is unknown.
-    """
-    return _table(list(results.items()), False, style, width, digits)
-
-
-def record_table(record: Mapping[str, Any], *, style: str = "text", width: int = 80, digits: int = 4) -> str:
-    """The test figures of a record of :func:`result_record`, in the table that fits it."""
-    metrics, name = record["metrics"], record["backbone"] or record["model"]
-    if "stages" in metrics:
-        rows = {stage.replace("base", name): phases["test"] for stage, phases in metrics["stages"].items()}
-        return stages_table(rows, style=style, width=width, digits=digits)
-    if "ours" not in metrics:
-        return results_table({name: metrics["base"]["test"]}, style=style, width=width, digits=digits)
-    pair = metrics["base"]["test"], metrics["ours"]["test"]
-    return comparison_table(*pair, (name, record["model"]), style=style, width=width, digits=digits)
-
-
-def improvement(base: float, ours: float) -> float | None:
-    """Improvement of `ours` over `base` in percent; None where there is no base to improve on."""
-    return None if base == 0 or not math.isfinite(base) or not math.isfinite(ours) else 100 * (ours - base) / base
+    base, *more = stages.values()
+    retrieves = config["model"] == "RaSeRec"
+    ends = {"base": base, "ours": more[-1]} if more else {"base": base}
+    metrics = {name: outcome.metrics for name, outcome in ends.items()}
+    times = {"recommendation": base.seconds}
+    if retrieves and more:
+        times["retrieval"] = more[-1].seconds
+    if regeneration is not None:
+        metrics["stages"] = {name: outcome.metrics for name, outcome in stages.items()}
+        times["regeneration"] = regeneration.seconds
+        times["recommendation_regenerated"] = stages["base + (i)"].seconds
+    record = result_record(
+        model=config["model"],
+        backbone=base.name if retrieves else None,
+        dataset=config["dataset"],
+        seed=config["seed"],
+        metrics=metrics,
+        protocol=protocol_description(
+            config,
+            validation_in_history=config["MODEL_TYPE"] == ModelType.SEQUENTIAL,
+            validation_in_memory=retrieves,
+        ),
+        seconds={**times, "this_run": seconds},
+        options=config.explain(),
+        parameters={name: outcome.parameters for name, outcome in ends.items()},
+        peak_memory_mb=peak_memory_mb(),
+        curves={name: outcome.curve for name, outcome in ends.items()},
+    )
+    if config["ranks_file"]:
+        ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
+        write_ranks(config["ranks_file"], ranks, base.splits.vocabulary()["users"], base.splits.seen)
+    if config["result_file"]:
+        write_json(config["result_file"], record)
+    print("\n" + record_table(record))
+    if config["result_file"]:
+        getLogger().info(f"Figures written to {config['result_file']}")
+    getLogger().info(f"Checkpoint: {[*ends.values()][-1].directory}")
+    return record
 
 
 def result_record(
-    *,
-    model: str,
-    dataset: str,
-    seed: int,
-    metrics: Mapping[str, Any],
-    protocol: Mapping[str, Any],
-    seconds: Mapping[str, float],
-    backbone: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    parameters: Mapping[str, int] | None = None,
-    peak_memory_mb: float | None = None,
-    curves: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Everything a result needs to be understood and repeated, ready for JSON.
-
-    Args:
-        model, backbone, dataset, seed: of the run; no backbone for a baseline.
-        metrics: {"base" | "ours": {"valid" | "test": {protocol: {"recall@10": value}}}}; a baseline has only "base".
-            Where both are there, "improvement_percent" is added to the record for each phase they share.
-        protocol: what the figures mean, see :func:`protocol_description`.
-        seconds: wall time of each stage.
-        options: the options of the run that differ from the defaults, or all of them.
-        parameters: {"base" | "ours": learned numbers of the model}.
-        peak_memory_mb: largest memory of the process, MiB; None where that cannot be told.
-        curves: {"base" | "ours": validation values and training losses by epoch}.
-    """
+    *, model: str, dataset: str, seed: int, metrics: Mapping[str, Any], protocol: Mapping[str, Any],
+    seconds: Mapping[str, float], backbone: Optional[str] = None, options: Optional[Mapping[str, Any]] = None,
+    parameters: Optional[Mapping[str, int]] = None, peak_memory_mb: Optional[float] = None,
+    curves: Optional[Mapping[str, Any]] = None,
+) -> Record:  # fmt: skip
+    """A record of its fields; improvement and versions are added."""
+    record: Record = {"model": model, "backbone": backbone, "dataset": dataset, "seed": seed, "metrics": metrics}
     base, ours = metrics.get("base"), metrics.get("ours")
-    record: dict[str, Any] = {
-        "model": model,
-        "backbone": backbone,
-        "dataset": dataset,
-        "seed": seed,
-        "metrics": metrics,
-    }
     if base is not None and ours is not None:
         record["improvement_percent"] = {
             phase: {
@@ -154,13 +136,8 @@ def result_record(
     return plain(record)
 
 
-def write_result(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, atomically."""
-    write_json(path, plain(record))
-
-
 def protocol_description(
-    config: Any, *, validation_in_history: bool = True, validation_in_memory: bool = False
+    config: Options, *, validation_in_history: bool = True, validation_in_memory: bool = False
 ) -> dict[str, Any]:
     """In words and options, how the figures of a run came about.
 
@@ -200,7 +177,45 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _table(results: Sequence[tuple[str, Results]], compare: bool, style: str, width: int, digits: int) -> str:
+def improvement(base: float, ours: float) -> Optional[float]:
+    """Improvement of `ours` over `base` in percent; None where there is no base to improve on."""
+    return None if base == 0 or not math.isfinite(base) or not math.isfinite(ours) else 100 * (ours - base) / base
+
+
+def _rounded(value: Optional[float], digits: int) -> Optional[float]:
+    return None if value is None else round(value, digits)
+
+
+# ------------------------------------------------------------------------------------------------- tables of one run
+
+
+def record_table(record: Record, *, style: str = "text", width: int = 80, digits: int = 4) -> str:
+    """The test figures of a record: of each stage, or of the base and the model over it, or of a baseline."""
+    metrics, name = record["metrics"], record["backbone"] or record["model"]
+    if "stages" in metrics:
+        rows = [(stage.replace("base", name), phases["test"]) for stage, phases in metrics["stages"].items()]
+    else:
+        names = {"base": name, "ours": record["model"]}
+        rows = [(names[which], phases["test"]) for which, phases in metrics.items()]
+    return results_table(rows, len(rows) > 1, style=style, width=width, digits=digits)
+
+
+def results_table(
+    results: Sequence[tuple[str, Results]], compare: bool = False, *, style: str = "text", width: int = 80,
+    digits: int = 4,
+) -> str:  # fmt: skip
+    """One row a model and one block a protocol, named in words.
+
+    Args:
+        results: name and metrics by protocol of each model; the protocols and metrics are the same.
+        compare: add the improvement of the last over the first in percent.
+        style: "text" for the terminal, or "markdown".
+        width: columns of the terminal; metrics that do not fit go into a second band of the same block.
+        digits: digits after the point.
+
+    Raises:
+        ValueError: The models do not have the same protocols and metrics, or the style is unknown.
+    """
     if style not in ("text", "markdown"):
         raise ValueError(f"style is {style!r}; it must be 'text' or 'markdown'.")
     protocols, metrics = _shared_keys(results)
@@ -210,7 +225,7 @@ def _table(results: Sequence[tuple[str, Results]], compare: bool, style: str, wi
         rows += [[name, *(f"{of[protocol][key]:.{digits}f}" for key in metrics)] for name, of in results]
         if compare:
             base, ours = results[0][1][protocol], results[-1][1][protocol]
-            rows.append([IMPROVEMENT, *(percent(improvement(base[key], ours[key])) for key in metrics)])
+            rows.append(["improvement", *(percent(improvement(base[key], ours[key])) for key in metrics)])
         title = PROTOCOL_TITLES.get(protocol, protocol)
         blocks.append(markdown_block(title, rows) if style == "markdown" else text_block(title, rows, width))
     return "\n\n".join(blocks)
@@ -229,29 +244,27 @@ def _shared_keys(results: Sequence[tuple[str, Results]]) -> tuple[list[str], lis
     return protocols, first[1][protocols[0]] if protocols else []
 
 
-def text_block(title: str, rows: list[list[str]], width: int) -> str:
+def text_block(title: str, rows: Rows, width: int) -> str:
     """Rows under a title, first column to the left, the others to the right, in bands no wider than `width`."""
-    name_width = max(len(row[0]) for row in rows)
-    widths = [max(len(row[column]) for row in rows) + 2 for column in range(1, len(rows[0]))]
-    bands: list[list[int]] = [[]]
-    for column, needed in enumerate(widths, start=1):
-        taken = name_width + sum(widths[other - 1] for other in bands[-1])
-        if bands[-1] and taken + needed > width:
-            bands.append([])
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
+    bands: list[list[int]] = [[0]]
+    for column in range(1, len(widths)):
+        if len(bands[-1]) > 1 and sum(widths[other] for other in (*bands[-1], column)) - 2 > width:
+            bands.append([0])
         bands[-1].append(column)
-    lines = [title]
-    for band in bands:
-        lines.append("-" * (name_width + sum(widths[column - 1] for column in band)))
-        for row in rows:
-            lines.append(row[0].ljust(name_width) + "".join(row[column].rjust(widths[column - 1]) for column in band))
-    return "\n".join(lines)
+    parts = [[[row[column] for column in band] for row in rows] for band in bands]
+    return "\n".join([title, *(tabulate(part, tablefmt=_TEXT, **_aligned(part)) for part in parts)])
 
 
-def markdown_block(title: str, rows: list[list[str]]) -> str:
-    """Rows, the first of them the head, as a Markdown table under a bold title."""
+def markdown_block(title: str, rows: Rows) -> str:
+    """Rows as a Markdown table under a bold title; by hand, unpadded, so that a new figure changes one line."""
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     ruler = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join([f"**{title}**", "", *("| " + " | ".join(row) + " |" for row in [head, ruler, *body])])
+
+
+def _aligned(rows: Rows) -> dict[str, Any]:
+    return {"colalign": ("left", *["right"] * (len(rows[0]) - 1)), "disable_numparse": True}
 
 
 def metric_title(key: str) -> str:
@@ -261,40 +274,25 @@ def metric_title(key: str) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A signed percentage, :data:`ABSENT` for None."""
+    """A signed percentage, `ABSENT` for None."""
     return ABSENT if value is None else f"{value:+.2f}%"
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
-
-
-# The tables of a comparison, each drawn from the content of ``compare.json``: text, Markdown, LaTeX and CSV.
-
-
-#: Columns of a terminal that the text table may take.
-WIDTH = 120
-
-Content = Mapping[str, Any]
-Rows = list[list[str]]
+# --------------------------------------------------------------------- tables of a comparison, from `compare.json`
 
 
 def text_table(content: Content) -> str:
     """For the terminal: a block for each data set and protocol, one for the costs, and what the figures mean."""
-
-    def listed(notes: list[str]) -> str:
-        return "\n".join(textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in notes)
-
-    return _page(content, lambda title, rows: text_block(title, rows, WIDTH), listed)
+    return _page(content, lambda title, rows: text_block(title, rows, WIDTH), _wrapped)
 
 
 def markdown_table(content: Content) -> str:
     """The same in Markdown."""
-    return _page(content, markdown_block, lambda notes: "\n".join(f"- {note}" for note in notes))
+    return _page(content, markdown_block, lambda note: f"- {note}")
 
 
 def latex_table(content: Content) -> str:
-    r"""The same in LaTeX, one ``table`` each with the protocol in its caption; needs ``\usepackage{booktabs}``."""
+    r"""The same in LaTeX, one `table` each with the protocol in its caption; needs `\usepackage{booktabs}`."""
     return "\n\n".join(
         _latex(title, rows, notes)
         for name, data in content["datasets"].items()
@@ -304,20 +302,17 @@ def latex_table(content: Content) -> str:
 
 def csv_table(content: Content) -> str:
     """One line for each data set, protocol, model and metric, with the protocol spelled out in every line."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(_CSV)
+    lines = []
     for name, data in content["datasets"].items():
         for row in data["rows"]:
             for protocol, metrics in row["metrics"].items():
-                for metric, value in metrics.items():
-                    writer.writerow(_line(name, data, row, protocol, metric, value))
+                lines += [_line(name, data, row, protocol, metric, value) for metric, value in metrics.items()]
             if not row["metrics"]:
-                writer.writerow([name, "", row["model"], row["base"], "", *[""] * 8, 0, len(row["failed"])])
-    return stream.getvalue()
+                lines.append([name, "", row["model"], row["base"], *[""] * 9, 0, len(row["failed"]), *[""] * 10])
+    return pd.DataFrame(lines, columns=list(_CSV), dtype=object).to_csv(index=False, lineterminator="\n")
 
 
-#: How a comparison can be printed; ``json`` is the content itself.
+#: How a comparison can be printed; `json` is the content itself.
 STYLES: dict[str, Callable[[Content], str]] = {
     "text": text_table,
     "markdown": markdown_table,
@@ -346,15 +341,19 @@ def _line(name: str, data: Content, row: Content, protocol: str, metric: str, va
     return [*line, row["validation_in_history"], row["validation_in_memory"]]
 
 
-def _page(content: Content, block: Callable[[str, Rows], str], listed: Callable[[list[str]], str]) -> str:
+def _page(content: Content, block: Callable[[str, Rows], str], listed: Callable[[str], str]) -> str:
     parts = []
     for name, data in content["datasets"].items():
         for title, rows, notes in _blocks(name, data):
-            parts += [block(title, rows), listed(notes)]
+            parts += [block(title, rows), "\n".join(map(listed, notes))]
     if "command" in content:
         made_with = ", ".join(f"{name} {version}" for name, version in content["versions"].items() if version)
-        parts.append(listed([f"made by `{content['command']}`", f"with {made_with}"]))
+        parts.append("\n".join(map(listed, (f"made by `{content['command']}`", f"with {made_with}"))))
     return "\n\n".join(parts)
+
+
+def _wrapped(note: str) -> str:
+    return textwrap.fill(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _blocks(name: str, data: Content) -> Iterator[tuple[str, Rows, list[str]]]:
@@ -375,15 +374,9 @@ def _blocks(name: str, data: Content) -> Iterator[tuple[str, Rows, list[str]]]:
         cells = [_seeds(row), ABSENT if count is None else f"{count:,}"]
         cells += [_spread(row[each], 1) for each in ("training_seconds", "wall_seconds")]
         costs.append([row["model"], *cells, _spread(row["peak_memory_mb"], 0)])
-    yield (
-        f"{name}: cost of a run",
-        costs,
-        [
-            "training s: of what the row adds to its base, over all its starts; "
-            "wall s, peak MiB: of the row's run, which finds its base trained; without runs that were interrupted",
-            *notes["failed"],
-        ],
-    )
+    note = "training s: of what the row adds to its base, over all its starts; "
+    note += "wall s, peak MiB: of the row's run, which finds its base trained; without runs that were interrupted"
+    yield f"{name}: cost of a run", costs, [note, *notes["failed"]]
 
 
 def _validation(name: str, rows: list[Content]) -> Iterator[tuple[str, Rows, list[str]]]:
@@ -396,11 +389,8 @@ def _validation(name: str, rows: list[Content]) -> Iterator[tuple[str, Rows, lis
     for row in rows:
         of = row["validation"]
         table.append([row["model"], *(_spread(of.get(protocol, {}).get(metric), 4) for protocol in protocols)])
-    yield (
-        f"{name}: validation",
-        table,
-        ["of the weights that were kept; options are chosen by these, not by the test's"],
-    )
+    note = "of the weights that were kept; options are chosen by these, not by the test's"
+    yield f"{name}: validation", table, [note]
 
 
 def _model(row: Content, protocol: str, metrics: list[str]) -> Rows:
@@ -423,34 +413,26 @@ def _notes(data: Content) -> dict[str, list[str]]:
     missing = [f"failed: {row['model']}, seed {', '.join(row['failed'])}" for row in data["rows"] if row["failed"]]
     if of is None:
         return {"failed": missing}
-    by_flag = {
-        flag: [row["model"] for row in data["rows"] if row[flag]]
+    history, memory = (
+        ", ".join(row["model"] for row in data["rows"] if row[flag]) or "none"
         for flag in ("validation_in_history", "validation_in_memory")
-    }
+    )
     shared = [f"split {_split(of)}; {data['users']} users tested", f"ranking: {of['ranking']}"]
+    spread = "mean ± standard deviation over the seeds"
+    seeds = sorted({row["pairs"]["seeds"] for row in data["rows"] if row.get("pairs")})
+    if seeds:
+        spread += "; p: paired t-test against the base, over users (seeds averaged: "
+        spread += f"{' or '.join(map(str, seeds))}) and over seeds, Holm's correction over all of this table"
     later = [
         f"ties: {of['ties']}",
-        f"validation items in the history that the test reads: {_names(by_flag['validation_in_history'])}; "
-        f"validation pairs in the memory: {_names(by_flag['validation_in_memory'])}",
+        f"validation items in the history that the test reads: {history}; validation pairs in the memory: {memory}",
+        spread,
     ]
-    pairs = [row["pairs"] for row in data["rows"] if row.get("pairs")]
-    if pairs:
-        seeds = sorted({pair["seeds"] for pair in pairs})
-        later.append(
-            "mean ± standard deviation over the seeds; p: paired t-test against the base, over users (seeds averaged: "
-            f"{' or '.join(map(str, seeds))}) and over seeds, Holm's correction over all of this table"
-        )
-    else:
-        later.append("mean ± standard deviation over the seeds")
     notes = {
         protocol: [*shared, f"{title}; seen is {of['seen_means']}", *later, *missing]
         for protocol, title in of["seen_items"].items()
     }
     return {**notes, "failed": missing}
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names) if names else "none"
 
 
 def _split(protocol: Content) -> str:
@@ -477,66 +459,7 @@ def _p(value: Optional[float]) -> str:
 
 
 def _latex(title: str, rows: Rows, notes: list[str]) -> str:
-    head, *body = [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
-    caption = ". ".join(_escaped(note) for note in [title, *notes])
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}.}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", r"\toprule", head, r"\midrule", *body]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
-
-
-def _escaped(text: str) -> str:
-    for sign, code in _LATEX.items():
-        text = text.replace(sign, code)
-    return text
-
-
-#: The backslash first: the codes have some.
-_LATEX = {
-    "\\": r"\textbackslash ", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde ", "^": r"\textasciicircum ", "<": r"$<$", ">": r"$>$", "±": r"$\pm$",
-}  # fmt: skip
-
-
-def report_stages(config: Any, stages: Mapping[str, Any], data: Any, seconds: float) -> dict[str, Any]:
-    """Write and print the figures; `stages` from the base to the whole pipeline, `data` of stage i or None."""
-    base, *more = stages.values()
-    ours = more[-1] if more else None
-    times = {"recommendation": base.seconds}
-    metrics: dict[str, Any] = {"base": base.metrics}
-    if ours is not None:
-        metrics["ours"] = ours.metrics
-    if config["model"] == "RaSeRec" and ours is not None:
-        times["retrieval"] = ours.seconds
-    if data is not None:
-        times["regeneration"] = data.seconds
-        times["recommendation_regenerated"] = stages["base + (i)"].seconds
-        metrics["stages"] = {name: outcome.metrics for name, outcome in stages.items()}
-    times["this_run"] = seconds
-    sequential = config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-    record = result_record(
-        model=config["model"],
-        backbone=base.name if config["model"] == "RaSeRec" else None,
-        dataset=config["dataset"],
-        seed=config["seed"],
-        metrics=metrics,
-        protocol=protocol_description(
-            config, validation_in_history=sequential, validation_in_memory=config["model"] == "RaSeRec"
-        ),
-        seconds=times,
-        options=config.explain(),
-        parameters={name: outcome.parameters for name, outcome in (("base", base), ("ours", ours)) if outcome},
-        peak_memory_mb=peak_memory_mb(),
-        curves={name: outcome.curve for name, outcome in (("base", base), ("ours", ours)) if outcome},
-    )
-    if config["ranks_file"]:
-        users = base.splits.vocabulary()["users"]
-        ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
-        write_ranks(config["ranks_file"], ranks, users, base.splits.seen)
-    if config["result_file"]:
-        write_result(config["result_file"], record)
-    print("\n" + record_table(record))
-    logger = getLogger()
-    if config["result_file"]:
-        logger.info(f"Figures written to {config['result_file']}")
-    logger.info(f"Checkpoint: {(ours or base).directory}")
-    return record
+    caption = "".join(LATEX_ESCAPE_RULES.get(sign, sign) for sign in ". ".join([title, *notes]))
+    table = tabulate(rows, headers="firstrow", tablefmt="latex_booktabs", **_aligned(rows))
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{caption}.}}", table, r"\end{table}"]
+    return "\n".join(lines).replace("±", r"$\pm$")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Any
+
+import psutil
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -14,8 +17,8 @@ def keep_freed_memory() -> bool:
 
     By default each tensor above some 32 MiB is mapped when it is made and unmapped when it dies, so every step of a
     training pays for zeroed pages again. Set before a run; the process keeps its peak memory until it ends. Does
-    nothing (and returns False) without glibc, or when the environment already chooses (``MALLOC_MMAP_THRESHOLD_``,
-    ``MALLOC_TRIM_THRESHOLD_``, a preloaded allocator).
+    nothing (and returns False) without glibc, or when the environment already chooses (`MALLOC_MMAP_THRESHOLD_`,
+    `MALLOC_TRIM_THRESHOLD_`, a preloaded allocator).
     """
     chosen = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
     if not sys.platform.startswith("linux") or any(os.environ.get(name) for name in chosen):
@@ -28,9 +31,9 @@ def keep_freed_memory() -> bool:
 
 
 class FreedMemory:
-    """What :func:`keep_freed_memory` keeps, bounded: batches of ever new shapes leave holes that nothing fits again.
+    """What `keep_freed_memory` keeps, bounded: batches of always new shapes leave holes that nothing fits again.
 
-    Training BERT4Rec on amazon-beauty grows by some 100 MiB an epoch so, with or without :func:`keep_freed_memory`,
+    Training BERT4Rec on amazon-beauty grows by some 100 MiB an epoch so, with or without `keep_freed_memory`,
     while what it uses stays below 600 MiB.
     """
 
@@ -44,8 +47,6 @@ class FreedMemory:
             whether it did.
         """
         now = resident_mb()
-        if now is None:
-            return False
         self._least = now if self._least is None else min(self._least, now)
         return now > 2 * self._least and _trim()
 
@@ -57,35 +58,25 @@ def _trim() -> bool:
         return False
 
 
-def resident_mb() -> float | None:
-    """Memory that this process holds, MiB; None where ``/proc`` does not tell."""
-    return _status("VmRSS:")
+def resident_mb() -> float:
+    """Memory that this process holds, MiB."""
+    return psutil.Process().memory_info().rss / 2**20
 
 
-def peak_memory_mb() -> float | None:
-    """Largest resident memory of this process so far, MiB; None where the system does not tell.
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, MiB.
 
-    Linux counts into ``ru_maxrss`` what the process held before it became this program, its parent's memory; the
-    figure in ``/proc`` starts anew.
+    psutil tells it on Windows alone. Linux counts into `ru_maxrss` what the process held before it became this program,
+    its parent's memory; the figure in `/proc` starts afresh.
     """
-    peak = _status("VmHWM:")
-    if peak is not None:
-        return peak
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 1024
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 1024)
-
-
-def _status(name: str) -> float | None:
-    """An entry of ``/proc/self/status``, MiB."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            for line in status:
-                if line.startswith(name):
-                    return int(line.split()[1]) / 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
+        memory: Any = psutil.Process().memory_info()
+        return memory.peak_wset / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)

@@ -25,7 +25,7 @@ class _MaskedScale(torch.autograd.Function):
 
 
 class FastDropout(nn.Dropout):
-    """``nn.Dropout`` with its mask cut from raw random words on CPU: five to eight times faster than Bernoulli draws.
+    """`nn.Dropout` with its mask cut from raw random words on CPU: five to eight times faster than Bernoulli draws.
 
     The drop probability is rounded to a multiple of 1/65536 (p = .5 is exact), and kept elements are scaled by the
     inverse of the rounded keep probability, so the expectation is exact. Draws come from torch's global generator.
@@ -44,7 +44,7 @@ class FastDropout(nn.Dropout):
 
 
 def use_fast_dropout(module: nn.Module) -> None:
-    """Replace every ``nn.Dropout`` below `module`; parameters and state dict are untouched."""
+    """Replace every `nn.Dropout` below `module`; parameters and state dict are untouched."""
     for name, child in module.named_children():
         if type(child) is nn.Dropout:
             setattr(module, name, FastDropout(child.p))

@@ -1,6 +1,6 @@
 """SASRec's encoder over sequences laid end to end: no padding, no intermediate tensors, one pass per thread and group.
 
-The kernels are in ``src/encoder.h`` and ``src/layers.h``. Same function as the layer-by-layer form in torch; only the
+The kernels are in `src/encoder.h` and `src/layers.h`. Same function as the layer-by-layer form in torch; only the
 draws of dropout differ (they are hashes of a seed from torch's generator, drawn again in the backward pass).
 """
 
@@ -44,9 +44,10 @@ class Ragged:
     """Sequences laid end to end.
 
     Attributes:
-        items: int64 [T]. offsets: int64 [S + 1]; sequence s is ``items[offsets[s]:offsets[s + 1]]``, not empty.
-        chosen: int64 [N], ascending places in `items` whose outputs are wanted.
-        chosen_offsets: int64 [S + 1]; sequence s has ``chosen[chosen_offsets[s]:chosen_offsets[s + 1]]``.
+        items: of all sequences, int64 [T].
+        offsets: sequence s is `items[offsets[s]:offsets[s + 1]]`, not empty; int64 [S + 1].
+        chosen: positions in `items` whose outputs are wanted, ascending, int64 [N].
+        chosen_offsets: sequence s has `chosen[chosen_offsets[s]:chosen_offsets[s + 1]]`; int64 [S + 1].
         longest: length of the longest sequence.
     """
 
@@ -81,8 +82,9 @@ class Ragged:
         """From padded rows.
 
         Args:
-            item_seq: int64 [B, L], left-aligned. lengths: int64 [B], in [1, L].
-            wanted: bool [B, L], positions whose outputs are wanted, none of them padding; None for each row's last.
+            item_seq: left-aligned, int64 [B, L].
+            lengths: in [1, L], int64 [B].
+            wanted: positions whose outputs are wanted, none of them padding, bool [B, L]; None: each row's last.
         """
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
         torch.cumsum(lengths, 0, out=offsets[1:])
@@ -101,15 +103,18 @@ def encode(
     ragged: Ragged, architecture: Architecture, table: torch.Tensor, positions: torch.Tensor,
     weights: list[torch.Tensor], hidden_dropout: float = 0.0, attention_dropout: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
-    """Outputs of the last layer at the chosen places, [N, H].
+    """Outputs of the last layer at the chosen positions, [N, H].
 
     Args:
-        ragged: the sequences. architecture: sizes; :meth:`Architecture.fits` must hold.
-        table: float32 [V, H], item vectors. positions: float32 [L, H], L at least the longest sequence.
+        ragged: the sequences.
+        architecture: sizes; its `fits` must hold.
+        table: item vectors, float32 [V, H].
+        positions: position vectors, float32 [L, H], L at least the longest sequence.
         weights: of each layer query, key, value, output (weight [H, H] and bias [H] each), gain and shift of the layer
             norm, feed-forward in (weight [I, H], bias [I]) and out ([H, I], [H]), gain and shift; after the layers'
             gain and shift of the embedding's layer norm.
-        hidden_dropout, attention_dropout: probabilities in [0, 1); 0 when the model is not being trained.
+        hidden_dropout: probability in [0, 1); 0 when the model is not being trained.
+        attention_dropout: the same of the attention.
 
     Raises:
         IndexError: a sequence is empty or longer than `positions`, or an item is not in `table`.
@@ -118,10 +123,10 @@ def encode(
     if len(lengths) and not 1 <= int(lengths.min()) <= int(lengths.max()) <= ragged.longest <= len(positions):
         raise IndexError(f"sequences must have 1 to {len(positions)} items.")
     if int(ragged.offsets[-1]) != len(ragged.items) or int(ragged.chosen_offsets[-1]) != len(ragged.chosen):
-        raise IndexError("offsets must end where the sequences and their chosen places do.")
+        raise IndexError("offsets must end where the sequences and their chosen positions do.")
     owner = torch.repeat_interleave(ragged.chosen_offsets.diff())
     if not ((ragged.chosen >= ragged.offsets[owner]) & (ragged.chosen < ragged.offsets[owner + 1])).all():
-        raise IndexError("chosen places must lie in their sequences.")
+        raise IndexError("chosen positions must lie in their sequences.")
     if len(ragged.items) and not 0 <= int(ragged.items.min()) <= int(ragged.items.max()) < len(table):
         raise IndexError(f"items must lie in [0, {len(table)}).")
     dropout = hidden_dropout, attention_dropout
@@ -159,7 +164,7 @@ class _Encode(torch.autograd.Function):
         if sequences:
             threads = ctypes.c_int(torch.get_num_threads())
             if found.call.raserec_encode(*map(pointer, tensors), threads, pointer(out)):
-                raise MemoryError("no memory for the encoder's rooms.")
+                raise MemoryError("no memory for the encoder's buffers.")
         if keep:
             ctx.save_for_backward(*tensors)
             ctx.shapes = [w.shape for w in weights]
@@ -178,7 +183,7 @@ class _Encode(torch.autograd.Function):
             above = grads[0].contiguous()  # a name of its own: it must live until the call returns
             given = *map(pointer, tensors), threads, pointer(above), *map(pointer, results)
             if found.call.raserec_encode_backward(*given):
-                raise MemoryError("no memory for the encoder's rooms.")
+                raise MemoryError("no memory for the encoder's buffers.")
         grad_flat, grad_positions, grad_table = results
         parts = grad_flat.split([shape.numel() for shape in ctx.shapes])
         grad_weights = (part.view(shape) for part, shape in zip(parts, ctx.shapes))

@@ -18,7 +18,7 @@ TINY = 1e-30
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Forward and both gradients in one sweep over row chunks; one buffer of :data:`CHUNK_BYTES` is reused.
+    """Forward and both gradients in one sweep over row chunks; one buffer of `CHUNK_BYTES` is reused.
 
     `low`: dtype in which the two products of the gradients are computed, or None for that of the inputs.
     """
@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _CompiledCrossEntropy(torch.autograd.Function):
-    """The compiled kernel, see :func:`recbole_raserec.kernels.native.cross_entropy`."""
+    """The compiled kernel, see `cross_entropy`."""
 
     @staticmethod
     def forward(
@@ -109,20 +109,20 @@ def linear_cross_entropy(
     weights: Optional[torch.Tensor] = None,
     precision: str = "float32",
 ) -> torch.Tensor:
-    """Mean of ``-log softmax(h @ items.T)[target]`` over the rows (report, loss L).
+    """Mean of `-log softmax(h @ items.T)[target]` over the rows (report, loss L).
 
-    Equal to ``F.cross_entropy(h @ items.T, targets)`` and its gradients to float rounding; holds a buffer of
-    :data:`CHUNK_BYTES` instead of several [B, V] tensors. Where `items` needs no gradient none is computed.
+    Equal to `F.cross_entropy(h @ items.T, targets)` and its gradients to float rounding; holds a buffer of
+    `CHUNK_BYTES` instead of several [B, V] tensors. Where `items` needs no gradient none is computed.
 
     Args:
         h: [B, H] user vectors.
         items: [V, H] item vectors.
         targets: int64 [B].
         weights: [B], non-negative; the loss is their weighted mean. None weighs all rows alike.
-        precision: ``float32``: that of the inputs. ``bfloat16``: float32 inputs are rounded to bfloat16 for the
+        precision: `float32`: that of the inputs. `bfloat16`: float32 inputs are rounded to bfloat16 for the
             products, whose sums stay float32; the gradients are off by some .2 %, at random, and the loss by less than
-            .1 %. With the compiled kernel this takes half the time. ``auto``: bfloat16 where that kernel is there
-            (:func:`recbole_raserec.kernels.native.has_cross_entropy`) and the inputs are float32 on the CPU.
+            .1 %. With the compiled kernel this takes half the time. `auto`: bfloat16 where that kernel is there
+            (`has_cross_entropy`) and the inputs are float32 on the CPU.
 
     Returns:
         scalar tensor.
@@ -151,9 +151,10 @@ def info_nce(
     Row i of `first` and row i of `second` are each other's positive; all other 2B - 2 vectors are negatives.
 
     Args:
-        first, second: [B, H].
+        first: [B, H].
+        second: [B, H].
         tau: temperature, > 0.
-        sim: ``dot`` or ``cos``.
+        sim: `dot` or `cos`.
         weights: [B], of the rows; None: 1. As negatives all rows count alike.
 
     Returns:

@@ -1,6 +1,6 @@
 """The compiled kernels: found, checked and called; everything here has a form in torch that takes its place.
 
-``setup.py`` compiles ``src/`` once per instruction set, where a C compiler is at hand; without one the package works
+`setup.py` compiles `src/` once per instruction set, where a C compiler is at hand; without one the package works
 all the same, at torch's speed. Nothing is compiled when the package runs.
 """
 
@@ -32,8 +32,9 @@ class Library:
     """A loaded library.
 
     Attributes:
-        name: one of :data:`NAMES`. width: floats in a vector; sizes must be multiples of it. bfloat16: whether it has
-            the cross-entropy.
+        name: one of `NAMES`.
+        width: floats in a vector; sizes must be multiples of it.
+        bfloat16: whether it has the cross-entropy.
     """
 
     def __init__(self, path: Path, name: str):
@@ -90,7 +91,7 @@ def pointer(x: Optional[torch.Tensor]) -> ctypes.c_void_p:
 
 
 def has_cross_entropy() -> bool:
-    """Whether :func:`cross_entropy` can be called."""
+    """Whether `cross_entropy` can be called."""
     found = loaded()
     return found is not None and found.bfloat16
 
@@ -98,11 +99,15 @@ def has_cross_entropy() -> bool:
 def cross_entropy(
     h: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, rows: bool, table: bool
 ) -> tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """``-log softmax(h @ items.T)[target]`` of each row, and gradients of its weighted sum; products in bfloat16.
+    """`-log softmax(h @ items.T)[target]` of each row, and gradients of its weighted sum; products in bfloat16.
 
     Args:
-        h: float32 [B, H]. items: float32 [V, H]. targets: int64 [B], in [0, V). weights: float32 [B].
-        rows, table: whether the gradients of `h` and of `items` are wanted.
+        h: float32 [B, H].
+        items: float32 [V, H].
+        targets: in [0, V), int64 [B].
+        weights: float32 [B].
+        rows: whether the gradient of `h` is wanted.
+        table: whether the gradient of `items` is wanted.
 
     Returns:
         losses [B] (unweighted), gradient [B, H] or None, gradient [V, H] or None.

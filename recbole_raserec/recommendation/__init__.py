@@ -1,6 +1,6 @@
 """Stage ii: backbones, and their training."""
 
-from recbole_raserec.recommendation.backbone import Backbone, wrap_backbone
+from recbole_raserec.recommendation.backbone import Backbone, batches_by_length, encode_in_batches, wrap_backbone
 from recbole_raserec.recommendation.bert4rec import BERT4Rec
 from recbole_raserec.recommendation.bsarec import BSARec
 from recbole_raserec.recommendation.duorec import DuoRec
@@ -18,6 +18,8 @@ __all__ = [
     "FEARec",
     "GRU4Rec",
     "SASRec",
+    "batches_by_length",
+    "encode_in_batches",
     "train_model",
     "wrap_backbone",
 ]

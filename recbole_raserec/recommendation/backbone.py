@@ -11,14 +11,16 @@ on trust: `wrap_backbone` compares the scores on a random batch and refuses a mo
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from recbole_raserec.config import REFUSED, SUPPORTED, TRIMMABLE, Config, trims
 from recbole_raserec.errors import ConfigError
@@ -243,6 +245,57 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in before:
             part.training = mode
+
+
+def batches_by_length(lengths: np.ndarray, rows: int = 4096, tokens: int = 1 << 16) -> list[np.ndarray]:
+    """Puts rows of like length together, the shortest first; rows of one length stay in their order.
+
+    Args:
+        lengths: integers [N], of each row.
+        rows: most rows of a batch.
+        tokens: about the most tokens of a batch, padding included.
+
+    Returns:
+        the batches, row numbers int64 [B] each.
+    """
+    order = np.argsort(lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        longest = int(lengths[order[min(start + rows, len(order)) - 1]])
+        batches.append(order[start : start + min(rows, max(1, tokens // max(longest, 1)))])
+        start += len(batches[-1])
+    return batches
+
+
+@torch.no_grad()
+def encode_in_batches(
+    model: nn.Module,
+    encode: Callable[[np.ndarray], Tensor],
+    batches: Sequence[np.ndarray],
+    out: Tensor,
+    desc: str | None = None,
+) -> Tensor:
+    """Computes something of many rows, batch by batch, with the model in evaluation mode and without gradients.
+
+    Args:
+        model: its parts get back the mode they had.
+        encode: gives the vectors [B, ...] of a batch.
+        batches: row numbers int64 [B] each, see `batches_by_length`.
+        out: [N, ...], where the vectors of each row are written.
+        desc: label of a progress bar; None: no bar.
+
+    Returns:
+        `out`.
+    """
+    total = sum(map(len, batches))
+    with (
+        _evaluating(model),
+        tqdm(total=total, desc=desc, disable=desc is None, unit="windows", dynamic_ncols=True) as bar,
+    ):
+        for rows in batches:
+            out[torch.from_numpy(rows).to(out.device)] = encode(rows).to(out.device)
+            bar.update(len(rows))
+    return out
 
 
 def _refusal(name: str, reason: str) -> ConfigError:

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 from torch import Tensor
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import Config, EncoderOptions, Loss, SequentialOptions
 from recbole_raserec.kernels import Architecture, Ragged, encode
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+
+
+class SASRecOptions(EncoderOptions, SequentialOptions):
+    """SASRec (arXiv 1808.09781), with the sizes the RaSeRec and DuoRec papers use for it."""
+
+    loss_type: Loss = "CE"
 
 
 class SASRec(SoftmaxOverItems, RecBoleSASRec):
@@ -21,13 +27,9 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
     What differs is the cost. Batches may be trimmed to their longest row; the last layer is evaluated at the last
     position alone, the only one that reaches the loss; the softmax over items runs in reused buffers. On a CPU for
     which the compiled kernels were built sequences are encoded without padding.
-
-    Options beside those of RecBole's SASRec:
-
-    - `training`: `prefix` (windows with one target each) or `packed` (all positions of a history in one pass).
-    - `softmax_precision`: of the loss, see `recbole_raserec.kernels.linear_cross_entropy`.
-    - `native_kernels`: whether to use the compiled kernels where they can be.
     """
+
+    options = SASRecOptions
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)

@@ -1,13 +1,42 @@
-"""Exact inner-product search over the memory's vectors with faiss."""
+"""Inner-product indexes over the memory's vectors, with faiss: exact, inverted files, product quantisation, graphs.
+
+Also the state of an approximate index, as plain arrays. It is stored beside the entries, so that a reopened memory
+searches at once instead of finding centroids and lists, or linking its graph, again. faiss's own files are not read:
+its reader trusts them. Here every number is checked before it is used.
+"""
 
 from __future__ import annotations
 
+import logging
+from typing import Any, Optional, Union
+
 import numpy as np
 
-import torch  # isort: skip
+import torch  # isort: skip  faiss comes after torch: imported first, it has a thread count of its own
 import faiss  # isort: skip
-import logging
-from typing import Any, Union
+
+logger = logging.getLogger(__name__)
+
+INDEXES = ("auto", "flat", "ivf", "hnsw", "ivfpq")
+AUTO_FLAT_LIMIT = 1_000_000
+"""`auto` searches exactly up to this many entries."""
+
+_MIN_POINTS_PER_LIST = 39  # below this, faiss warns that k-means has too few points per centroid
+_MAX_POINTS_PER_LIST = 256  # more do not make better centroids
+_RECALL_SAMPLE = 1_000
+_RECALL_AT = 20
+_RECALL_ENOUGH = 0.95
+
+#: Arrays of a state and their types: centroids [L, H]; list of each of the first M entries [M], -1 for a removed one;
+#: of a product quantiser its code books [pieces, codes, H / pieces] and each entry's code [M, bytes]; of a graph the
+#: number of levels of each entry [M], and its neighbours, twice as many on the lowest level as on the others, -1: none.
+STATE_ARRAYS = {
+    "index_centroids": "<f4", "index_lists": "<i4", "index_codebooks": "<f4", "index_codes": "|u1",
+    "index_levels": "<i4", "index_links": "<i4",
+}  # fmt: skip
+
+#: Arrays, and a JSON-able description.
+State = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
 class FlatIndex:
@@ -19,6 +48,7 @@ class FlatIndex:
 
     kind = "flat"
     exact = True
+    coarse = False
     recall = 1.0
 
     def __init__(self, vectors: np.ndarray):
@@ -27,13 +57,16 @@ class FlatIndex:
     def __len__(self) -> int:
         return len(self._vectors)
 
-    def extend(self, vectors: np.ndarray) -> None:
-        """Take over all `vectors` [M, H], of which the first N are those known so far."""
-        self._vectors = vectors
+    def remove(self, ids: np.ndarray) -> None:
+        """Nothing to do: the owner of the vectors overwrites them, and the guard bars them."""
 
     def outgrown(self, size: int) -> bool:
-        """Whether an index built afresh would serve `size` entries better."""
+        """Whether a new index would serve `size` entries better."""
         return False
+
+    def state(self) -> Optional[State]:
+        """What is worth storing: nothing."""
+        return None
 
     def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
         """The `fetch` best entries of each query.
@@ -51,20 +84,8 @@ class FlatIndex:
 
 
 def share_threads() -> None:
-    """Let faiss use as many threads as torch: imported before torch, faiss has a count of its own, kept per thread."""
+    """Let faiss use as many threads as torch: its own count is kept per thread."""
     faiss.omp_set_num_threads(torch.get_num_threads())
-
-
-# Approximate inner-product indexes for large memories: inverted files, product quantisation, navigable graphs.
-
-
-logger = logging.getLogger(__name__)
-
-_MIN_POINTS_PER_LIST = 39  # below this, faiss warns that k-means has too few points per centroid
-_MAX_POINTS_PER_LIST = 256  # more do not make better centroids
-_RECALL_SAMPLE = 1_000
-_RECALL_AT = 20
-_RECALL_ENOUGH = 0.95
 
 
 class ApproximateIndex:
@@ -73,11 +94,12 @@ class ApproximateIndex:
     Attributes:
         recall: share of the exact 20 nearest entries it finds, measured on up to 1,000 of its vectors as queries.
         trained_on: number of vectors it was built for.
+        coarse: whether its scores are only roughly those of the vectors.
     """
 
     kind = ""
     exact = False
-    coarse = False  # whether its scores are only roughly those of the vectors
+    coarse = False
     recall = 0.0
     trained_on = 0
     _index: Any
@@ -103,7 +125,7 @@ class ApproximateIndex:
         return size > 2 * self.trained_on
 
     def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`FlatIndex.search`; -1 also where fewer than `fetch` entries were looked at."""
+        """As of `FlatIndex`; -1 also where fewer than `fetch` entries were looked at."""
         share_threads()
         return self._index.search(queries, fetch)
 
@@ -123,6 +145,9 @@ class ApproximateIndex:
             *(self.kind, len(vectors), what, _RECALL_AT, self.recall, len(sample)),
         )
 
+    def _about(self) -> dict[str, Any]:
+        return {"kind": self.kind, "trained_on": self.trained_on, "recall": self.recall}
+
 
 class IVFIndex(ApproximateIndex):
     """Vectors are grouped around centroids, a query looks into the nearest groups only.
@@ -132,48 +157,94 @@ class IVFIndex(ApproximateIndex):
         lists: number of groups; fewer are made when N is too small to train that many.
         probes: groups a query looks into.
         seed: of the k-means that finds the centroids.
-
-    Attributes:
-        lists, probes: as really used.
     """
 
     kind = "ivf"
+    state_arrays = frozenset({"index_centroids", "index_lists"})
 
     def __init__(self, vectors: np.ndarray, lists: int = 128, probes: int = 8, seed: int = 0):
-        share_threads()
         size = len(vectors)
-        self.lists = max(1, min(lists, size // _MIN_POINTS_PER_LIST))
-        if self.lists < lists:
+        used = max(1, min(lists, size // _MIN_POINTS_PER_LIST))
+        if used < lists:
             logger.info(
                 "index %s: %d entries are too few for ivf_lists=%d (%d entries a list are needed); using %d lists",
-                *(self.kind, size, lists, _MIN_POINTS_PER_LIST, self.lists),
+                *(self.kind, size, lists, _MIN_POINTS_PER_LIST, used),
             )
-        self.probes = min(probes, self.lists)
-        self._index = self._make(vectors.shape[1], *self._codes(vectors.shape[1], size))
-        self._index.nprobe = self.probes
+        self._open(vectors.shape[1], used, probes, *self._codes(vectors.shape[1], size))
         self._index.cp.seed = seed
         self._index.cp.min_points_per_centroid = 1  # the number of lists was chosen above; no second warning
         self._index.train(_sample(vectors, _MAX_POINTS_PER_LIST * max(self.lists, 256), seed))
         self.extend(vectors)
         self._finish(vectors, f"{self.lists} lists, {self.probes} probed")
 
-    @classmethod
-    def empty(cls, width: int, lists: int, probes: int, pieces: int = 0, bits: int = 0) -> IVFIndex:
-        """An index that was not trained and holds nothing; `pieces` and `bits` of a product quantiser."""
+    def _open(self, width: int, lists: int, probes: int, pieces: int, bits: int) -> None:
+        """Begin without training and vectors."""
         share_threads()
-        index = cls.__new__(cls)
-        index.lists, index.probes = lists, min(probes, lists)
-        index._index = index._make(width, pieces, bits)
-        index._index.nprobe = index.probes
-        return index
+        self.lists, self.probes = lists, min(probes, lists)
+        self._quantizer = faiss.IndexFlatIP(width)
+        self._index = self._make(width, pieces, bits)
+        self._index.nprobe = self.probes
 
     def _codes(self, width: int, size: int) -> tuple[int, int]:
         """Pieces a vector is cut into, and bits of each piece's code, for `size` vectors; 0: stored as they are."""
         return 0, 0
 
     def _make(self, width: int, pieces: int, bits: int) -> Any:
-        self._quantizer = faiss.IndexFlatIP(width)
         return faiss.IndexIVFFlat(self._quantizer, width, self.lists, faiss.METRIC_INNER_PRODUCT)
+
+    def _code_arrays(self) -> dict[str, np.ndarray]:
+        """What else a state holds; codes still empty."""
+        return {}
+
+    def state(self) -> Optional[State]:
+        """Centroids, the list of each entry, and of coded ones the code."""
+        inner, lists = self._index, np.full(len(self), -1, np.int32)
+        centroids = faiss.rev_swig_ptr(self._quantizer.get_xb(), self.lists * inner.d).reshape(self.lists, inner.d)
+        arrays = {"index_centroids": centroids.copy(), "index_lists": lists, **self._code_arrays()}
+        for number in range(self.lists):
+            count = inner.invlists.list_size(number)
+            if not count:
+                continue
+            ids = faiss.rev_swig_ptr(inner.invlists.get_ids(number), count)
+            lists[ids] = number
+            if "index_codes" in arrays:
+                codes = faiss.rev_swig_ptr(inner.invlists.get_codes(number), count * inner.code_size)
+                arrays["index_codes"][ids] = codes.reshape(count, -1)
+        return arrays, self._about()
+
+    @classmethod
+    def restored(cls, arrays: dict[str, np.ndarray], about: dict[str, Any], vectors: np.ndarray, probes: int) -> Index:
+        """See `restore`."""
+        if set(arrays) != cls.state_arrays:
+            raise ValueError(f"its index has the arrays {sorted(arrays)}")
+        centroids, lists = arrays["index_centroids"], arrays["index_lists"]
+        count, width = len(centroids), vectors.shape[1]
+        if centroids.shape != (count, width) or not count or not np.isfinite(centroids).all():
+            raise ValueError("its centroids do not fit the keys")
+        if lists.ndim != 1 or len(lists) > len(vectors) or not len(lists) or lists.min() < -1 or lists.max() >= count:
+            raise ValueError("its lists do not fit the entries")
+        index = cls.__new__(cls)
+        index._open(width, count, probes, *cls._stored_codes(arrays, width))
+        inner = index._index
+        index._quantizer.add(np.ascontiguousarray(centroids))
+        inner.is_trained = True
+        if "index_codebooks" in arrays:
+            faiss.copy_array_to_vector(np.ascontiguousarray(arrays["index_codebooks"]).ravel(), inner.pq.centroids)
+        order = np.argsort(lists, kind="stable")
+        bounds = np.searchsorted(lists[order], np.arange(count + 1))
+        for number in range(count):
+            ids = order[bounds[number] : bounds[number + 1]]
+            if len(ids):
+                rows = arrays["index_codes"][ids] if "index_codes" in arrays else vectors[ids].view(np.uint8)
+                inner.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(rows))
+        inner.ntotal = int(bounds[-1] - bounds[0])
+        index._size, index.trained_on, index.recall = len(lists), about["trained_on"], about["recall"]
+        return index
+
+    @staticmethod
+    def _stored_codes(arrays: dict[str, np.ndarray], width: int) -> tuple[int, int]:
+        """Pieces and bits, as `_codes`, of a state whose code books and codes fit."""
+        return 0, 0
 
 
 class IVFPQIndex(IVFIndex):
@@ -184,6 +255,7 @@ class IVFPQIndex(IVFIndex):
 
     kind = "ivfpq"
     coarse = True
+    state_arrays = IVFIndex.state_arrays | {"index_codebooks", "index_codes"}
 
     def _codes(self, width: int, size: int) -> tuple[int, int]:
         pieces = next(m for m in range(max(1, width // 2), 0, -1) if width % m == 0)
@@ -191,50 +263,59 @@ class IVFPQIndex(IVFIndex):
         return pieces, bits
 
     def _make(self, width: int, pieces: int, bits: int) -> Any:
-        self._quantizer = faiss.IndexFlatIP(width)
         index = faiss.IndexIVFPQ(self._quantizer, width, self.lists, pieces, bits, faiss.METRIC_INNER_PRODUCT)
         index.pq.cp.min_points_per_centroid = 1
         return index
+
+    def _code_arrays(self) -> dict[str, np.ndarray]:
+        pq = self._index.pq
+        books = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
+        return {"index_codebooks": books, "index_codes": np.zeros((len(self), self._index.code_size), np.uint8)}
+
+    @staticmethod
+    def _stored_codes(arrays: dict[str, np.ndarray], width: int) -> tuple[int, int]:
+        books, codes = arrays["index_codebooks"], arrays["index_codes"]
+        pieces, size, _ = books.shape if books.ndim == 3 else (0, 0, 0)
+        bits = size.bit_length() - 1
+        if not pieces or width % pieces or not 1 <= bits <= 8 or books.shape != (pieces, 1 << bits, width // pieces):
+            raise ValueError("its code books do not fit the keys")
+        if codes.shape != (len(arrays["index_lists"]), (pieces * bits + 7) // 8) or not np.isfinite(books).all():
+            raise ValueError("its codes do not fit the entries")
+        return pieces, bits
 
 
 class HNSWIndex(ApproximateIndex):
     """A hierarchical navigable small-world graph: no training, fast queries, more memory, slow to build.
 
     Args:
-        vectors: [N, H] float32, copied. links: neighbours of a vector in the graph. effort: candidates kept while
-            searching, at least the number of entries asked for; doubled, up to 16 times over, while the measured recall
-            is below .95.
+        vectors: [N, H] float32, copied.
+        links: neighbours of a vector in the graph.
+        effort: candidates kept while searching, at least the number of entries asked for; doubled, up to 16 times over,
+            while the measured recall is below .95.
 
     Attributes:
-        links, effort: as used. overwritten: whether a vector was removed, whose links still tell what it was like.
+        overwritten: whether a vector was removed, whose links still tell what it was like.
     """
 
     kind = "hnsw"
 
     def __init__(self, vectors: np.ndarray, links: int = 32, effort: int = 128):
-        self._make(vectors.shape[1], links)
+        self._open(vectors.shape[1], links)
         self.extend(vectors)
         for self.effort in (effort * times for times in (1, 2, 4, 8, 16)):
             self._finish(vectors, f"{links} links, {self.effort} candidates")
             if self.recall >= _RECALL_ENOUGH:
                 break
 
-    @classmethod
-    def empty(cls, width: int, links: int, effort: int) -> HNSWIndex:
-        """A graph without vectors."""
-        index = cls.__new__(cls)
-        index._make(width, links)
-        index.effort = effort
-        return index
-
-    def _make(self, width: int, links: int) -> None:
+    def _open(self, width: int, links: int) -> None:
+        """Begin without vectors."""
         share_threads()
         self.links, self.overwritten = links, False
         self._index = faiss.IndexHNSWFlat(width, links, faiss.METRIC_INNER_PRODUCT)
         self._index.hnsw.efConstruction = max(80, links * 2)
 
     def extend(self, vectors: np.ndarray) -> None:
-        """See :meth:`ApproximateIndex.extend`."""
+        """As of `ApproximateIndex`."""
         share_threads()
         self._index.add(vectors[self._size :])
         self._size = len(vectors)
@@ -252,30 +333,67 @@ class HNSWIndex(ApproximateIndex):
         return False
 
     def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`FlatIndex.search`."""
+        """As of `FlatIndex`."""
         share_threads()
         self._index.hnsw.efSearch = max(self.effort, fetch)
         return self._index.search(queries, fetch)
 
+    def state(self) -> Optional[State]:
+        """Levels and links; None where the links tell something of a removed entry."""
+        if self.overwritten:
+            return None
+        hnsw = self._index.hnsw
+        levels, links = (faiss.vector_to_array(x).astype(np.int32) for x in (hnsw.levels, hnsw.neighbors))
+        about = {**self._about(), "links": self.links, "effort": self.effort, "start": int(hnsw.entry_point)}
+        return {"index_levels": levels, "index_links": links}, about
 
-def _sample(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
-    if len(vectors) <= size:
-        return vectors
-    return vectors[np.sort(np.random.default_rng(seed).choice(len(vectors), size, replace=False))]
+    @classmethod
+    def restored(cls, arrays: dict[str, np.ndarray], about: dict[str, Any], vectors: np.ndarray, probes: int) -> Index:
+        """See `restore`. Every link leads to an entry that stands on the link's level: faiss follows them unchecked."""
+        stated: list[Any] = [about.get(name) for name in ("links", "effort", "start")]
+        if set(arrays) != {"index_levels", "index_links"} or not all(type(number) is int for number in stated):
+            raise ValueError(f"its graph is described by {about!r} and the arrays {sorted(arrays)}")
+        links, effort, start = stated
+        levels, neighbours = arrays["index_levels"], arrays["index_links"]
+        size = len(levels)
+        if levels.ndim != 1 or neighbours.ndim != 1 or not 0 < size <= len(vectors) or not 2 <= links <= 1024:
+            raise ValueError("its graph does not fit the entries")
+        highest = int(levels.max())
+        if levels.min() < 1 or highest > 64 or not 0 <= start < size or levels[start] != highest or effort < 1:
+            raise ValueError("its graph's levels do not fit")
+        offsets = np.concatenate([[0], np.cumsum((levels.astype(np.int64) + 1) * links)])  # 2 links and then 1 a level
+        if len(neighbours) != offsets[-1] or neighbours.min() < -1 or neighbours.max() >= size:
+            raise ValueError("its graph's links do not fit the entries")
+        first = np.repeat(offsets[:-1] // links, levels + 1)  # of the runs of `links` links that an entry has
+        level = np.maximum(np.arange(len(first)) - first - 1, 0)  # that a run is on: 0, 0, 1, 2, ...
+        blocks = neighbours.reshape(-1, links)
+        for rows in np.array_split(np.arange(len(blocks)), max(1, len(blocks) // (1 << 16))):
+            reached = blocks[rows]
+            if ((reached >= 0) & (levels[np.maximum(reached, 0)] <= level[rows][:, None])).any():
+                raise ValueError("its graph's links lead to entries that do not stand on their level")
+        index = cls.__new__(cls)
+        index._open(vectors.shape[1], links)
+        inner: Any = index._index
+        faiss.downcast_index(inner.storage).add(np.ascontiguousarray(vectors[:size]))
+        hnsw = inner.hnsw
+        faiss.copy_array_to_vector(np.ascontiguousarray(levels), hnsw.levels)
+        faiss.copy_array_to_vector(offsets.astype(np.uint64), hnsw.offsets)
+        hnsw.neighbors.resize(len(neighbours))
+        faiss.rev_swig_ptr(hnsw.neighbors.data(), len(neighbours))[:] = neighbours
+        hnsw.entry_point, hnsw.max_level, inner.ntotal = start, highest - 1, size
+        index.effort = effort
+        index._size, index.trained_on, index.recall = size, about["trained_on"], about["recall"]
+        return index
 
-
-# Which index a memory gets.
-
-
-INDEXES = ("auto", "flat", "ivf", "hnsw", "ivfpq")
-AUTO_FLAT_LIMIT = 1_000_000
-"""`auto` searches exactly up to this many entries."""
 
 Index = Union[FlatIndex, IVFIndex, IVFPQIndex, HNSWIndex]
+_APPROXIMATE: dict[str, Union[type[IVFIndex], type[HNSWIndex]]] = {
+    kind.kind: kind for kind in (IVFIndex, IVFPQIndex, HNSWIndex)
+}
 
 
 def resolve_kind(kind: str, size: int) -> str:
-    """The index that `kind` (one of :data:`INDEXES`) stands for at `size` entries."""
+    """The index that `kind` (one of `INDEXES`) stands for at `size` entries."""
     if kind != "auto":
         return kind
     return "flat" if size <= AUTO_FLAT_LIMIT else "ivf"
@@ -294,3 +412,40 @@ def make_index(kind: str, vectors: np.ndarray, lists: int, probes: int, seed: in
     if chosen == "hnsw":
         return HNSWIndex(vectors)
     return (IVFPQIndex if chosen == "ivfpq" else IVFIndex)(vectors, lists, probes, seed)
+
+
+def restore(arrays: dict[str, np.ndarray], about: Any, vectors: np.ndarray, probes: int) -> Index:
+    """The index that its `state()` described.
+
+    Args:
+        arrays: of the state.
+        about: the state's description.
+        vectors: [N, H] float32; the index holds the first of them.
+        probes: groups a query looks into.
+
+    Raises:
+        ValueError: the arrays do not describe an index over these vectors.
+    """
+    kind = _APPROXIMATE.get(str(about.get("kind"))) if isinstance(about, dict) else None
+    if kind is None or not isinstance(about.get("trained_on"), int) or not isinstance(about.get("recall"), float):
+        raise ValueError(f"its index is described by {about!r}")
+    return kind.restored(arrays, about, vectors, probes)
+
+
+def without(state: State, ids: np.ndarray) -> Optional[State]:
+    """A copy of a state without anything of these entries; None for a graph, which cannot do without their links."""
+    arrays, about = state
+    if "index_links" in arrays:
+        return state if len(ids) == 0 or ids.min() >= len(arrays["index_levels"]) else None
+    arrays = dict(arrays)
+    for name, empty in (("index_lists", -1), ("index_codes", 0)):
+        if name in arrays:
+            arrays[name] = np.array(arrays[name])
+            arrays[name][ids[ids < len(arrays[name])]] = empty
+    return arrays, about
+
+
+def _sample(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
+    if len(vectors) <= size:
+        return vectors
+    return vectors[np.sort(np.random.default_rng(seed).choice(len(vectors), size, replace=False))]

@@ -1,7 +1,8 @@
-"""The memory bank of stage iii: <prefix, target> entries, searched by the encoding of the prefix.
+"""The memory bank of stage iii: entries (prefix, next item), searched by the encoding of the prefix.
 
 An entry is a window of some user's history, or a mined pattern: its key encodes the items before a position, its target
-is the item there.
+is the item there. On disk a bank is one directory of arrays, checked when it is read, replaced as a whole when it is
+written; with them what its index has learned.
 
 Source: RaSeRec (AAAI 2025 / arXiv 2412.18378), retrieval-augmented module: memory construction and retrieval.
 """
@@ -12,381 +13,49 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Union
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.retrieval.entries import OWNERS, ROWS, Array, Entries, GrowingArray, as_numpy, integers, normalised
-from recbole_raserec.retrieval.index import INDEXES, FlatIndex, Index, make_index, resolve_kind
-from recbole_raserec.retrieval.index_state import ARRAYS, State, restore, scrub, state_of
+from recbole_raserec.retrieval.index import (
+    INDEXES,
+    STATE_ARRAYS,
+    FlatIndex,
+    Index,
+    State,
+    make_index,
+    resolve_kind,
+    restore,
+    without,
+)
 from recbole_raserec.retrieval.search import SCOPES, GuardedSearch, LeakageGuard, unpack
 from recbole_raserec.storage import read_arrays, write_arrays
 
-# A memory bank on disk: one directory of arrays, checked when it is read, replaced as a whole when it is written.
-
-
-_KIND = "RaSeRec memory"
-_VERSION = 2
-
-#: Arguments of the bank that are stored with it.
-OPTIONS = {
-    "hidden_size": int, "similarity": str, "index": str, "ivf_lists": int, "ivf_probes": int, "seed": int,
-    "scope": str, "min_support": int, "retrieve_by": str,
-}  # fmt: skip
-
-
-#: Arrays of an index and their description.
-Stored = Optional[tuple[State, Any]]
-
-
-def write_entries(path: Path, entries: Entries, options: dict[str, Any], fingerprint: Any, index: Stored) -> None:
-    """Store entries, the bank's options and what its index has learned, see :func:`write_arrays`."""
-    arrays = {name: array.values for name, array in entries.arrays.items()}
-    learned, about = index or ({}, None)
-    write_arrays(
-        path, _KIND, _VERSION, {**arrays, **learned}, {**options, "fingerprint": fingerprint, "index_state": about}
-    )
-
-
-def read_entries(path: Path, fingerprint: Any, verify: bool) -> tuple[Entries, dict[str, Any], Stored]:
-    """What :func:`write_entries` wrote: entries over memory-mapped arrays, the options, and the index's arrays.
-
-    Raises:
-        CheckpointError: missing, damaged, foreign, or of another fingerprint (unless None is expected).
-    """
-    arrays, meta = read_arrays(path, _KIND, _VERSION, {**ROWS, **OWNERS}, verify, ARRAYS)
-    if not isinstance(meta, dict) or any(type(meta.get(name)) is not kind for name, kind in OPTIONS.items()):
-        raise CheckpointError(f"{path}: its description is incomplete ({meta!r}). Delete it and build it again.")
-    if fingerprint is not None and meta.get("fingerprint") != fingerprint:
-        raise CheckpointError(
-            f"{path} was built with another model or data set: its fingerprint is {meta.get('fingerprint')!r}, "
-            f"expected {fingerprint!r}. Name another directory, or delete it and build it again."
-        )
-    learned = {name: arrays.pop(name) for name in ARRAYS if name in arrays}
-    size, owners, width = len(arrays["gone"]), len(arrays["owner_users"]), meta["hidden_size"]
-    shapes: dict[str, tuple[int, ...]] = {name: (owners if name in OWNERS else size,) for name in arrays}
-    shapes["keys"] = (size, width)
-    if any(array.shape != shapes[name] for name, array in arrays.items()):
-        raise CheckpointError(f"{path}: its arrays do not fit together. Delete it and build it again.")
-    entries = arrays["owner_entries"]
-    if owners and not 0 <= int(entries.min()) <= int(entries.max()) < size:
-        raise CheckpointError(f"{path}: its patterns name entries it does not have. Delete it and build it again.")
-    stored = (learned, meta.get("index_state")) if learned else None
-    return Entries(width, arrays), {name: meta[name] for name in OPTIONS}, stored
-
-
-# What a memory bank holds and how it changes: entries by id, and who may change them when.
-
-
-class Ledger:
-    """The entries of a bank. What searches them is told of every change (:meth:`_changed`, :meth:`_removed`).
-
-    Args:
-        hidden_size: length H of a key. min_support: users a pattern needs; one that loses them is removed.
-    """
-
-    def __init__(self, hidden_size: int, min_support: int):
-        self.hidden_size, self.min_support = int(hidden_size), int(min_support)
-        self.version = 0  # rises with every change
-        self._removals = 0  # rises with every removal
-        self._lock = threading.RLock()
-        self._entries = Entries(self.hidden_size)
-
-    def __len__(self) -> int:
-        """Entries ever added, removed ones included: ids are below it."""
-        return len(self._entries)
-
-    @property
-    def live(self) -> int:
-        """Entries that were not removed."""
-        return len(self) - int(self._entries["gone"].sum())
-
-    @property
-    def keys(self) -> np.ndarray:
-        """Encoded prefixes as they were added [N, H] float32, read-only."""
-        return self._entries["keys"]
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Target item of each entry [N] int32, read-only."""
-        return self._entries["targets"]
-
-    @property
-    def users(self) -> np.ndarray:
-        """User each entry comes from [N] int32, read-only; negative: from no single user."""
-        return self._entries["users"]
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Index of the target in its user's history [N] int32, read-only: the prefix has that many items."""
-        return self._entries["positions"]
-
-    @property
-    def times(self) -> np.ndarray:
-        """Time of the target [N] float64, read-only; NaN where unknown."""
-        return self._entries["times"]
-
-    @property
-    def support(self) -> np.ndarray:
-        """Users whose histories hold the entry [N] int32, read-only: 1 for a pair, 0 for a removed entry."""
-        return self._entries["support"]
-
-    @property
-    def gone(self) -> np.ndarray:
-        """Removed entries, bool [N], read-only."""
-        return self._entries["gone"]
-
-    @property
-    def owners(self) -> dict[str, np.ndarray]:
-        """Whose histories hold each pattern, and where it is first complete there: `owner_entries` int64 [M],
-        `owner_users` int32 [M], `owner_positions` int32 [M], read-only.
-        """
-        return {name: self._entries[name] for name in OWNERS}
-
-    def add(
-        self,
-        keys: Array,
-        targets: Array,
-        users: Array,
-        positions: Array,
-        times: Array | None = None,
-        support: Array | None = None,
-        owners: tuple[Array, Array, Array] | None = None,
-    ) -> np.ndarray:
-        """Append entries.
-
-        Args:
-            keys: encoded prefixes [N, H].
-            targets, users, positions: integers [N]; positions are not negative.
-            times: [N], or None when unknown.
-            support: [N], users whose histories hold the entry; None: 1.
-            owners: of patterns, which users those are: row of this call [M], user [M], and the position in the user's
-                history [M] where the pattern is first complete.
-
-        Returns:
-            ids of the new entries, int64 [N].
-
-        Raises:
-            ValueError: shapes do not fit, or a value is not finite or out of range. The bank is unchanged then.
-        """
-        with self._lock:
-            ids = self._entries.append(keys, targets, users, positions, times, support, owners)
-            self.version += 1
-            self._changed()
-        return ids
-
-    def merge(self, other: Ledger) -> np.ndarray:
-        """Append the live entries of another bank, whose users must be numbered alike: ids int64 [N].
-
-        Raises:
-            ValueError: its keys have another length.
-        """
-        with other._lock:
-            left = np.flatnonzero(~other.gone)
-            row = np.full(len(other), -1)
-            row[left] = np.arange(len(left))
-            rows = {name: other._entries[name][left] for name in ROWS if name != "gone"}
-            owners = [other._entries[name] for name in OWNERS]
-        owned = (row[owners[0]], owners[1], owners[2])
-        return self.add(**rows, owners=owned if len(owned[0]) else None)
-
-    def forget(self, user: int) -> int:
-        """Remove a user's pairs and share in patterns, and patterns that were frequent only with it.
-
-        Returns:
-            the number of entries removed. Nothing of them is left in the bank, in its index, and, after the next
-            :meth:`save`, in its files. A search that is under way is made again.
-        """
-        with self._lock:
-            if user < 0:
-                return 0
-            self._removals += 1  # first: a search that is under way must not take what changes now for settled
-            return self._remove(self._entries.of_user(int(user), self.min_support))
-
-    def expire(self, older_than: float) -> int:
-        """Remove the entries of an earlier time than `older_than`; those of unknown time stay. Returns their number."""
-        with self._lock:
-            self._removals += 1
-            with np.errstate(invalid="ignore"):
-                ids = np.flatnonzero((self.times < older_than) & ~self.gone)
-            return self._remove(ids)
-
-    def _remove(self, ids: np.ndarray) -> int:
-        self.version += 1
-        self._changed()
-        if len(ids):
-            self._entries.wipe(ids)
-            self._removed(ids)
-        return len(ids)
-
-    def _changed(self) -> None:
-        """Entries were added or are being removed."""
-
-    def _removed(self, ids: np.ndarray) -> None:
-        """These entries were overwritten."""
-
-
-# What a memory bank is searched by: the vectors that queries are compared with, their index and the leakage guard.
-
+Array = Union[np.ndarray, torch.Tensor]
 
 SIMILARITIES = ("cosine", "dot")
 RETRIEVE_BY = ("sequence", "target")
 
+#: Arrays with one row an entry.
+ROWS = {
+    "keys": "<f4", "targets": "<i4", "users": "<i4", "positions": "<i4", "times": "<f8", "support": "<i4",
+    "gone": "|b1",
+}  # fmt: skip
+#: Arrays with one row a (pattern, user) whose history holds it, in the order of both.
+OWNERS = {"owner_entries": "<i8", "owner_users": "<i4", "owner_positions": "<i4"}
 
-class IndexedLedger(Ledger):
-    """Entries with what searches them, brought up to date at the first search after a change.
-
-    It takes what :class:`~recbole_raserec.retrieval.memory.MemoryBank` takes.
-    """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        similarity: str = "cosine",
-        index: str = "auto",
-        ivf_lists: int = 128,
-        ivf_probes: int = 8,
-        seed: int = 0,
-        scope: str = "history",
-        min_support: int = 2,
-        retrieve_by: str = "sequence",
-    ):
-        problems = []
-        for name, value, known in (
-            ("similarity", similarity, SIMILARITIES), ("index", index, INDEXES), ("memory_scope", scope, SCOPES),
-            ("retrieve_by", retrieve_by, RETRIEVE_BY),
-        ):  # fmt: skip
-            if value not in known:
-                problems.append(f"{name}: {value!r} is not one of {', '.join(known)}")
-        sizes = {"hidden_size": hidden_size, "ivf_lists": ivf_lists, "ivf_probes": ivf_probes}
-        for name, number in {**sizes, "memory_min_support": min_support}.items():
-            if number < 1:
-                problems.append(f"{name}: {number!r} must be at least 1")
-        if problems:
-            raise ConfigError(problems)
-        super().__init__(hidden_size, min_support)
-        self.similarity, self.index, self.scope = similarity, index, scope
-        self.ivf_lists, self.ivf_probes = int(ivf_lists), int(ivf_probes)
-        self.seed, self.retrieve_by = int(seed), retrieve_by
-        self._target_vectors: np.ndarray | None = None
-        self._path: Path | None = None  # of a stored bank
-        self._reset_index()
-
-    def _reset_index(self) -> None:
-        self._index: Index | None = None
-        self._stored: Stored = None  # what a stored index had learned
-        # Keys as they are searched: with `dot` the keys themselves, not a second copy of them.
-        self._vectors = GrowingArray(np.empty((0, self.hidden_size), np.float32))
-        self._longest = 0.0
-        self._guard: LeakageGuard | None = None
-
-    @property
-    def index_recall(self) -> float | None:
-        """Measured recall of the index (1.0 when exact); None before the first search."""
-        return None if self._index is None else self._index.recall
-
-    def _changed(self) -> None:
-        self._guard = None
-
-    def _removed(self, ids: np.ndarray) -> None:
-        known = ids[ids < len(self._vectors)]
-        if self._searches_keys_in_place and self._vectors:
-            self._vectors = GrowingArray(self.keys[: len(self._vectors)])
-        elif len(known):
-            self._vectors.writable()[known] = 0
-        if self._stored is not None:
-            left = scrub(self._stored[0], ids)
-            self._stored = None if left is None else (left, self._stored[1])
-        if self._index is not None and not isinstance(self._index, FlatIndex):
-            self._index.remove(known)
-
-    def set_keys(self, keys: Array) -> None:
-        """Replace the keys of all entries [N, H], after the backbone changed; everything else stays.
-
-        Raises:
-            ValueError: not one finite key of length H per entry.
-        """
-        matrix = self._entries.matrix("keys", keys)
-        if len(matrix) != len(self):
-            raise ValueError(f"keys: expected one for each of the {len(self)} entries, got {len(matrix)}")
-        with self._lock:
-            matrix = matrix.copy()
-            matrix[self.gone] = 0
-            self._entries.arrays["keys"] = GrowingArray(matrix)
-            self.version += 1
-            self._reset_index()
-
-    @property
-    def target_vectors(self) -> np.ndarray | None:
-        """What :meth:`set_target_vectors` gave, [V, H]."""
-        return self._target_vectors
-
-    def set_target_vectors(self, vectors: Array) -> None:
-        """Give the vectors of all items [V, H], which queries are compared with under `retrieve_by: target`."""
-        with self._lock:
-            self._target_vectors = self._entries.matrix("target vectors", vectors)
-            if self.retrieve_by == "target":
-                self.version += 1
-                self._reset_index()
-
-    @property
-    def _searches_keys_in_place(self) -> bool:
-        return self.similarity == "dot" and self.retrieve_by == "sequence"
-
-    def _compared(self, start: int) -> np.ndarray:
-        """What queries are compared with, of the entries from `start` on."""
-        if self.retrieve_by == "sequence":
-            return self.keys[start:]
-        if self._target_vectors is None or len(self._target_vectors) <= self.targets.max(initial=0):
-            raise ValueError("retrieve_by: target needs the vectors of all items; call set_target_vectors first.")
-        vectors = self._target_vectors[self.targets[start:]]
-        vectors[self.gone[start:]] = 0
-        return vectors
-
-    def _prepare(self) -> GuardedSearch:
-        """A search of what the bank holds now; later additions do not touch it."""
-        known, size = len(self._vectors), len(self)
-        if known < size:
-            vectors, longest = normalised(self._compared(known), self.similarity)
-            self._longest = max(self._longest, longest)
-            if self._searches_keys_in_place:
-                self._vectors = GrowingArray(self.keys)
-            else:
-                self._vectors.append(vectors)
-        vectors = self._vectors.values
-        if self._index is None and self._stored is not None:
-            self._index = self._restore(vectors)
-        stale = self._index is None or self._index.kind != resolve_kind(self.index, size) or self._index.outgrown(size)
-        if self._index is None or stale:
-            self._index = make_index(self.index, vectors, self.ivf_lists, self.ivf_probes, self.seed)
-            if not isinstance(self._index, FlatIndex):
-                self._index.remove(np.flatnonzero(self.gone))
-        elif isinstance(self._index, FlatIndex):
-            self._index = FlatIndex(vectors)
-        elif len(self._index) < size:
-            self._index.extend(vectors)
-        if self._guard is None:
-            entries = self._entries
-            needed = entries.leaning(self.min_support)
-            gone = entries["gone"].copy()
-            self._guard = LeakageGuard(self.users, self.positions, needed, gone, self.times, self.scope)
-        return GuardedSearch(self._index, vectors, self._longest, self._guard)
-
-    def _restore(self, vectors: np.ndarray) -> Index:
-        """The index of a stored bank."""
-        assert self._stored is not None
-        try:
-            index = restore(*self._stored, vectors, self.ivf_probes)
-        except ValueError as error:
-            raise CheckpointError(f"{self._path} is damaged: {error}. Delete it and build it again.") from None
-        index.remove(np.flatnonzero(self.gone[: len(index)]))
-        self._stored = None
-        return index
-
-
-#: Searches that are begun again when entries were removed meanwhile, before one is made that nobody may disturb.
+#: Arguments of the bank that are stored with it.
+_OPTIONS = {
+    "hidden_size": int, "similarity": str, "index": str, "ivf_lists": int, "ivf_probes": int, "seed": int,
+    "scope": str, "min_support": int, "retrieve_by": str,
+}  # fmt: skip
+_KIND, _VERSION = "RaSeRec memory", 2  # of the stored arrays
+#: What the row of a removed entry holds.
+_REMOVED = {"keys": 0, "targets": 0, "users": -1, "positions": 0, "times": np.nan, "support": 0, "gone": True}
+#: Searches that are begun again when entries were removed meanwhile, before one is made under the lock.
 _TRIES = 3
 
 
@@ -405,8 +74,18 @@ class Neighbours:
     mask: np.ndarray
 
 
-class MemoryBank(IndexedLedger):
-    """Entries <prefix, target> and their search, with the leakage guard built in.
+class _Column:
+    """An array of the bank under its own name, read-only."""
+
+    def __set_name__(self, bank: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, bank: MemoryBank, kind: type) -> np.ndarray:
+        return bank._columns[self._name].values
+
+
+class MemoryBank:
+    """Entries (prefix, target) and their search, with the leakage guard built in.
 
     An entry's id is the order of its arrival and never changes, also when others are removed; what is removed is
     overwritten. Vectors are indexed at the first search after a change. Any number of threads may search while others
@@ -416,26 +95,249 @@ class MemoryBank(IndexedLedger):
         hidden_size: length H of a key.
         similarity: `cosine` (keys and queries are normalised for the search) or `dot`.
         index: `flat` (exact), `ivf`, `ivfpq`, `hnsw` (approximate) or `auto` (flat up to a million entries, then ivf).
-        ivf_lists, ivf_probes: of the inverted files.
-        seed: of their training.
-        scope: `history` or `past`, see :class:`~recbole_raserec.retrieval.search.LeakageGuard`.
-        min_support: users a pattern needs; one that loses them by :meth:`forget` is removed.
+        ivf_lists: groups of the inverted files.
+        ivf_probes: groups a query looks into.
+        seed: of the training of inverted files.
+        scope: `history` or `past`, see `LeakageGuard`.
+        min_support: users a pattern needs; one that loses them by `forget` is removed.
         retrieve_by: what a query is compared with: an entry's key (`sequence`), or the vector of its target (`target`;
-            :meth:`set_target_vectors` gives them).
+            `set_target_vectors` gives them).
+
+    Attributes:
+        version: rises with every change.
+        target_vectors: what `set_target_vectors` gave, [V, H].
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
+    keys = _Column()
+    """Encoded prefixes as they were added [N, H] float32, read-only."""
+    targets = _Column()
+    """Target item of each entry [N] int32, read-only."""
+    users = _Column()
+    """User each entry comes from [N] int32, read-only; negative: from no single user."""
+    positions = _Column()
+    """Index of the target in its user's history [N] int32, read-only: the prefix has that many items."""
+    times = _Column()
+    """Time of the target [N] float64, read-only; NaN where unknown."""
+    support = _Column()
+    """Users whose histories hold the entry [N] int32, read-only: 1 for a pair, 0 for a removed entry."""
+    gone = _Column()
+    """Removed entries, bool [N], read-only."""
+
+    _index: Index | None
+    _stored: State | None  # what a stored index had learned
+    _vectors: GrowingArray  # keys as they are searched: with `dot` the keys themselves, not a second copy of them
+    _longest: float
+    _guard: LeakageGuard | None
+
+    def __init__(
+        self, hidden_size: int, similarity: str = "cosine", index: str = "auto", ivf_lists: int = 128,
+        ivf_probes: int = 8, seed: int = 0, scope: str = "history", min_support: int = 2,
+        retrieve_by: str = "sequence",
+    ):  # fmt: skip
+        words = {
+            "similarity": (similarity, SIMILARITIES), "index": (index, INDEXES), "memory_scope": (scope, SCOPES),
+            "retrieve_by": (retrieve_by, RETRIEVE_BY),
+        }  # fmt: skip
+        sizes = {
+            "hidden_size": hidden_size, "ivf_lists": ivf_lists, "ivf_probes": ivf_probes,
+            "memory_min_support": min_support,
+        }  # fmt: skip
+        problems = [
+            f"{name}: {value!r} is not one of {', '.join(known)}"
+            for name, (value, known) in words.items()
+            if value not in known
+        ]
+        problems += [f"{name}: {number!r} must be at least 1" for name, number in sizes.items() if number < 1]
+        if problems:
+            raise ConfigError(problems)
+        self.hidden_size, self.min_support = int(hidden_size), int(min_support)
+        self.similarity, self.index, self.scope = similarity, index, scope
+        self.ivf_lists, self.ivf_probes = int(ivf_lists), int(ivf_probes)
+        self.seed, self.retrieve_by = int(seed), retrieve_by
+        self.version = 0
+        self._removals = 0  # rises with every removal
+        self._lock = threading.RLock()
+        self._columns = {
+            name: GrowingArray(np.empty((0, self.hidden_size) if name == "keys" else 0, dtype))
+            for name, dtype in {**ROWS, **OWNERS}.items()
+        }
+        self.target_vectors: np.ndarray | None = None
+        self._path: Path | None = None  # of a stored bank
+        self._reset_index()
+
+    def __len__(self) -> int:
+        """Entries ever added, removed ones included: ids are below it."""
+        return len(self._columns["gone"])
+
+    @property
+    def live(self) -> int:
+        """Entries that were not removed."""
+        return len(self) - int(self.gone.sum())
+
+    @property
+    def owners(self) -> dict[str, np.ndarray]:
+        """Whose histories hold each pattern, and where it is first complete there: `owner_entries` int64 [M],
+        `owner_users` int32 [M], `owner_positions` int32 [M], read-only.
+        """
+        return {name: self._columns[name].values for name in OWNERS}
+
+    @property
+    def index_recall(self) -> float | None:
+        """Measured recall of the index (1.0 when exact); None before the first search."""
+        return None if self._index is None else self._index.recall
+
+    # -- changes ----------------------------------------------------------------------------------------------------
+
+    def add(
+        self, keys: Array, targets: Array, users: Array, positions: Array, times: Array | None = None,
+        support: Array | None = None, owners: tuple[Array, Array, Array] | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Append entries.
+
+        Args:
+            keys: encoded prefixes [N, H].
+            targets: integers [N].
+            users: integers [N].
+            positions: integers [N], not negative.
+            times: [N], or None when unknown.
+            support: [N], users whose histories hold the entry; None: 1.
+            owners: of patterns, which users those are: row of this call [M], user [M], and the position in the user's
+                history [M] where the pattern is first complete.
+
+        Returns:
+            ids of the new entries, int64 [N].
+
+        Raises:
+            ValueError: shapes do not fit, or a value is not finite or out of range. The bank is unchanged then.
+        """
+        rows = {"keys": self._matrix("keys", keys)}
+        size = len(rows["keys"])
+        for name, values in (("targets", targets), ("users", users), ("positions", positions)):
+            rows[name] = _integers(name, values, size)
+        if size and rows["positions"].min() < 0:
+            raise ValueError(
+                f"positions: {rows['positions'].min()} is negative; give the target's index in its history"
+            )
+        rows["times"] = np.full(size, np.nan) if times is None else _times(times, size)
+        rows["support"] = np.ones(size, np.int32) if support is None else _integers("support", support, size)
+        if size and rows["support"].min() < 1:
+            raise ValueError(f"support: {rows['support'].min()} must be at least 1")
+        rows["gone"] = np.zeros(size, dtype=bool)  # last: its length is the number of entries
+        owned = [_integers(name, values, len(owners[0])) for name, values in zip(OWNERS, owners)] if owners else []
+        if owned and len(owned[0]) and not 0 <= int(owned[0].min()) <= int(owned[0].max()) < size:
+            raise ValueError(f"owners: entries must lie in [0, {size})")
+        with self._lock:
+            first = len(self)
+            if owned:
+                order = np.lexsort((owned[1], owned[0]))
+                for name, values in zip(OWNERS, (owned[0].astype(np.int64) + first, *owned[1:])):
+                    self._columns[name].append(values[order])
+            for name, values in rows.items():
+                self._columns[name].append(values)
+            self.version += 1
+            self._guard = None
+        return np.arange(first, first + size, dtype=np.int64)
+
+    def merge(self, other: MemoryBank) -> np.ndarray:
+        """Append the live entries of another bank, whose users must be numbered alike: ids int64 [N].
+
+        Raises:
+            ValueError: its keys have another length.
+        """
+        with other._lock:
+            left = np.flatnonzero(~other.gone)
+            row = np.full(len(other), -1)
+            row[left] = np.arange(len(left))
+            rows = {name: other._columns[name].values[left] for name in ROWS if name != "gone"}
+            entries, users, positions = other.owners.values()
+        return self.add(**rows, owners=(row[entries], users, positions) if len(entries) else None)
+
+    def forget(self, user: int) -> int:
+        """Remove a user's pairs and share in patterns, and patterns that were frequent only with it.
+
+        Returns:
+            the number of entries removed. Nothing of them is left in the bank, in its index, and, after the next
+            `save`, in its files. A search that is under way is made again.
+        """
+        with self._lock:
+            if user < 0:
+                return 0
+            self._removals += 1  # first: a search that is under way must not take what changes now for settled
+            lost = self.users == user
+            entries, owners, _ = self.owners.values()
+            owned = owners == user
+            if owned.any():
+                np.subtract.at(self._columns["support"].writable(), entries[owned], 1)
+                self._keep_owners(~owned)
+                lost = lost | ((self.support < self.min_support) & (self.users < 0))
+            return self._remove(np.flatnonzero(lost & ~self.gone))
+
+    def expire(self, older_than: float) -> int:
+        """Remove the entries of an earlier time than `older_than`; those of unknown time stay. Returns their number."""
+        with self._lock:
+            self._removals += 1
+            with np.errstate(invalid="ignore"):
+                return self._remove(np.flatnonzero((self.times < older_than) & ~self.gone))
+
+    def set_keys(self, keys: Array) -> None:
+        """Replace the keys of all entries [N, H], after the backbone changed; everything else stays.
+
+        Raises:
+            ValueError: not one finite key of length H per entry.
+        """
+        matrix = self._matrix("keys", keys)
+        if len(matrix) != len(self):
+            raise ValueError(f"keys: expected one for each of the {len(self)} entries, got {len(matrix)}")
+        with self._lock:
+            matrix = matrix.copy()
+            matrix[self.gone] = 0
+            self._columns["keys"] = GrowingArray(matrix)
+            self.version += 1
+            self._reset_index()
+
+    def set_target_vectors(self, vectors: Array) -> None:
+        """Give the vectors of all items [V, H], which queries are compared with under `retrieve_by: target`."""
+        with self._lock:
+            self.target_vectors = self._matrix("target vectors", vectors)
+            if self.retrieve_by == "target":
+                self.version += 1
+                self._reset_index()
+
+    def _remove(self, ids: np.ndarray) -> int:
+        """Overwrite entries, which keep their ids, everywhere; returns their number."""
+        self.version += 1
+        self._guard = None
+        if not len(ids):
+            return 0
+        for name, value in _REMOVED.items():
+            self._columns[name].writable()[ids] = value
+        lost = np.isin(self._columns["owner_entries"].values, ids)
+        if lost.any():
+            self._keep_owners(~lost)
+        known = ids[ids < len(self._vectors)]
+        if self._searches_keys_in_place and self._vectors:
+            self._vectors = GrowingArray(self.keys[: len(self._vectors)])
+        elif len(known):
+            self._vectors.writable()[known] = 0
+        if self._stored is not None:
+            self._stored = without(self._stored, ids)
+        if self._index is not None:
+            self._index.remove(known)
+        return len(ids)
+
+    def _keep_owners(self, kept: np.ndarray) -> None:
+        for name, values in self.owners.items():
+            self._columns[name] = GrowingArray(values[kept])
+
+    # -- search -----------------------------------------------------------------------------------------------------
+
     def search(
-        self,
-        queries: Array,
-        top_k: int,
-        users: Array | None,
-        positions: Array | None,
-        desc: str | None = None,
+        self, queries: Array, top_k: int, users: Array | None, positions: Array | None, desc: str | None = None,
         times: Array | None = None,
-    ) -> Neighbours:
+    ) -> Neighbours:  # fmt: skip
         """The `top_k` most similar entries that each query may see; the leakage guard bars the others.
 
         With the flat index the result is exact whatever is barred, and does not depend on how queries are batched:
@@ -445,13 +347,14 @@ class MemoryBank(IndexedLedger):
         Args:
             queries: encoded histories [Q, H].
             top_k: K.
-            users, positions: integers [Q]: the query predicts item `positions` of `users`' history. Both None, or a
-                negative user: the query belongs to no user of the memory, nothing is barred.
+            users: integers [Q], whose history is asked about; negative, or None for all: of no user of the memory,
+                nothing is barred.
+            positions: integers [Q], which item of that history is to be predicted; None where `users` is.
             desc: show a progress bar with this label.
             times: [Q], read with the scope `past`; None: the queries are asked now.
 
         Returns:
-            Neighbours with [Q, K] arrays.
+            arrays [Q, K].
 
         Raises:
             ValueError: shapes do not fit, a value is not finite, or only one of users and positions is given.
@@ -460,13 +363,11 @@ class MemoryBank(IndexedLedger):
             raise ValueError(f"top_k: {top_k!r} must be at least 1")
         if (users is None) != (positions is None):
             raise ValueError("users and positions: give both, or None for both")
-        vectors = normalised(self._entries.matrix("queries", queries), self.similarity)[0]  # [Q, H]
+        vectors = _normalised(self._matrix("queries", queries), self.similarity)[0]  # [Q, H]
         size = len(vectors)
-        who = integers("users", np.full(size, -1) if users is None else users, size)
-        when = integers("positions", np.zeros(size, int) if positions is None else positions, size)
-        asked = None if times is None else as_numpy(times).astype(np.float64)
-        if asked is not None and asked.shape != (size,):
-            raise ValueError(f"times: expected shape [{size}], got {list(asked.shape)}")
+        who = _integers("users", np.full(size, -1) if users is None else users, size)
+        when = _integers("positions", np.zeros(size, int) if positions is None else positions, size)
+        asked = None if times is None else _times(times, size)
         if not len(self) or not size:
             return Neighbours(*unpack(np.zeros((size, top_k), np.uint64)))
 
@@ -485,6 +386,68 @@ class MemoryBank(IndexedLedger):
         with self._lock:
             return run(self._prepare())
 
+    def _reset_index(self) -> None:
+        self._index = self._stored = self._guard = None
+        self._vectors, self._longest = GrowingArray(np.empty((0, self.hidden_size), np.float32)), 0.0
+
+    @property
+    def _searches_keys_in_place(self) -> bool:
+        return self.similarity == "dot" and self.retrieve_by == "sequence"
+
+    def _compared(self, start: int) -> np.ndarray:
+        """What queries are compared with, of the entries from `start` on."""
+        if self.retrieve_by == "sequence":
+            return self.keys[start:]
+        if self.target_vectors is None or len(self.target_vectors) <= self.targets.max(initial=0):
+            raise ValueError("retrieve_by: target needs the vectors of all items; call set_target_vectors first.")
+        vectors = self.target_vectors[self.targets[start:]]
+        vectors[self.gone[start:]] = 0
+        return vectors
+
+    def _prepare(self) -> GuardedSearch:
+        """A search of what the bank holds now; later additions do not touch it."""
+        known, size = len(self._vectors), len(self)
+        if known < size:
+            vectors, longest = _normalised(self._compared(known), self.similarity)
+            self._longest = max(self._longest, longest)
+            if self._searches_keys_in_place:
+                self._vectors = GrowingArray(self.keys)
+            else:
+                self._vectors.append(vectors)
+        vectors = self._vectors.values
+        if self._index is None and self._stored is not None:
+            try:
+                self._index = restore(*self._stored, vectors, self.ivf_probes)
+            except ValueError as error:
+                raise CheckpointError(f"{self._path} is damaged: {error}. Delete it and build it again.") from None
+            self._index.remove(np.flatnonzero(self.gone[: len(self._index)]))
+            self._stored = None
+        stale = self._index is None or self._index.kind != resolve_kind(self.index, size) or self._index.outgrown(size)
+        if self._index is None or stale:
+            self._index = make_index(self.index, vectors, self.ivf_lists, self.ivf_probes, self.seed)
+            self._index.remove(np.flatnonzero(self.gone))
+        elif isinstance(self._index, FlatIndex):  # not changed: a search may be under way
+            self._index = FlatIndex(vectors)
+        elif len(self._index) < size:
+            self._index.extend(vectors)
+        if self._guard is None:
+            entries, owners, first = self.owners.values()
+            rare = self.support[entries] <= self.min_support  # too rare without that user
+            needed = entries[rare], owners[rare], first[rare]
+            self._guard = LeakageGuard(self.users, self.positions, needed, self.gone.copy(), self.times, self.scope)
+        return GuardedSearch(self._index, vectors, self._longest, self._guard)
+
+    def _matrix(self, name: str, values: Array) -> np.ndarray:
+        """`values` as finite float32 [rows, H]."""
+        matrix = np.ascontiguousarray(_as_numpy(values), dtype=np.float32)
+        if matrix.ndim != 2 or matrix.shape[1] != self.hidden_size:
+            raise ValueError(f"{name}: expected shape [rows, {self.hidden_size}], got {list(matrix.shape)}")
+        if not np.isfinite(matrix).all():
+            raise ValueError(f"{name}: holds values that are not finite; look for a diverged backbone")
+        return matrix
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
     def save(self, directory: str | os.PathLike, fingerprint: Any = None) -> None:
         """Store the bank in `directory`, replacing atomically the bank that may be there.
 
@@ -492,30 +455,132 @@ class MemoryBank(IndexedLedger):
             directory: made when missing.
             fingerprint: JSON-able; what the keys depend on (weights, data).
         """
-        options = {name: getattr(self, name) for name in OPTIONS}
+        options = {name: getattr(self, name) for name in _OPTIONS}
         with self._lock:
-            write_entries(Path(directory), self._entries, options, fingerprint, self._stored or state_of(self._index))
+            state = self._stored or (None if self._index is None else self._index.state())
+            learned, about = state or ({}, None)
+            arrays = {name: column.values for name, column in self._columns.items()}
+            meta = {**options, "fingerprint": fingerprint, "index_state": about}
+            write_arrays(Path(directory), _KIND, _VERSION, {**arrays, **learned}, meta)
 
     @classmethod
     def load(cls, directory: str | os.PathLike, fingerprint: Any = None, verify: bool = True) -> MemoryBank:
         """Open a stored bank; its arrays are memory-mapped, and copied only when entries are added or removed.
 
         Args:
-            directory: given to :meth:`save`.
+            directory: given to `save`.
             fingerprint: when not None, must equal the one it was saved with.
             verify: check the SHA-256 of every file (reads them once).
 
         Raises:
-            CheckpointError: missing, damaged, foreign, or of another fingerprint.
+            CheckpointError: missing, damaged, not a memory, or of another fingerprint.
         """
         path = Path(directory)
-        entries, options, index = read_entries(path, fingerprint, verify)
+        arrays, meta = read_arrays(path, _KIND, _VERSION, {**ROWS, **OWNERS}, verify, STATE_ARRAYS)
+        if not isinstance(meta, dict) or any(type(meta.get(name)) is not kind for name, kind in _OPTIONS.items()):
+            raise CheckpointError(f"{path}: its description is incomplete ({meta!r}). Delete it and build it again.")
+        if fingerprint is not None and meta.get("fingerprint") != fingerprint:
+            raise CheckpointError(
+                f"{path} was built with another model or data set: its fingerprint is {meta.get('fingerprint')!r}, "
+                f"expected {fingerprint!r}. Name another directory, or delete it and build it again."
+            )
+        learned = {name: arrays.pop(name) for name in STATE_ARRAYS if name in arrays}
+        size, owners = len(arrays["gone"]), arrays["owner_entries"]
+        shapes: dict[str, tuple[int, ...]] = {
+            **dict.fromkeys(ROWS, (size,)), **dict.fromkeys(OWNERS, (len(arrays["owner_users"]),)),
+            "keys": (size, meta["hidden_size"]),
+        }  # fmt: skip
+        if any(array.shape != shapes[name] for name, array in arrays.items()):
+            raise CheckpointError(f"{path}: its arrays do not fit together. Delete it and build it again.")
+        if len(owners) and not 0 <= int(owners.min()) <= int(owners.max()) < size:
+            raise CheckpointError(f"{path}: its patterns name entries it does not have. Delete it and build it again.")
         try:
-            bank = cls(**options)
+            bank = cls(**{name: meta[name] for name in _OPTIONS})
         except ConfigError as error:
             raise CheckpointError(f"{path} cannot be used: {error}. Delete it and build it again.") from None
-        bank._entries = entries
-        bank._reset_index()
-        if index is not None:
-            bank._stored, bank._path = index, path
+        bank._columns = {name: GrowingArray(values) for name, values in arrays.items()}
+        if learned:
+            bank._stored, bank._path = (learned, meta.get("index_state", {})), path
         return bank
+
+
+class GrowingArray:
+    """Rows of one dtype and trailing shape; appending costs amortised constant time per row.
+
+    Args:
+        values: the first rows [N, ...]; kept without a copy, also when they are a read-only memory map (the first
+            append then copies them into memory).
+    """
+
+    def __init__(self, values: np.ndarray):
+        self._buffer = values
+        self._size = len(values)
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def values(self) -> np.ndarray:
+        """The rows [N, ...] as a read-only view; it keeps its content when rows are appended later."""
+        view = self._buffer[: self._size]
+        view.flags.writeable = False
+        return view
+
+    def writable(self) -> np.ndarray:
+        """The rows [N, ...] for changes in place; a memory map is copied into memory first."""
+        if not self._buffer.flags.writeable:
+            self._buffer = self._buffer[: self._size].copy()
+        return self._buffer[: self._size]
+
+    def append(self, rows: np.ndarray) -> None:
+        """Append copies of `rows` [M, ...]."""
+        size = self._size + len(rows)
+        if size > len(self._buffer) or not self._buffer.flags.writeable:
+            grown = np.empty((max(size, 2 * self._size), *self._buffer.shape[1:]), self._buffer.dtype)
+            grown[: self._size] = self._buffer[: self._size]
+            self._buffer = grown
+        self._buffer[self._size : size] = rows
+        # Last, so that a view taken meanwhile never shows a row that is not written yet.
+        self._size = size
+
+
+def _as_numpy(values: Array) -> np.ndarray:
+    """A tensor of any device and precision, or an array, as an array."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # numpy has no bfloat16.
+        values = values.float() if values.is_floating_point() and values.dtype != torch.float64 else values
+        return values.numpy()
+    return np.asarray(values)
+
+
+def _integers(name: str, values: Array, size: int) -> np.ndarray:
+    """`values` as int32 [size]."""
+    array = _as_numpy(values)
+    if array.shape != (size,) or (size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name}: expected {size} integers, got {array.dtype} {list(array.shape)}")
+    if size and not -(1 << 31) <= int(array.min()) <= int(array.max()) < 1 << 31:
+        raise ValueError(f"{name}: {array.min()} to {array.max()} does not fit in 32 bits")
+    return array.astype(np.int32)
+
+
+def _times(values: Array, size: int) -> np.ndarray:
+    """`values` as float64 [size]."""
+    array = _as_numpy(values).astype(np.float64)
+    if array.shape != (size,):
+        raise ValueError(f"times: expected shape [{size}], got {list(array.shape)}")
+    return array
+
+
+def _normalised(matrix: np.ndarray, similarity: str) -> tuple[np.ndarray, float]:
+    """Rows as they are searched [N, H] float32, and the length of the longest of them."""
+    result = np.empty_like(matrix) if similarity == "cosine" else matrix
+    longest = 0.0
+    for start in range(0, len(matrix), 1 << 14):  # the float64 copy stays small
+        rows = matrix[start : start + (1 << 14)].astype(np.float64)
+        lengths = np.sqrt(np.einsum("nh,nh->n", rows, rows))
+        if similarity == "cosine":
+            result[start : start + (1 << 14)] = rows / np.where(lengths > 0, lengths, 1)[:, None]
+            lengths = np.ones(1)
+        longest = max(longest, float(lengths.max(initial=0)))
+    return result, longest

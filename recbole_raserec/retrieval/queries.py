@@ -1,4 +1,9 @@
-"""Windows of a split, encoded and searched once, then looked up."""
+"""The windows of a split, encoded and searched once, then looked up; and what becomes a memory of them.
+
+Memories are every (prefix, next item) of the training split, mined patterns, generated sequences, or several of these:
+one builder each. Exact neighbours are kept on disk: a run that differs only in what is made of them (alpha, beta, the
+head, a smaller K) reads them instead of searching again.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +18,24 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from recbole_raserec.data import PackedWindows, SequenceDataset, SequenceStore
+from recbole_raserec.data import PackedWindows, Patterns, SequenceDataset, SequenceStore, mine_patterns, pad_rows
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.retrieval.entries import OWNERS
+from recbole_raserec.recommendation import Backbone, batches_by_length, encode_in_batches
 from recbole_raserec.retrieval.index import resolve_kind
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.storage import read_tensors, write_tensors
 
-#: Position tokens per encoding batch.
-TOKENS = 1 << 16
-
 #: Positions per batch of a model that encodes all prefixes of a history in one pass.
 SHARED = 1 << 11
+
+#: Searches kept on disk; the one that was not used for longest goes first.
+KEEP = 12
+
+#: Raised when the same search would find something else than before.
+SEARCH_VERSION = 1
 
 
 @dataclasses.dataclass
@@ -35,21 +43,24 @@ class Queries:
     """The windows of one split with their vectors and, once searched, their neighbours.
 
     Attributes:
-        users, positions, targets: int64 [N]; which item of whose history is to be predicted. times: float64 [N] or
-        None.
+        users: int64 [N], whose history a window is of.
+        positions: int64 [N], which item of it is to be predicted.
+        targets: int64 [N], that item.
+        times: float64 [N] or None.
         h: float32 [N, H], the backbone's encoding of what precedes.
         longest: items a window has at most.
-        ids, mask: int64 and bool [N, K], set by :meth:`search`; missing neighbours have id 0 and mask False.
+        ids: int64 [N, K], set by `search`; 0 where there is no neighbour.
+        mask: bool [N, K], set by `search`; True where there is one.
     """
 
     users: np.ndarray
     positions: np.ndarray
     targets: np.ndarray
     times: Optional[np.ndarray]
-    h: torch.Tensor
+    h: Tensor
     longest: int = 0
-    ids: Optional[torch.Tensor] = None
-    mask: Optional[torch.Tensor] = None
+    ids: Optional[Tensor] = None
+    mask: Optional[Tensor] = None
 
     def __post_init__(self) -> None:
         self._width = int(self.positions.max()) + 1 if len(self.positions) else 1
@@ -60,43 +71,37 @@ class Queries:
     def __len__(self) -> int:
         return len(self.users)
 
-    def take(self, rows: np.ndarray) -> Queries:
-        """Some of the windows, without neighbours."""
-        times = None if self.times is None else self.times[rows]
-        h = self.h[torch.from_numpy(rows).to(self.h.device)]
-        return Queries(self.users[rows], self.positions[rows], self.targets[rows], times, h, self.longest)
-
-    def search(self, memory: Any, top_k: int, desc: Optional[str] = None) -> None:
+    def search(self, memory: MemoryBank, top_k: int, desc: Optional[str] = None) -> None:
         """Find the admissible neighbours of every window."""
         group, rows = current(), len(self)
         own = group.every(rows)
         times = None if self.times is None else self.times[own]
-        found = memory.search(self.h[own].cpu().numpy(), top_k, self.users[own], self.positions[own], desc, times)
+        found = memory.search(self.h[own], top_k, self.users[own], self.positions[own], desc, times)
         ids, mask = torch.from_numpy(np.maximum(found.ids, 0)), torch.from_numpy(found.mask)
         self.ids = group.joined_rows(ids, own, rows).to(self.h.device)
         self.mask = group.joined_rows(mask, own, rows).to(self.h.device)
 
-    def find(self, users: torch.Tensor, positions: torch.Tensor) -> Optional[torch.Tensor]:
-        """Rows that hold the given windows, int64 [B], or None when one of them is not here."""
-        if self.ids is None or not len(self):
+    def find(self, users: Tensor, positions: Tensor, top_k: int) -> Optional[tuple[Tensor, Tensor, Tensor]]:
+        """h [B, H], ids [B, K] and mask [B, K] of the given windows, or None when one of them is not here."""
+        if self.ids is None or self.mask is None or not len(self):
             return None
         users_, positions_ = users.cpu().numpy(), positions.cpu().numpy()
         codes = users_ * self._width + positions_
         slots = np.minimum(np.searchsorted(self._codes, codes), len(self) - 1)
         if (self._codes[slots] != codes).any() or (positions_ >= self._width).any():
             return None
-        return torch.from_numpy(self._order[slots])
-
-    def rows(self, rows: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """h [B, H], ids [B, K] and mask [B, K] of the given rows."""
-        assert self.ids is not None
-        assert self.mask is not None
-        rows = rows.to(self.h.device)
+        rows = torch.from_numpy(self._order[slots]).to(self.h.device)
         return self.h[rows], self.ids[rows, :top_k], self.mask[rows, :top_k]
 
 
-def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Optional[str] = None) -> Queries:
-    """Encode every window of a split, in batches of like length; the backbone is put into evaluation mode for it.
+def encode_split(backbone: Backbone, dataset: SequenceDataset, device: Any, desc: Optional[str] = None) -> Queries:
+    """Encode every window of a split, in batches of like length; the backbone is in evaluation mode meanwhile.
+
+    Args:
+        backbone: gives the vectors.
+        dataset: the split.
+        device: where the vectors are computed and kept.
+        desc: show a progress bar with this label.
 
     Returns:
         queries without neighbours, in the split's row order.
@@ -111,84 +116,219 @@ def encode_split(backbone: Any, dataset: SequenceDataset, device: Any, desc: Opt
     return Queries(users, positions, targets, times, h, longest)
 
 
-@torch.no_grad()
 def encode_windows(
-    backbone: Any, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
+    backbone: Backbone, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
     desc: Optional[str] = None, owners: Optional[np.ndarray] = None,
-) -> torch.Tensor:  # fmt: skip
-    """The backbone's vectors [N, H] of the last `longest` items before `positions` [N] in the rows `users` [N] of a
-    store, in batches of like length; `owners` [N]: the users the backbone is told, where they are not the rows."""
-    if getattr(getattr(backbone, "model", None), "shares_prefixes", False) and len(users) > len(np.unique(users)):
+) -> Tensor:  # fmt: skip
+    """The backbone's vectors of windows.
+
+    Args:
+        backbone: gives the vectors.
+        store: histories.
+        users: rows of the store [N].
+        positions: items before which a window ends [N].
+        longest: items a window has at most.
+        device: where the vectors are computed and kept.
+        desc: show a progress bar with this label.
+        owners: the users the backbone is told [N], where they are not the rows.
+
+    Returns:
+        [N, H].
+    """
+    if getattr(backbone.model, "shares_prefixes", False) and len(users) > len(np.unique(users)):
         return _encode_shared(backbone, store, users, positions, longest, device, desc)
-    owners = users if owners is None else owners
-    h = torch.empty(len(users), backbone.hidden_size, device=device)
-    was_training = backbone.training
-    backbone.eval()
     lengths = np.minimum(positions, longest)
-    order = np.argsort(lengths, kind="stable")
-    with tqdm(total=len(order), desc=desc, disable=desc is None, unit="windows", dynamic_ncols=True) as bar:
-        start = 0
-        while start < len(order):
-            size = max(1, TOKENS // max(int(lengths[order[min(start + 4096, len(order)) - 1]]), 1))
-            part = order[start : start + min(size, 4096)]
-            width = None if backbone.trims else longest
-            rows, window_lengths = store.window_rows(users[part], positions[part], longest, width)
-            item_seq = store.items[np.maximum(rows, 0)]
-            item_seq[rows < 0] = 0
-            h[torch.from_numpy(part).to(device)] = backbone.encode(
-                torch.from_numpy(item_seq).to(device),
-                torch.from_numpy(window_lengths).to(device),
-                torch.from_numpy(owners[part]).to(device),
-            )
-            start += len(part)
-            bar.update(len(part))
-    backbone.train(was_training)
-    return h
+    starts = store.offsets[users] + positions - lengths
+    owners = users if owners is None else owners
+    return _encode_runs(backbone, store.items, starts, lengths, owners, longest, device, desc)
+
+
+def _encode_runs(
+    backbone: Backbone, items: np.ndarray, starts: np.ndarray, lengths: np.ndarray, users: np.ndarray, longest: int,
+    device: Any, desc: Optional[str] = None,
+) -> Tensor:  # fmt: skip
+    """The backbone's vectors [N, H] of runs of the flat array `items`."""
+    width = None if backbone.trims else longest
+
+    def encode(rows: np.ndarray) -> Tensor:
+        item_seq = pad_rows(items, starts[rows], lengths[rows], width)
+        return backbone.encode(*(torch.from_numpy(x).to(device) for x in (item_seq, lengths[rows], users[rows])))
+
+    out = torch.empty(len(lengths), backbone.hidden_size, device=device)
+    return encode_in_batches(backbone, encode, batches_by_length(lengths), out, desc)
 
 
 def _encode_shared(
-    backbone: Any, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
+    backbone: Backbone, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
     desc: Optional[str],
-) -> torch.Tensor:  # fmt: skip
-    """:func:`encode_windows` for a model with dear passes, one of which gives the vectors after every item.
+) -> Tensor:  # fmt: skip
+    """`encode_windows` for a model with costly passes, one of which gives the vectors after every item.
 
     The windows are those of packed training: of a history longer than `longest` a vector rests on the last
-    ``longest // 2`` to `longest` items instead of exactly `longest`.
+    `longest // 2` to `longest` items instead of exactly `longest`.
     """
     windows = PackedWindows(store, users, positions, longest)
-    h = torch.empty(len(users), backbone.hidden_size, device=device)
-    was_training = backbone.training
-    backbone.eval()
+    column = np.empty_like(windows.column)  # of each row in its window
+    column[windows.row] = windows.column
     order = np.argsort(windows.length, kind="stable")
     parts = np.array_split(order, max(1, -(-int(windows.length.sum()) // SHARED)))
-    with tqdm(total=len(users), desc=desc, disable=desc is None, unit="windows", dynamic_ncols=True) as bar:
-        for part in parts:
-            start, length = store.offsets[windows.user[part]] + windows.start[part], windows.length[part]
-            columns = np.arange(int(length.max(initial=0)))
-            inside = columns < length[:, None]
-            item_seq = np.where(inside, store.items[np.where(inside, start[:, None] + columns, 0)], 0)
-            found = backbone.model.encode_positions(
-                torch.from_numpy(item_seq).to(device), torch.from_numpy(length).to(device)
-            )  # [W, L, H]
-            sizes = np.diff(windows.offsets)[part]
-            rows = np.concatenate([np.arange(a, a + n) for a, n in zip(windows.offsets[part], sizes)])
-            line = torch.from_numpy(np.repeat(np.arange(len(part)), sizes)).to(device)
-            column = torch.from_numpy(windows.column[rows]).to(device)
-            h[torch.from_numpy(windows.row[rows]).to(device)] = found[line, column]
-            bar.update(len(rows))
-    backbone.train(was_training)
-    return h
+    bounds = windows.offsets
+    batches = [np.concatenate([windows.row[a:b] for a, b in zip(bounds[part], bounds[part + 1])]) for part in parts]
+    left = iter(parts)
+
+    def encode(rows: np.ndarray) -> Tensor:
+        part = next(left)  # the windows of these rows
+        starts, length = store.offsets[windows.user[part]] + windows.start[part], windows.length[part]
+        item_seq = torch.from_numpy(pad_rows(store.items, starts, length)).to(device)
+        found = backbone.model.encode_positions(item_seq, torch.from_numpy(length).to(device))  # [W, L, H]
+        line = torch.from_numpy(np.repeat(np.arange(len(part)), np.diff(bounds)[part])).to(device)
+        return found[line, torch.from_numpy(column[rows]).to(device)]
+
+    out = torch.empty(len(users), backbone.hidden_size, device=device)
+    return encode_in_batches(backbone, encode, batches, out, desc)
 
 
-# Exact neighbours on disk: a run that differs only in what is made of them (alpha, beta, the head, a smaller K) reads
-# them instead of searching again.
+@dataclasses.dataclass
+class Rows:
+    """Entries without their keys; see `MemoryBank.add` for the columns."""
+
+    targets: np.ndarray
+    users: np.ndarray
+    positions: np.ndarray
+    times: Optional[np.ndarray]
+    support: Optional[np.ndarray] = None
+    owners: Optional[tuple[np.ndarray, np.ndarray, np.ndarray]] = None
 
 
-#: Searches kept; the one that was not used for longest goes first.
-KEEP = 12
+class PairBuilder:
+    """`memory: pairs`: every (prefix, target) of the training split; its key is the encoding of the prefix.
 
-#: Raised when the same search would find something else than before.
-SEARCH_VERSION = 1
+    Args:
+        queries: the split's windows, encoded.
+        min_length: items of the prefix (before it is cut to the model's longest).
+        max_length: items of the prefix; None: any.
+        thin: leave out a pair whose key has a cosine of at least this with a kept pair of the same target; 0: none.
+    """
+
+    def __init__(self, queries: Queries, min_length: int = 1, max_length: Optional[int] = None, thin: float = 0.0):
+        keep = queries.positions >= min_length
+        if max_length is not None:
+            keep &= queries.positions <= max_length
+        self._chosen = np.flatnonzero(keep)
+        if thin:
+            keys = self.keys(None, queries).cpu().numpy()
+            self._chosen = self._chosen[thinned(keys, queries.targets[self._chosen], thin)]
+        times = None if queries.times is None else queries.times[self._chosen]
+        targets, users, positions = (x[self._chosen] for x in (queries.targets, queries.users, queries.positions))
+        self.rows = Rows(targets, users, positions, times)
+
+    def keys(self, backbone: Optional[Backbone], queries: Queries) -> Tensor:
+        """The keys [N, H], under the backbone that encoded `queries`."""
+        return queries.h[torch.from_numpy(self._chosen).to(queries.h.device)]
+
+
+class PatternBuilder:
+    """`memory: patterns`: frequent patterns as (pattern without its last item, last item).
+
+    Mined from the training split alone; a pattern's time is that at which `min_support` histories held it.
+
+    Args:
+        train: the training split.
+        span: alpha of `mine_patterns`.
+        min_support: beta of `mine_patterns`.
+        min_length: items of the pattern without its last.
+        max_length: items of the pattern without its last; None: any.
+        desc: show a progress bar with this label.
+    """
+
+    def __init__(
+        self, train: SequenceDataset, span: int, min_support: int, min_length: int = 1,
+        max_length: Optional[int] = None, desc: Optional[str] = None,
+    ):  # fmt: skip
+        users, positions, _ = train.windows()
+        store = train.store
+        items, offsets = store.until(users, positions)
+        longest = span if max_length is None else min(span, max_length + 1)
+        least = min(min_length + 1, longest)
+        mined: Patterns = mine_patterns(items, offsets, span, min_support, least, longest, desc=desc, occurrences=True)
+        assert mined.occurrences is not None
+        self.patterns, owners = mined, mined.occurrences
+        times = None
+        if store.times is not None:
+            times = _when_frequent(owners, store.times[store.offsets[owners[1]] + owners[2]], min_support)
+        targets = mined.items[mined.offsets[1:] - 1] if len(mined) else np.zeros(0, dtype=np.int64)
+        self.rows = Rows(targets, np.full(len(mined), -1), mined.lengths() - 1, times, mined.support, owners)
+
+    def keys(self, backbone: Backbone, queries: Queries) -> Tensor:
+        """The keys [N, H]: the backbone's encodings of the patterns without their last items."""
+        items, starts, lengths = self.patterns.items, self.patterns.offsets[:-1], self.rows.positions
+        users = np.zeros(len(lengths), dtype=np.int64)
+        return _encode_runs(backbone, items, starts, lengths, users, queries.longest, queries.h.device)
+
+
+class RegeneratedBuilder:
+    """`memory_regenerated: true`: (prefix, next item) of the sequences that regeneration generated.
+
+    A generated sequence was written from all of its user's training history: it stands at that history's last place,
+    so that the guard bars it from every training query of the user; its time is that of the latest training row. Mined
+    patterns come by `memory: patterns`.
+
+    Args:
+        joined: the training split with regenerated rows.
+        min_length: items of the prefix.
+        max_length: items of the prefix; None: any.
+    """
+
+    def __init__(self, joined: SequenceDataset, min_length: int = 1, max_length: Optional[int] = None):
+        store, feat = joined.store, joined.inter_feat
+        rows, positions, targets = joined.windows()
+        users = feat[joined.uid_field].numpy()
+        last = np.zeros(store.n_users, dtype=np.int64)
+        own_users, own_positions, _ = joined.original.windows()
+        np.maximum.at(last, own_users, own_positions)
+        keep = (rows != users) & (users > 0) & (positions >= min_length)
+        if max_length is not None:
+            keep &= positions <= max_length
+        self._store, self._longest = store, joined.max_item_list_len
+        self._windows = rows[keep], positions[keep]
+        users = users[keep]
+        times = None
+        if store.times is not None:  # what was generated rests on all training data
+            times = np.full(len(users), store.times[store.offsets[own_users] + own_positions].max(initial=-np.inf))
+        self.rows = Rows(targets[keep], users, last[users], times)
+
+    def keys(self, backbone: Backbone, queries: Queries) -> Tensor:
+        """The keys [N, H]: the backbone's encodings of the prefixes."""
+        device = queries.h.device
+        return encode_windows(backbone, self._store, *self._windows, self._longest, device, owners=self.rows.users)
+
+
+def _when_frequent(
+    owners: tuple[np.ndarray, np.ndarray, np.ndarray], times: np.ndarray, min_support: int
+) -> np.ndarray:
+    """The `min_support`-th earliest time of each pattern; `owners` ascend by pattern."""
+    order = np.lexsort((times, owners[0]))
+    first = np.searchsorted(owners[0], np.arange(owners[0].max(initial=-1) + 1))
+    return times[order][first + min_support - 1]
+
+
+def thinned(keys: np.ndarray, targets: np.ndarray, cosine: float) -> np.ndarray:
+    """Rows to keep, ascending: none is nearer than `cosine` to an earlier one of the same target.
+
+    Args:
+        keys: [N, H].
+        targets: [N].
+        cosine: in (0, 1].
+    """
+    unit = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-30)
+    order = np.argsort(targets, kind="stable")
+    kept = np.ones(len(keys), dtype=bool)
+    for group in np.split(order, np.flatnonzero(np.diff(targets[order])) + 1):
+        near = np.triu(unit[group] @ unit[group].T >= cosine - 1e-6, 1)
+        for row in np.flatnonzero(near.any(axis=1)):
+            if kept[group[row]]:
+                kept[group[near[row]]] = False
+    return np.flatnonzero(kept)
 
 
 class NeighbourCache:
@@ -198,7 +338,8 @@ class NeighbourCache:
     Approximate indexes are not cached: theirs are not, and they are fast.
 
     Args:
-        directory: made when something is stored. keep: searches kept in it.
+        directory: made when something is stored.
+        keep: searches kept in it.
         least: neighbours of a search that is made, where fewer are asked for; later ones for up to that many find it.
     """
 
@@ -206,7 +347,7 @@ class NeighbourCache:
         self.directory, self.keep, self.least = Path(directory), keep, least
 
     def search(self, queries: Queries, memory: MemoryBank, top_k: int, desc: Optional[str] = None) -> None:
-        """What :meth:`Queries.search` does, looked up where it can be."""
+        """What `Queries.search` does, looked up where it can be."""
         if resolve_kind(memory.index, len(memory)) != "flat":
             queries.search(memory, top_k, desc)
             return
@@ -214,9 +355,7 @@ class NeighbourCache:
         mark = _hash(queries, memory)
         found = group.from_first(lambda: self._read(mark, len(queries), len(memory), top_k))
         if found is not None:
-            device = queries.h.device
-            queries.ids = found.clamp(min=0).to(device)
-            queries.mask = (found >= 0).to(device)
+            queries.ids, queries.mask = found.clamp(min=0).to(queries.h.device), (found >= 0).to(queries.h.device)
             return
         searched = max(top_k, self.least)
         queries.search(memory, searched, desc)
@@ -228,7 +367,7 @@ class NeighbourCache:
             self._prune()
         queries.ids, queries.mask = queries.ids[:, :top_k].contiguous(), queries.mask[:, :top_k].contiguous()
 
-    def _read(self, mark: str, rows: int, entries: int, top_k: int) -> Optional[torch.Tensor]:
+    def _read(self, mark: str, rows: int, entries: int, top_k: int) -> Optional[Tensor]:
         """Ids [rows, top_k], -1 where there is none; None: not here."""
         for path in sorted(self.directory.glob(f"{mark}-*.safetensors")):
             stored = path.stem.rpartition("-")[2]
@@ -240,13 +379,8 @@ class NeighbourCache:
                 getLogger().warning(f"{error} It is searched again.")
                 continue
             ids = tensors.get("ids")
-            fits = ids is not None and ids.dtype == torch.int32 and ids.shape == (rows, int(stored))
-            if (
-                ids is None
-                or not fits
-                or digest != _digest(ids)
-                or not -1 <= int(ids.min()) <= int(ids.max()) < entries
-            ):
+            whole = ids is not None and ids.dtype == torch.int32 and ids.shape == (rows, int(stored))
+            if ids is None or not whole or digest != _digest(ids) or ids.min() < -1 or ids.max() >= entries:
                 getLogger().warning(f"{path} does not hold these neighbours. They are searched again.")
                 continue
             with contextlib.suppress(OSError):
@@ -261,7 +395,7 @@ class NeighbourCache:
                 path.unlink()
 
 
-def _digest(ids: torch.Tensor) -> str:
+def _digest(ids: Tensor) -> str:
     return hashlib.sha256(ids.contiguous().numpy().data).hexdigest()
 
 
@@ -285,6 +419,6 @@ def _hash(queries: Queries, memory: MemoryBank) -> str:
     if memory.retrieve_by == "target":
         add("targets", memory.targets)
         add("target vectors", memory.target_vectors)
-    for name in OWNERS:
-        add(name, memory.owners[name])
+    for name, values in memory.owners.items():
+        add(name, values)
     return digest.hexdigest()[:32]

@@ -1,39 +1,153 @@
-"""RaSeRec (arXiv 2412.18378): a trained backbone, a memory of <prefix, next item> pairs, and the module mixing both."""
+"""RaSeRec (arXiv 2412.18378): a trained backbone, a memory of (prefix, next item), and the heads that mix both."""
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from collections.abc import Mapping
+from typing import Any, Callable, Literal, Optional, Union
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
+from torch import Tensor
 
+from recbole_raserec.config import (
+    Config,
+    Count,
+    Dropout,
+    ModelName,
+    Natural,
+    Options,
+    Positive,
+    Several,
+    Share,
+    Text,
+    Weight,
+    option,
+)
 from recbole_raserec.data import POSITION
+from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy
-from recbole_raserec.retrieval.builders import Rows
+from recbole_raserec.recommendation import Backbone
+from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
-from recbole_raserec.retrieval.queries import Queries
-from recbole_raserec.retrieval.ram import build_ram
+from recbole_raserec.retrieval.queries import Queries, Rows
+
+
+class RaSeRecOptions(Options):
+    """RaSeRec (arXiv 2412.18378): a memory of (prefix, next item) pairs, retrieval, and a module that learns to use it.
+    Only the options of the retrieval stage are here. Those of the backbone (its sizes, learning_rate, epochs, ...) come
+    from properties/model/BACKBONE.yaml and are set by their usual names."""
+
+    backbone: ModelName = option(
+        "DuoRec",
+        "a sequential model of this package or of RecBole; the paper pre-trains DuoRec",
+        heading="The backbone",
+    )
+    backbone_checkpoint: Optional[Text] = option(
+        None, "directory of a trained backbone; null: train, or reuse one in checkpoint_dir", training=False
+    )
+    freeze_backbone: bool = option(True, "train the module alone, as the paper; false: the backbone too")
+    memory: Literal["pairs", "patterns", "both"] = option(
+        "pairs", "pairs: every (prefix, next item) of the training set; patterns: frequent sequential patterns of it "
+        "as (pattern without its last item, last item); both", heading="The memory",
+    )  # fmt: skip
+    memory_min_length: Count = option(1, "shortest prefix that enters the memory, in items")
+    memory_max_length: Optional[Count] = option(None, "longest prefix that enters the memory; null: any")
+    memory_thin: Share = option(0, "leave out pairs whose key has this cosine with another of the same target; 0: none")
+    memory_span: Several = option(5, "patterns: items of a history that a pattern may span (the DR4SR paper's alpha)")
+    memory_min_support: Count = option(2, "patterns: users whose histories must hold it (the DR4SR paper's beta)")
+    memory_frequency_weight: Weight = option(
+        0, "this times the log of the number of users with the pattern is added to the attention's logits"
+    )
+    memory_scope: Literal["history", "past"] = option(
+        "history", "history: no query sees what its own user does later; past: nor what any user does later or at that "
+        "moment (stricter than the papers; needs true timestamps)",
+    )  # fmt: skip
+    memory_regenerated: bool = option(True, "with regeneration: what it generated joins the memory")
+    memory_refresh: Count = option(1, "epochs between two encodings of the memory when the backbone is not frozen")
+    top_k: Count = option(20, "neighbours per query; K in the paper, 20 in its Beauty run")
+    retrieve_by: Literal["sequence", "target"] = option(
+        "sequence", "what the user's vector is compared with: the memories' prefixes (sequence) or next items (target)"
+    )
+    similarity: Literal["cosine", "dot"] = option("cosine", "cosine (the authors' normalised inner product) or dot")
+    index: Literal["auto", "flat", "ivf", "hnsw", "ivfpq"] = option(
+        "auto", "flat: exact; ivf, hnsw, ivfpq: approximate, for large memories; auto: by size"
+    )
+    cache_neighbours: bool = option(
+        True, "keep the last exact searches in checkpoint_dir/neighbours, for runs that differ in what they make of "
+        "them (alpha, beta, head, a smaller top_k, ...)", training=False,
+    )  # fmt: skip
+    ivf_lists: Count = option(128, "clusters of the ivf and ivfpq indexes, 128 in the authors' Beauty run")
+    ivf_probes: Count = option(8, "clusters searched per query, at most ivf_lists; 1 in the authors' Beauty run")
+    head: Literal["ram", "knn", "both"] = option(
+        "ram", "ram: the module below; knn: their targets, weighed by similarity, are mixed into the model's "
+        "distribution, nothing is trained; both: the module, then the mixture",
+        heading="What is made of the neighbours",
+    )  # fmt: skip
+    ram: Literal["dual", "single"] = option(
+        "dual", "dual: two channels with feed-forward (the paper); single: one attention",
+        heading="The retrieval module (RAM): h~ = alpha h + (1 - alpha) (beta channel_1 + (1 - beta) channel_2)",
+    )  # fmt: skip
+    alpha: Share = option(0.5, "share of the user's own vector in [0, 1]; 0.5 in the authors' Beauty run")
+    learnable_alpha: bool = option(False, "let alpha be learned from that start")
+    beta: Share = option(
+        1.0, "share of channel 1 (keys sequences, values targets) in [0, 1]; 1 in the authors' Beauty run: the second "
+        "channel is then not there",
+    )  # fmt: skip
+    attn_tau: Positive = option(1.0, "temperature of the cross attention, > 0")
+    ram_heads: Count = option(2, "attention heads; must divide the length of the user's vector")
+    ram_inner_size: Count = option(256, "inner size of the feed-forward layers")
+    ram_dropout: Dropout = option(0.5, "dropout, in [0, 1); the paper's")
+    ram_learning_rate: Positive = option(0.001, "Adam; the paper's", heading="Its training")
+    ram_weight_averaging: Dropout = option(0, "`weight_averaging` of this training")
+    ram_weight_decay: Optional[Weight] = option(None, "of this training; null: as `weight_decay`", later=True)
+    ram_train_batch_size: Count = option(1024, "queries in a batch; the paper's")
+    ram_epochs: Count = option(50, "at most")
+    ram_stopping_step: Natural = option(
+        5, "stop after more than that many evaluations without a better one (the paper: 10)"
+    )
+    ram_valid_metric: Text = option("NDCG@10", "one of metrics at one of topk (the paper: Recall@10)")
+
+
+#: Buffers of a training model that a finished checkpoint does not need.
+TRAINING_BUFFERS = ("known_ids", "known_mask")
+
+Vectors = tuple[Tensor, Tensor, Optional[Tensor]]
 
 
 class RaSeRec(SequentialRecommender):
     """Retrieval-augmented sequential recommender over any backbone.
 
     The user vector h of the backbone retrieves the K most similar memories; their keys h_k and the vectors v_k of their
-    next items are attended to, and the outcome h' is mixed in: ``h~ = alpha h + (1 - alpha) h'``. A user without any
-    admissible memory keeps ``h~ = h``. Items are scored by ``h~ . v_i`` (plus the backbone's item bias if it has one).
+    next items are attended to, and the outcome h' is mixed in: `h~ = alpha h + (1 - alpha) h'`. A user without any
+    admissible memory keeps `h~ = h`. Items are scored by `h~ . v_i` (plus the backbone's item bias if it has one).
+
+    With the option `head: knn` the user vectors stay the backbone's own and nothing is trained: what followed the
+    memories is mixed into the distribution over items, see `interpolate`. `head: both` does both. The kNN head's share
+    and temperature are chosen on the validation split, and are part of the weights.
+
+    With `freeze_backbone: true` the backbone stays in evaluation mode and keeps its weights; what it computes for the
+    training windows is computed once and looked up afterwards.
 
     Args:
-        config: options of ``properties/model/RaSeRec.yaml``.
-        dataset: RecBole data set, or anything with ``num(field)``.
-        backbone: a :class:`~recbole_raserec.recommendation.backbone.Backbone`.
+        config: options of `properties/model/RaSeRec.yaml`.
+        dataset: RecBole data set, or anything with `num(field)`.
+        backbone: gives user and item vectors.
 
-    With ``freeze_backbone: true`` the backbone stays in evaluation mode and keeps its weights; what it computes for the
-    training windows is computed once and looked up afterwards.
+    Attributes:
+        known: vectors and neighbours of some splits: rows asked for again (same user and position) are looked up in
+            them. A change of the memory empties it.
+        augments: whether user vectors are augmented.
+        knn: whether the kNN head is there.
     """
 
-    def __init__(self, config: Any, dataset: Any, backbone: Any):
+    options = RaSeRecOptions
+
+    knn_share: Tensor
+    knn_tau: Tensor
+
+    def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Backbone):
         super().__init__(config, dataset)
         self.backbone = backbone
         self.n_users = int(dataset.num(self.USER_ID))
@@ -41,14 +155,18 @@ class RaSeRec(SequentialRecommender):
         self.time_field = config["TIME_FIELD"]
         self.frozen = config["freeze_backbone"]
         self.softmax_precision = config["softmax_precision"] or "auto"
-        self.ram = build_ram(config, backbone.hidden_size)
+        self.augments, self.knn = config["head"] != "knn", config["head"] in ("knn", "both")
+        self.ram = RetrievalModule(config, backbone.hidden_size)
+        if self.knn:
+            self.register_buffer("knn_share", torch.tensor(0.0))
+            self.register_buffer("knn_tau", torch.tensor(TAUS[0]))
         self.memory = MemoryBank(
             backbone.hidden_size, config["similarity"], config["index"], config["ivf_lists"], config["ivf_probes"],
             config["seed"], config["memory_scope"], config["memory_min_support"], config["retrieve_by"],
         )  # fmt: skip
         self.frequency_weight = float(config["memory_frequency_weight"])
+        self.known: dict[str, Queries] = {}
         self._copy: Optional[tuple[Any, ...]] = None  # of the memory, for the device
-        self._known: dict[str, Queries] = {}
         if self.frozen:
             self.backbone.requires_grad_(False)
 
@@ -61,44 +179,31 @@ class RaSeRec(SequentialRecommender):
 
     # -- encoding and retrieval -------------------------------------------------------------------------------------
 
-    def encode(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None) -> torch.Tensor:
-        """The backbone's user vectors.
-
-        Args:
-            item_seq: int64 [B, L], oldest item first, padded with 0 on the right.
-            item_seq_len: int64 [B], at least 1.
-            user: int64 [B], internal ids, for a backbone that needs them.
-
-        Returns:
-            h, [B, H].
-        """
+    def encode(self, item_seq: Tensor, item_seq_len: Tensor, user: Optional[Tensor] = None) -> Tensor:
+        """The backbone's user vectors [B, H], see `Backbone.encode`."""
         return self.backbone.encode(item_seq, item_seq_len, user)
 
-    def item_vectors(self) -> torch.Tensor:
+    def item_vectors(self) -> Tensor:
         """Item vectors as they enter the dot product, [V, H]."""
         return self.backbone.item_vectors()
 
-    def neighbours(
-        self, h: torch.Tensor, user: Any = None, position: Any = None, time: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def neighbours(self, h: Tensor, user: Any = None, position: Any = None, time: Any = None) -> tuple[Tensor, Tensor]:
         """Admissible memories of each row.
 
         Args:
             h: user vectors [B, H].
             user: int [B], whose history it is; None for users the memory does not know.
             position: int [B], index of the item to predict in that history; None where `user` is.
-            time: float [B], read with ``memory_scope: past``; None: now.
+            time: float [B], read with `memory_scope: past`; None: now.
 
         Returns:
             ids int64 [B, K], 0 where there is none, and mask bool [B, K], True where there is one.
         """
-        found = self.memory.search(
-            h.detach().cpu().numpy(), self.top_k, _numpy(user), _numpy(position), times=_numpy(time)
-        )
+        found = self.memory.search(h, self.top_k, user, position, times=time)
         ids, mask = torch.from_numpy(found.ids), torch.from_numpy(found.mask)
         return ids.clamp(min=0).to(h.device), mask.to(h.device)
 
-    def augment(self, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def augment(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Mix what was retrieved into the user vectors.
 
         Args:
@@ -116,73 +221,57 @@ class RaSeRec(SequentialRecommender):
         return self.ram(h, keys, values, mask, bias)
 
     def forward(
-        self, item_seq: torch.Tensor, item_seq_len: torch.Tensor, user: Any = None, position: Any = None,
-        time: Any = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """Augmented user vectors.
-
-        Args:
-            item_seq, item_seq_len: as of :meth:`encode`.
-            user, position, time: as of :meth:`neighbours`.
-
-        Returns:
-            h~, [B, H].
-        """
+        self, item_seq: Tensor, item_seq_len: Tensor, user: Any = None, position: Any = None, time: Any = None
+    ) -> Tensor:
+        """Augmented user vectors h~ [B, H]; arguments as of `encode` and `neighbours`."""
         h = self.encode(item_seq, item_seq_len, user)
         return self.augment(h, *self.neighbours(h, user, position, time))
 
-    def entries(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-        """Keys [B, K, H], targets int64 [B, K], and what their support adds to the attention's logits [B, K] or None.
+    def entries(self, ids: Tensor) -> Vectors:
+        """What the memory holds under some ids.
 
         Args:
             ids: int64 [B, K], of memories.
+
+        Returns:
+            keys [B, K, H], targets int64 [B, K], and what their support adds to the attention's logits [B, K] or None.
         """
         if ids.device.type == "cpu" and not self.training:  # a memory that lives need not be copied for each query
             rows = ids.numpy()
             return self._on_device(self.memory.keys[rows], self.memory.targets[rows], self.memory.support[rows], "cpu")
-        copy = self._copy
-        if copy is None or copy[0] != (self.memory, self.memory.version, ids.device):
+        copy, now = self._copy, (self.memory, self.memory.version, ids.device)
+        if copy is None or copy[0] != now:
             memory = self.memory
-            now = memory, memory.version, ids.device
             copy = now, *self._on_device(np.array(memory.keys), memory.targets, memory.support, ids.device)
             self._copy = copy
         _, keys, targets, frequency = copy
         return keys[ids], targets[ids], None if frequency is None else frequency[ids]
 
-    def _on_device(
-        self, keys: np.ndarray, targets: np.ndarray, support: np.ndarray, device: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    def _on_device(self, keys: np.ndarray, targets: np.ndarray, support: np.ndarray, device: Any) -> Vectors:
         frequency = None
         if self.frequency_weight:
             counts = torch.from_numpy(np.maximum(support, 1).astype(np.float32)).to(device)
             frequency = self.frequency_weight * counts.log()
         return torch.from_numpy(keys).to(device), torch.from_numpy(targets.astype(np.int64)).to(device), frequency
 
+    def neighbour_similarity(self, h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets of the memories, and their keys' similarity with h: [B, K] each."""
+        keys, targets, _ = self.entries(ids)  # [B, K, H], [B, K]
+        if self.memory.similarity == "cosine":
+            return targets, torch.cosine_similarity(h[:, None], keys, dim=2)
+        return targets, (keys @ h[:, :, None]).squeeze(2)
+
     # -- the memory -------------------------------------------------------------------------------------------------
 
-    def remember(self, queries: Queries) -> None:
-        """Add <prefix, next item> pairs to the memory; looked-up neighbours of other queries are forgotten."""
-        rows = Rows(queries.targets, queries.users, queries.positions, queries.times)
-        self.remember_rows(queries.h, rows)
+    def remember(self, keys: Tensor, rows: Rows) -> None:
+        """Add entries with these keys [N, H] to the memory."""
+        self.memory.add(keys, rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners)
+        self._memory_changed()
 
-    def remember_rows(self, keys: torch.Tensor, rows: Rows) -> None:
-        """Add entries with these keys [N, H] to the memory; looked-up neighbours are forgotten."""
-        self.memory.add(
-            keys.cpu().numpy(), rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners
-        )
-        self.show_items()
-        self.forget_known()
-
-    def refresh_memory(self, keys: torch.Tensor) -> None:
+    def refresh_memory(self, keys: Tensor) -> None:
         """Replace the memory's keys [N, H] after the backbone changed."""
-        self.memory.set_keys(keys.cpu().numpy())
-        self.show_items()
-        self.forget_known()
-
-    def show_items(self) -> None:
-        """Give the memory the item vectors, which it searches with ``retrieve_by: target``."""
-        if self.memory.retrieve_by == "target":
-            self.memory.set_target_vectors(self.item_vectors().detach().cpu().numpy())
+        self.memory.set_keys(keys)
+        self._memory_changed()
 
     def use_memory(self, memory: MemoryBank) -> None:
         """Search this bank from now on; the weights stay as they are.
@@ -195,74 +284,72 @@ class RaSeRec(SequentialRecommender):
                 f"the memory's keys have length {memory.hidden_size}, user vectors {self.backbone.hidden_size}."
             )
         self.memory, self._copy = memory, None
-        self.show_items()
-        self.forget_known()
+        self._memory_changed()
 
-    def know(self, name: str, queries: Queries) -> None:
-        """Keep vectors and neighbours of `queries`: rows asked for again (same user and position) are looked up."""
-        self._known[name] = queries
-
-    def knows(self, name: str) -> bool:
-        """Whether :meth:`know` was called for `name` since the memory last changed."""
-        return name in self._known
-
-    def forget_known(self) -> None:
-        """Drop what :meth:`know` keeps."""
-        self._known.clear()
+    def _memory_changed(self) -> None:
+        if self.memory.retrieve_by == "target":
+            self.memory.set_target_vectors(self.item_vectors())
+        self.known.clear()
 
     # -- RecBole's interface ----------------------------------------------------------------------------------------
 
-    def retrieved(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def retrieved(self, interaction: Any) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, H] of the rows, ids and mask [B, K] of their memories: looked up, or encoded and searched."""
         user, position = interaction[self.USER_ID], interaction[POSITION]
-        for known in self._known.values():
-            rows = known.find(user, position)
-            if rows is not None:
-                return known.rows(rows, self.top_k)
+        for known in self.known.values():
+            found = known.find(user, position, self.top_k)
+            if found is not None:
+                return found
         trained = torch.where(user < self.n_users, user, 0)  # the memory may know users whom the backbone does not
         h = self.encode(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], trained)
         time = interaction[self.time_field] if self.time_field in interaction.columns else None
         return (h, *self.neighbours(h, user, position, time))
 
-    def _augmented(self, interaction: Any) -> torch.Tensor:
-        return self.augment(*self.retrieved(interaction))
-
-    def calculate_loss(self, interaction: Any) -> torch.Tensor:
+    def calculate_loss(self, interaction: Any) -> Tensor:
         """Cross-entropy of h~ over all items (report, loss L)."""
-        targets = interaction[self.POS_ITEM_ID]
         if self.frozen:
-            h = self._augmented(interaction)
+            h, ids, mask = self.retrieved(interaction)
         else:
-            user, position = interaction[self.USER_ID], interaction[POSITION]
+            user = interaction[self.USER_ID]
             h = self.encode(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], user)
-            known = self._known["train"]
-            rows = known.find(user, position)
-            assert rows is not None
-            _, ids, mask = known.rows(rows, self.top_k)
-            h = self.augment(h, ids, mask)
+            found = self.known["train"].find(user, interaction[POSITION], self.top_k)
+            assert found is not None
+            _, ids, mask = found
+        h = self.augment(h, ids, mask)
         items, bias = self.item_vectors(), self.backbone.item_bias()
         if bias is not None:  # the bias as one more dimension
             items = torch.cat([items, bias[:, None]], dim=1)
             h = F.pad(h, (0, 1), value=1.0)
-        return linear_cross_entropy(h, items, targets, precision=self.softmax_precision)
+        return linear_cross_entropy(h, items, interaction[self.POS_ITEM_ID], precision=self.softmax_precision)
 
-    def full_sort_vectors(self, interaction: Any) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-        """What ``full_sort_predict`` multiplies: h~ [B, H], item vectors [V, H], item bias [V] or None."""
-        return self._augmented(interaction), self.item_vectors(), self.backbone.item_bias()
+    @property
+    def full_sort_vectors(self) -> Callable[[Any], Vectors]:
+        """Gives h~ [B, H], item vectors [V, H] and item bias [V] or None, whose dot product the scores are.
 
-    def full_sort_predict(self, interaction: Any) -> torch.Tensor:
-        """Scores of all items, [B, V]."""
-        h, items, bias = self.full_sort_vectors(interaction)
-        scores = h @ items.t()  # [B, V]
-        return scores if bias is None else scores + bias
+        Raises:
+            AttributeError: with the kNN head; its scores are no dot product.
+        """
+        if self.knn:
+            raise AttributeError("full_sort_vectors")
+        return lambda interaction: (
+            self.augment(*self.retrieved(interaction)), self.item_vectors(), self.backbone.item_bias()
+        )  # fmt: skip
 
-    def predict(self, interaction: Any) -> torch.Tensor:
-        """Scores of one item a row, that of the field ``item_id``: [B]."""
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores of all items, [B, V]; with the kNN head logarithms of the mixed probabilities."""
+        h, ids, mask = self.retrieved(interaction)
+        mixed = self.augment(h, ids, mask) if self.augments else h
+        found = scores(mixed, self.item_vectors(), self.backbone.item_bias())
+        if not self.knn or not len(self.memory):
+            return found
+        targets, similarity = self.neighbour_similarity(h, ids)
+        return interpolate(found, targets, similarity, mask, float(self.knn_share), float(self.knn_tau))
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Scores of one item a row, that of the field `item_id`: [B]; as `full_sort_predict` gives them."""
         items = interaction[self.ITEM_ID]
-        scores = (self._augmented(interaction) * self.item_vectors()[items]).sum(dim=1)  # [B]
-        bias = self.backbone.item_bias()
-        return scores if bias is None else scores + bias[items]
-
-
-def _numpy(values: Any) -> Any:
-    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values
+        if self.knn:
+            return self.full_sort_predict(interaction).gather(1, items[:, None]).squeeze(1)
+        h = self.augment(*self.retrieved(interaction))
+        found, bias = (h * self.item_vectors()[items]).sum(dim=1), self.backbone.item_bias()  # [B]
+        return found if bias is None else found + bias[items]

@@ -1,4 +1,8 @@
-"""The exact K best entries a query may see, on top of an index that knows nothing of what is barred."""
+"""The leakage guard, which bars what a query must not see, and the exact K best of the entries it may see.
+
+The search stands on top of an index that knows nothing of what is barred. The guard and the ranking by packed codes are
+written by hand: no library filters by user and position, or promises exact results whatever is filtered.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,7 @@ import numpy as np
 
 from recbole_raserec.retrieval.index import Index
 
-# The leakage guard: which entries of the memory a query must not see.
-
-
-#: `history`: of the query's own user nothing from its position on. `past`: of nobody anything from its time on.
+#: `history`: of the query's own user nothing from its position on. `past`: of no user anything from its time on.
 SCOPES = ("history", "past")
 
 
@@ -24,13 +25,12 @@ class LeakageGuard:
     - A pair of the same user with a target index >= `position` knows that item, or what comes after it.
     - A pattern belongs to no user, but to all whose histories hold it. It is barred where it would not be frequent
       enough without the query's user, whose history holds it only from `position` on.
-    - Entries that were removed are barred for everyone.
-    - With the scope ``past``, a query with a time sees only entries of an earlier time: what nobody had done yet, or
-      did at that very moment, is barred. (Stricter than the papers, whose memories hold other users' later items.) A
-      pattern's time is that at which it became frequent.
+    - Entries that were removed are barred for all queries.
+    - With the scope `past`, a query with a time sees only entries of an earlier time. (Stricter than the papers, whose
+      memories hold other users' later items.) A pattern's time is that at which it became frequent.
 
-    Entries of other users are not barred otherwise. A negative user stands for nobody: such an entry is never barred by
-    its user, and such a query bars no user's.
+    Entries of other users are not barred otherwise. A negative user means no user: such an entry is never barred by its
+    user, and such a query bars no user's.
 
     Args:
         users: user of each entry [N], int32; negative: of none.
@@ -38,8 +38,8 @@ class LeakageGuard:
         needed: of entries that lean on a user: entry, user, and position from which on that user's history holds the
             pattern; int arrays [M] each, sorted by entry and user.
         gone: bool [N], removed entries; None: none is.
-        times: float64 [N], read with the scope ``past``; unknown (NaN) is barred for a query with a time.
-        scope: one of :data:`SCOPES`.
+        times: float64 [N], read with the scope `past`; unknown (NaN) is barred for a query with a time.
+        scope: one of `SCOPES`.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class LeakageGuard:
 
         Args:
             ids: entries [Q, F] or, the same for all queries, [F]; -1 (no entry) is allowed, its answer means nothing.
-            users, positions: of the queries [Q]. times: [Q], or None for queries of the present.
+            users: of the queries [Q].
+            positions: of the queries [Q].
+            times: of the queries [Q], or None for queries of the present.
 
         Returns:
             bool [Q, F].
@@ -169,16 +171,18 @@ class GuardedSearch:
 
         Args:
             queries: [Q, H] float32.
-            users, positions: [Q]. times: [Q] or None, see :class:`LeakageGuard`.
+            users: [Q], see `LeakageGuard.barred`.
+            positions: [Q].
+            times: [Q], or None.
             top_k: K.
             bar: its `update(n)` is called with the number of queries settled.
 
         Returns:
-            codes of :func:`pack`, best first [Q, K] uint64; 0 where there is no entry.
+            codes of `pack`, best first [Q, K] uint64; 0 where there is no entry.
         """
         best = np.zeros((len(queries), top_k), np.uint64)  # [Q, K]
         size = len(self._vectors)
-        fetch = min(size, (top_k + _SLACK) * (_REFINE if getattr(self._index, "coarse", False) else 1))
+        fetch = min(size, (top_k + _SLACK) * (_REFINE if self._index.coarse else 1))
         widest = fetch * _WIDEST
         pending = np.arange(len(queries))
         while len(pending):
@@ -214,7 +218,7 @@ class GuardedSearch:
         error = 2 * (width + 4) * (2.0**-24 * lengths * self._longest + 1e-37)
         kth = scores[np.arange(len(queries)), (rank >= top_k).argmax(axis=1)]
         cut = np.where(enough, kth - error, -np.inf)  # [Q]
-        if getattr(self._index, "coarse", False):
+        if self._index.coarse:
             cut[:] = -np.inf  # all that was fetched is scored again
         if fetch >= size:
             settled = np.ones(len(queries), bool)

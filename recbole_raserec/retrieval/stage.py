@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
@@ -12,18 +13,23 @@ import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.utils import init_seed
 
+from recbole_raserec.config import Config
 from recbole_raserec.data import BucketLoader, RowLoader, SequenceDataset
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation import wrap_backbone
-from recbole_raserec.retrieval.builders import PairBuilder, PatternBuilder, RegeneratedBuilder
-from recbole_raserec.retrieval.knn_head import KNNRaSeRec, raserec_class, tune
-from recbole_raserec.retrieval.queries import NeighbourCache, Queries, encode_split
-from recbole_raserec.retrieval.raserec import RaSeRec
+from recbole_raserec.retrieval.heads import tune_knn
+from recbole_raserec.retrieval.queries import (
+    NeighbourCache,
+    PairBuilder,
+    PatternBuilder,
+    Queries,
+    RegeneratedBuilder,
+    Rows,
+    encode_split,
+)
+from recbole_raserec.retrieval.raserec import TRAINING_BUFFERS, RaSeRec
 from recbole_raserec.storage import fingerprint, version_of
 from recbole_raserec.training import Hooks, Outcome, Trial, run_stage
-
-#: Buffers of a training model that a finished checkpoint does not need.
-TRAINING_BUFFERS = ("known_ids", "known_mask")
 
 #: Memories from which the module's starting scale is taken.
 CALIBRATION = 20_000
@@ -32,27 +38,27 @@ CALIBRATION = 20_000
 class RetrievalHooks(Hooks):
     """Encodes, searches and looks up for one training of RaSeRec.
 
-    Frozen backbone: training and validation windows are encoded and searched once. Otherwise keys are encoded anew
-    before each epoch and each evaluation, and the training windows' neighbours searched anew every `refresh` epochs; in
-    between they are part of the training state, so that a resumed run sees the same ones.
+    Frozen backbone: training and validation windows are encoded and searched once. Otherwise keys are encoded again
+    before each epoch and each evaluation, and the training windows' neighbours searched again every `memory_refresh`
+    epochs; in between they are part of the training state, so that a resumed run sees the same ones.
 
     Args:
         model: with an empty memory; it receives the memories of `train`.
-        train, valid: splits.
-        config: the options ``memory*``, and `show_progress`.
+        train: the training split.
+        valid: the validation split.
+        config: the options `head`, `memory*` and `show_progress`.
         cache: where exact searches are looked up before they are made; None: always search.
         joined: the training split with regenerated rows, if the generated ones are to become memories.
         test: split whose windows are searched before the test; None: none.
     """
 
     def __init__(
-        self, model: RaSeRec, train: SequenceDataset, valid: SequenceDataset, config: Any,
+        self, model: RaSeRec, train: SequenceDataset, valid: SequenceDataset, config: Union[Config, Mapping[str, Any]],
         cache: Optional[NeighbourCache] = None, joined: Optional[SequenceDataset] = None,
         test: Optional[SequenceDataset] = None,
     ):  # fmt: skip
-        self._cache = cache
-        self.model, self.train, self.valid, self.test = model, train, valid, test
-        self.trains = config["head"] != "knn"
+        self.model, self.train, self.valid, self.test, self._cache = model, train, valid, test, cache
+        self.trains = model.augments
         self.refresh, self.progress = config["memory_refresh"], bool(config["show_progress"])
         self._queries = {"train": self.encode(train, "training"), "valid": self.encode(valid, "validation")}
         queries, kind = self._queries["train"], config["memory"]
@@ -67,7 +73,7 @@ class RetrievalHooks(Hooks):
         if joined is not None:
             self._builders.append(RegeneratedBuilder(joined, *bounds))
         for builder in self._builders:
-            model.remember_rows(builder.keys(model.backbone, queries), builder.rows)
+            model.remember(builder.keys(model.backbone, queries), builder.rows)
         if not len(model.memory):
             raise ConfigError(
                 [f"memory: {kind} leaves no memory at all; lower memory_min_length ({bounds[0]}), raise "
@@ -82,8 +88,8 @@ class RetrievalHooks(Hooks):
             h = queries.h[torch.linspace(0, len(queries) - 1, len(sample)).long().to(device)]
         model.ram.calibrate(h, keys, model.item_vectors().detach()[targets])
         if not model.frozen:
-            model.register_buffer("known_ids", torch.zeros(len(self._queries["train"]), model.top_k, dtype=torch.int32))
-            model.register_buffer("known_mask", torch.zeros(len(self._queries["train"]), model.top_k, dtype=torch.bool))
+            for name, dtype in zip(TRAINING_BUFFERS, (torch.int32, torch.bool)):
+                model.register_buffer(name, torch.zeros(len(queries), model.top_k, dtype=dtype))
 
     def encode(self, split: SequenceDataset, what: str) -> Queries:
         """Encode the windows of a split with the model's current backbone."""
@@ -102,8 +108,8 @@ class RetrievalHooks(Hooks):
     def before_epoch(self, epoch: int) -> None:
         """Make the training windows' vectors and neighbours known to the model."""
         if self.model.frozen:
-            if not self.model.knows("train"):
-                self.model.know("train", self.search(self._queries["train"], "training"))
+            if "train" not in self.model.known:
+                self.model.known["train"] = self.search(self._queries["train"], "training")
             return
         queries = self._reencode()
         if epoch % self.refresh == 0 or not bool(self.model.known_mask.any()):
@@ -111,20 +117,20 @@ class RetrievalHooks(Hooks):
             self.model.known_ids.copy_(queries.ids)
             self.model.known_mask.copy_(queries.mask)
         queries.ids, queries.mask = self.model.known_ids.long(), self.model.known_mask
-        self.model.know("train", queries)
+        self.model.known["train"] = queries
 
     def before_evaluation(self) -> None:
         """Bring the memory's keys up to date; with a frozen backbone look the validation windows up."""
         if not self.model.frozen:
             self._reencode()
-        elif not self.model.knows("valid"):
-            self.model.know("valid", self.search(self._queries["valid"], "validation"))
+        elif "valid" not in self.model.known:
+            self.model.known["valid"] = self.search(self._queries["valid"], "validation")
 
     def after_training(self, validate: Callable[[], float], metric: str) -> bool:
         """With the kNN head: choose its share and temperature on the validation split."""
-        if not isinstance(self.model, KNNRaSeRec):
+        if not self.model.knn:
             return False
-        best = tune(self.model, validate, self.progress)
+        best = tune_knn(self.model, validate, self.progress)
         share, tau = float(self.model.knn_share), float(self.model.knn_tau)
         getLogger().info(f"kNN head: share {share:g}, tau {tau:g}, validation {metric} {best:.4f}")
         return True
@@ -133,9 +139,10 @@ class RetrievalHooks(Hooks):
         """Add the validation pairs to the memory, as the papers do before the test; the weights stay as they are."""
         if not self.model.frozen:
             self._reencode()
-        self.model.remember(self.encode(self.valid, "validation"))
+        late = self.encode(self.valid, "validation")
+        self.model.remember(late.h, Rows(late.targets, late.users, late.positions, late.times))
         if self.test is not None:
-            self.model.know("test", self.search(self.encode(self.test, "test"), "test"))
+            self.model.known["test"] = self.search(self.encode(self.test, "test"), "test")
 
     def _reencode(self) -> Queries:
         queries = self.encode(self.train, "training")
@@ -143,7 +150,7 @@ class RetrievalHooks(Hooks):
         return queries
 
 
-def fine_tune(config: Any, base: Outcome, trial: Optional[Trial] = None) -> Outcome:
+def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> Outcome:
     """Stage iii: build the memory from the training split, train the retrieval-augmented module, let the validation
     pairs join the memory, and evaluate on the test split.
 
@@ -160,14 +167,18 @@ def fine_tune(config: Any, base: Outcome, trial: Optional[Trial] = None) -> Outc
         raise ConfigError([f"backbone: {base.name} reads its own kind of data set; retrieval needs plain sequences."])
     init_seed(config["seed"], config["reproducibility"])
     backbone = wrap_backbone(base.model, config, splits.dataset)
-    model = raserec_class(config)(config, splits.dataset, backbone).to(config["device"])
+    model = RaSeRec(config, splits.dataset, backbone).to(config["device"])
     train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
     joined = train if train.original is not None else None  # with regenerated rows
     train = train if joined is None else joined.original
     searches = Path(config["checkpoint_dir"]) / "neighbours"
     cache = NeighbourCache(searches, least=trial.top_k if trial else 0) if config["cache_neighbours"] else None
     hooks = RetrievalHooks(model, train, valid, config, cache, joined if config["memory_regenerated"] else None, test)
-    stage = _ram_config(config)
+    stage = copy.deepcopy(config)  # the module trains under `ram_*` in place of the backbone's options
+    for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
+        stage[name] = config[f"ram_{name}"]
+    if config["ram_weight_decay"] is not None:
+        stage["weight_decay"] = config["ram_weight_decay"]
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
     mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint, *version_of(config["model"]))
@@ -179,11 +190,3 @@ def fine_tune(config: Any, base: Outcome, trial: Optional[Trial] = None) -> Outc
     }
     init_seed(config["seed"], config["reproducibility"])
     return run_stage(stage, splits, model, loader, mark, manifest, hooks, trial)
-
-
-def _ram_config(config: Any) -> Any:
-    """The configuration under which the retrieval-augmented module trains: `ram_*` in place of the backbone's."""
-    stage = copy.deepcopy(config)
-    for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
-        stage[name] = config[f"ram_{name}"]
-    return stage

@@ -1,9 +1,25 @@
-"""A finished run at work: recommendations, explanations, a memory that lives on."""
+"""A finished run at work: recommendations, explanations, a memory that lives on.
 
-from recbole_raserec.serving.loading import load_checkpoint
-from recbole_raserec.serving.recommender import Recommender
+Names are imported when they are used, so that the options of `serve` are shown without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recbole_raserec.serving.live import load_checkpoint
+    from recbole_raserec.serving.recommender import Recommender
 
 __all__ = [
     "Recommender",
     "load_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{'recommender' if name == 'Recommender' else 'live'}"), name)

@@ -1,27 +1,47 @@
-"""Why an item is recommended: which memories were retrieved, and what they add to its score.
+"""Why an item is recommended: which memories were retrieved, and what they add to its score; as data, text or a page.
 
-The model mixes ``h~ = alpha h + (1 - alpha) h'``, and an item scores ``h~ . v + b``; so a score is the sum of what the
-backbone gives, ``alpha h . v + b``, and what retrieval gives, ``(1 - alpha) h' . v``. With the kNN head it is the
+The model mixes `h~ = alpha h + (1 - alpha) h'`, and an item scores `h~ . v + b`; so a score is the sum of what the
+backbone gives, `alpha h . v + b`, and what retrieval gives, `(1 - alpha) h' . v`. With the kNN head it is the
 probability that is such a sum. What a single memory does to a score is measured by leaving it out, since attention and
 layer norms are not linear in it.
+
+The page is one HTML document, page.html.j2: style, script and data stand in it, and its content security policy admits
+these and no request to anywhere. It can be read without the script, which only highlights a memory wherever it matters.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from functools import cache
+from importlib.resources import files
 from typing import Any, Optional
 
 import numpy as np
 import torch
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
 
-from recbole_raserec.retrieval import KNNRaSeRec, neighbour_weights
+from recbole_raserec.retrieval import neighbour_weights
 
 #: Items of a memory's prefix that are shown.
 SHOWN = 5
 
 #: Bytes of scores held at a time.
 SCORE_BYTES = 64 << 20
+
+#: Of the page: last items of the history that are shown at once, those before them are folded; memories shown below an
+#: item, the table at the end has all of them; characters of a title within a sentence, its tooltip has the others.
+RECENT, TOP, LONGEST = 8, 3, 60
+
+#: Characters that no HTML document may contain.
+_UNFIT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +60,12 @@ class Memory:
     """A retrieved memory.
 
     Attributes:
-        entry: its number in the memory. next: what followed. similarity: of its key with the user's vector.
+        entry: its number in the memory.
+        next: what followed.
+        similarity: of its key with the user's vector.
         attention: share of the attention it gets, in [0, 1]; with the kNN head alone its share of the distribution.
-        user: whose it is; None for a pattern of several users. support: users whose histories hold it.
+        user: whose it is; None for a pattern of several users.
+        support: users whose histories hold it.
         prefix: the last items before `next`, oldest first; empty where no histories are kept, and for patterns.
     """
 
@@ -60,8 +83,9 @@ class Reason:
     """A recommended item.
 
     Attributes:
-        score: the sum of `backbone` and `retrieval`; a probability with the kNN head, see :class:`Explanation`.
-        rank, rank_without_memory: from 1 on, among the items not in the history.
+        rank: from 1 on, among the items not in the history.
+        score: the sum of `backbone` and `retrieval`; a probability with the kNN head, see `Explanation`.
+        rank_without_memory: as `rank`, of the backbone alone.
         score_without_memory: of the backbone alone.
         effects: for each memory what the score loses without it.
     """
@@ -81,7 +105,8 @@ class Explanation:
     """The items recommended for a history and their reasons.
 
     Attributes:
-        unit: what scores are: ``score`` (the dot product), or ``probability`` with the kNN head.
+        unit: what scores are: `score` (the dot product), or `probability` with the kNN head.
+        alpha: weight of the backbone's own vector.
         dropped: unknown items that were left out of the history.
     """
 
@@ -99,7 +124,7 @@ class Explanation:
         return dataclasses.asdict(self)
 
     def to_json(self, indent: Optional[int] = None) -> str:
-        """:meth:`to_dict` as JSON."""
+        """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=indent, allow_nan=False)
 
     def to_text(self) -> str:
@@ -110,8 +135,7 @@ class Explanation:
                 f"{reason.rank:>3}. {reason.item}  {self.unit} {reason.score:.4f} = backbone {reason.backbone:.4f} "
                 f"+ retrieval {reason.retrieval:+.4f}; without memory rank {reason.rank_without_memory}"
             )
-            order = np.argsort([-abs(effect) for effect in reason.effects], kind="stable")
-            for number in order[:3]:
+            for number in most(reason.effects)[:3]:
                 memory = self.memories[number]
                 before = " > ".join(str(item) for item in memory.prefix) or f"{memory.support} users"
                 lines.append(
@@ -122,8 +146,6 @@ class Explanation:
 
     def to_html(self) -> str:
         """A page that needs nothing beside itself."""
-        from recbole_raserec.serving.page import page
-
         return page(self)
 
 
@@ -132,7 +154,10 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     """The explanation of one history.
 
     Args:
-        recommender: of a RaSeRec model; its lock is held. query, interaction: of one history. k: items.
+        recommender: of a RaSeRec model; its lock is held.
+        query: of one history.
+        interaction: what the model reads of it.
+        k: items.
     """
     model = recommender.model
     h, ids, mask = model.retrieved(interaction)
@@ -144,10 +169,10 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
         scores[np.unique(query.rows[0])] = -torch.inf
     best = whole.topk(min(k, int(whole.isfinite().sum()))).indices
     effects: list[torch.Tensor] = []  # without one memory after the other, as many at a time as memory allows
-    for places in kept.split(max(1, SCORE_BYTES // (32 * len(whole)))):
-        without = mask.repeat(len(places), 1)
-        without[torch.arange(len(places)), places] = False
-        parts = _parts(model, h.expand(len(places), -1), ids.expand(len(places), -1), without)
+    for columns in kept.split(max(1, SCORE_BYTES // (32 * len(whole)))):
+        without = mask.repeat(len(columns), 1)
+        without[torch.arange(len(columns)), columns] = False
+        parts = _parts(model, h.expand(len(columns), -1), ids.expand(len(columns), -1), without)
         effects += list(whole[best] - parts.sum(dim=1)[:, best])
     attention, similarity = _attention(model, h, ids, mask)
 
@@ -157,41 +182,40 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     reasons = []
     for rank, number in enumerate(best.tolist(), start=1):
         backbone, retrieval = both[0, :, number].tolist()
-        value = float(alone[number])
-        lost = [float(effect[rank - 1]) for effect in effects]
-        rank_alone = 1 + int((alone > value).sum())
-        score = backbone + retrieval
-        reasons.append(Reason(item(number), rank, score, backbone, retrieval, rank_alone, value, lost))
+        value, lost = float(alone[number]), [float(effect[rank - 1]) for effect in effects]
+        before = 1 + int((alone > value).sum())
+        reasons.append(Reason(item(number), rank, backbone + retrieval, backbone, retrieval, before, value, lost))
     memories = []
-    for place in kept.tolist():
-        entry = int(ids[0, place])
+    for column in kept.tolist():
+        entry = int(ids[0, column])
         user, position = int(model.memory.users[entry]), int(model.memory.positions[entry])
         stored = recommender.catalogue.histories
         prefix = stored.of(user)[max(position - SHOWN, 0) : position] if stored is not None and user > 0 else []
         memories.append(Memory(
-            entry, item(int(model.memory.targets[entry])), float(similarity[0, place]), float(attention[0, place]),
+            entry, item(int(model.memory.targets[entry])), float(similarity[0, column]), float(attention[0, column]),
             recommender.users[user] if user > 0 else None, int(model.memory.support[entry]),
             [item(int(number)) for number in prefix],
         ))  # fmt: skip
-    unit = "probability" if isinstance(model, KNNRaSeRec) else "score"
-    alpha = 1.0 if isinstance(model, KNNRaSeRec) and not model.augments else float(model.ram.alpha.clamp(0, 1))
-    history = [item(int(number)) for number in query.rows[0]]
-    name, dataset, dropped = recommender.name, recommender.dataset, int(query.dropped[0])
-    return Explanation(name, dataset, unit, alpha, history, dropped, memories, reasons)
+    unit = "probability" if model.knn else "score"
+    alpha = float(model.ram.alpha.clamp(0, 1)) if model.augments else 1.0
+    return Explanation(
+        recommender.name, recommender.dataset, unit, alpha, [item(int(number)) for number in query.rows[0]],
+        int(query.dropped[0]), memories, reasons,
+    )  # fmt: skip
 
 
 def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What backbone and retrieval give to each item: float64 [B, 2, V]; their sum is its score, or its probability."""
     table, bias = model.item_vectors().double().t(), model.backbone.item_bias()
-    augments = not isinstance(model, KNNRaSeRec) or model.augments
-    mixed = model.augment(h, ids, mask).double() if augments else h.double()
+    mixed = model.augment(h, ids, mask).double() if model.augments else h.double()
     some = mask.any(dim=1, keepdim=True)
-    alpha = torch.where(some, model.ram.alpha.clamp(0, 1).double(), 1.0) if augments else torch.ones_like(some).double()
+    share = model.ram.alpha.clamp(0, 1).double() if model.augments else 1.0
+    alpha = torch.where(some, share, 1.0).double()
     own = alpha * h.double()
     backbone, retrieval = own @ table, (mixed - own) @ table  # [B, V]
     if bias is not None:
         backbone = backbone + bias.double()
-    if not isinstance(model, KNNRaSeRec):
+    if not model.knn:
         return torch.stack([backbone, retrieval], dim=1)
     scores = backbone + retrieval
     targets, similarity = model.neighbour_similarity(h, ids)
@@ -209,6 +233,78 @@ def _attention(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tenso
         similarity = torch.cosine_similarity(h[:, None], compared, dim=2)
     else:
         similarity = (compared @ h[:, :, None]).squeeze(2)
-    if isinstance(model, KNNRaSeRec) and not model.augments:
+    if not model.augments:
         return neighbour_weights(model.neighbour_similarity(h, ids)[1], mask, float(model.knn_tau)), similarity
     return model.ram.attention(h, keys, model.item_vectors()[targets], mask, bias), similarity
+
+
+def page(found: Explanation) -> str:
+    """An explanation as HTML; scales and decimals are common to all items, so that they can be compared."""
+    percent = found.unit == "probability"
+    scale = 100 if percent else 1
+    ends = [end for reason in found.items for end in (reason.backbone, reason.score)]
+    effects = [effect for reason in found.items for effect in reason.effects]
+    style, script = _asset("page.css"), _asset("page.js")
+    policy = f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; img-src data:"
+    decimals, effect_decimals = (
+        _decimals([scale * end for end in ends], 4),
+        _decimals([scale * one for one in effects], 3),
+    )
+    data = json.dumps(found.to_dict(), allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":  # so that nothing in it can end the script element that holds it
+        data = data.replace(sign, f"\\u{ord(sign):04x}")
+    return _template().render(
+        found=found, percent=percent, data=data, style=style, script=script,
+        policy=f"{policy}; base-uri 'none'; form-action 'none'",
+        low=min([0.0, *ends]), high=max([0.0, *ends]), strongest=max(map(abs, effects), default=0.0),
+        value=lambda value: rounded(value, decimals, percent),
+        score=lambda value: figure(value) + (" %" if percent else ""),
+        effect=lambda value: figure(rounded(value, effect_decimals, percent), signed=True),
+        effect_decimals=effect_decimals, takes=any(reason.retrieval < 0 for reason in found.items),
+        nearest=max([1.0, *(memory.similarity for memory in found.memories)]),
+        busiest=max((memory.attention for memory in found.memories), default=0.0),
+    )  # fmt: skip
+
+
+def most(effects: Sequence[float]) -> list[int]:
+    """Numbers of the effects, the largest first."""
+    return sorted(range(len(effects)), key=lambda number: -abs(effects[number]))
+
+
+def rounded(value: float, decimals: int, percent: bool = False) -> Decimal:
+    """Decimal, because sums and differences of decimals are exact."""
+    return round(Decimal(value) * (100 if percent else 1), decimals)
+
+
+def figure(value: Decimal, signed: bool = False) -> str:
+    """With a minus sign instead of a hyphen."""
+    sign = "−" if value < 0 else "+" if signed and value > 0 else ""
+    return f"{sign}{abs(value):f}"
+
+
+def _decimals(values: Iterable[float], significant: int) -> int:
+    """Decimals that show the largest of `values` with so many digits."""
+    largest = max(map(abs, values), default=0)
+    return min(max(significant - 1 - math.floor(math.log10(largest)), 0), 15) if largest else significant - 1
+
+
+@cache
+def _asset(name: str) -> str:
+    """Text of a file beside this one."""
+    return files("recbole_raserec.serving").joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> Template:
+    def fit(value: Any) -> Any:
+        """Any text without what HTML may not contain; autoescape comes after."""
+        return value if isinstance(value, Markup) else _UNFIT.sub("\ufffd", str(value))
+
+    environment = Environment(autoescape=True, finalize=fit, undefined=StrictUndefined)
+    environment.globals.update(rounded=rounded, figure=figure, most=most, RECENT=RECENT, TOP=TOP, LONGEST=LONGEST)
+    return environment.from_string(_asset("page.html.j2"))
+
+
+def _digest(text: str) -> str:
+    """Of inline style and script, as a content security policy names them: nothing else in the page can run."""
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"

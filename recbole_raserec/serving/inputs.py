@@ -1,14 +1,18 @@
-"""Histories as people have them, lists, numpy, pandas or polars, as lists of external ids; and results back."""
+"""Histories and events as people have them, lists, numpy, pandas or polars, as external ids; and results back."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import numpy as np
 
 from recbole_raserec.errors import InputError, MissingExtraError
+
+#: User, item, time.
+Event = tuple[str, str, Optional[float]]
 
 
 @dataclasses.dataclass
@@ -58,13 +62,13 @@ class Recommendations:
         }
 
     def to_pandas(self) -> Any:
-        """:meth:`columns` as a pandas DataFrame."""
+        """`columns` as a pandas DataFrame."""
         import pandas as pd
 
         return pd.DataFrame(self.columns())
 
     def to_polars(self) -> Any:
-        """:meth:`columns` as a polars DataFrame.
+        """`columns` as a polars DataFrame.
 
         Raises:
             MissingExtraError: polars is not installed.
@@ -77,16 +81,20 @@ class Recommendations:
 
 
 def as_sequences(data: Any, names: Sequence[str]) -> tuple[list[list[str]], Optional[list[str]]]:
-    """Histories as lists of external ids, and the users of a log or None.
+    """Histories as lists of external ids.
 
     Args:
         data: a list of lists of ids; a numpy array of them (2-D, or of objects); a pandas or polars Series of lists; or
-            a pandas or polars DataFrame, a log with the columns `names` (user, item and, to sort by, time).
+            a pandas or polars DataFrame, a log.
+        names: columns of a log: user, item and, to sort by, time.
+
+    Returns:
+        the histories, and the users of a log or None.
 
     Raises:
         InputError: it is something else, or an id is neither text nor a whole number.
     """
-    if hasattr(data, "columns") and hasattr(data, "to_dict"):
+    if _is_table(data):
         return _of_log(data, names)
     if hasattr(data, "to_list"):
         data = data.to_list()
@@ -97,8 +105,25 @@ def as_sequences(data: Any, names: Sequence[str]) -> tuple[list[list[str]], Opti
     return [as_ids(row, "sequences", "a history") for row in data], None
 
 
+def as_events(data: Any, names: Sequence[str]) -> list[Event]:
+    """New interactions by external ids.
+
+    Args:
+        data: (user, item) or (user, item, time) each, mappings with these keys, or a pandas or polars DataFrame.
+        names: columns of a DataFrame: user, item and time.
+
+    Raises:
+        InputError: it is something else, an id is none, or a time is not finite.
+    """
+    if _is_table(data):
+        data = zip(*_columns(data, names, "events"))
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise InputError("events: give a list of (user, item) or (user, item, time).")
+    return [_event(event) for event in data]
+
+
 def as_ids(row: Any, name: str, what: str = "a list of ids") -> list[str]:
-    """One list of external ids as text."""
+    """One list of external ids as text; errors call it `name` and `what` it should be."""
     if hasattr(row, "tolist"):
         row = row.tolist()
     elif hasattr(row, "to_list"):
@@ -122,19 +147,29 @@ def as_id(value: Any, name: str) -> str:
     raise InputError(f"{name}: {value!r:.80} is no id; ids are text or whole numbers.")
 
 
-def _of_log(frame: Any, names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+def _is_table(data: Any) -> bool:
+    return hasattr(data, "columns") and hasattr(data, "to_dict")
+
+
+def _columns(table: Any, names: Sequence[str], what: str) -> list[list[Any]]:
+    """The columns `names` of a DataFrame, of which the last, the time, may be missing."""
     user, item, time = names
-    missing = [name for name in (user, item) if name not in frame.columns]
+    missing = [name for name in (user, item) if name not in table.columns]
     if missing:
         raise InputError(
-            f"sequences: the table has no column {' and no column '.join(missing)} (it has "
-            f"{', '.join(map(str, frame.columns))}); rename its columns to {user}, {item} and, to sort by, {time}."
+            f"{what}: the table has no column {' and no column '.join(missing)} (it has "
+            f"{', '.join(map(str, table.columns))}); rename its columns to {user}, {item} and, where known, {time}."
         )
-    users = [as_id(value, user) for value in frame[user].to_list()]
-    items = [as_id(value, item) for value in frame[item].to_list()]
+    return [table[name].to_list() for name in names if name in table.columns]
+
+
+def _of_log(table: Any, names: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+    """The histories of a log, sorted by time where it has one, and their users."""
+    columns, time = _columns(table, names, "sequences"), names[2]
+    users, items = ([as_id(value, name) for value in column] for name, column in zip(names[:2], columns))
     order: Any = range(len(users))
-    if time in frame.columns:
-        times = np.asarray(frame[time].to_list(), dtype=object)
+    if len(columns) == 3:
+        times = np.asarray(columns[2], dtype=object)
         if any(value is None or value != value for value in times):
             raise InputError(f"{time}: a value is missing; give all or drop the column.")
         try:
@@ -145,3 +180,27 @@ def _of_log(frame: Any, names: Sequence[str]) -> tuple[list[list[str]], list[str
     for row in order:
         found[users[row]].append(items[row])
     return list(found.values()), list(found)
+
+
+def _event(event: Any) -> Event:
+    if isinstance(event, Mapping):
+        event = [event.get("user"), event.get("item"), event.get("time")]
+    if isinstance(event, (str, bytes)) or not isinstance(event, Sequence) or not 2 <= len(event) <= 3:
+        raise InputError(f"events: {event!r:.80} is no (user, item) or (user, item, time).")
+    time = event[2] if len(event) == 3 else None
+    if time is not None and (isinstance(time, bool) or not isinstance(time, (int, float, np.number))):
+        raise InputError(f"events: the time {time!r:.80} is no number.")
+    try:
+        time = None if time is None else float(time)
+    except OverflowError:  # of a whole number of hundreds of digits
+        time = math.inf
+    if time is not None and not math.isfinite(time):
+        raise InputError(f"events: the time {time!r} is not finite.")
+    user = as_id(event[0], "events")
+    if not user:  # which is what the id of a forgotten user is replaced by
+        raise InputError("events: the id of a user is empty.")
+    try:
+        user.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair: neither journal nor checkpoint could hold it
+        raise InputError(f"events: {user!r:.80} is no id; it cannot be written as UTF-8.") from None
+    return user, as_id(event[1], "events"), time

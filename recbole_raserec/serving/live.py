@@ -1,4 +1,11 @@
-"""A memory in use: new interactions join it and its users' histories, users are forgotten, all of it is saved."""
+"""A checkpoint in use: reloaded without its data set; its users, histories and memory change, and are saved.
+
+A change is in the journal, on the disk, before it takes effect; a save writes all of it into the checkpoint, as a
+whole, and empties the journal. So a process that is killed at any moment loses nothing that was acknowledged. Nothing
+in a checkpoint is pickle; its format is that of `recbole_raserec.storage`.
+
+By hand: `ReadWriteLock`, because the standard library has none; `Journal`, which is one file of JSON lines.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +16,192 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
 
 import numpy as np
 import torch
+from filelock import BaseFileLock
 
-from recbole_raserec.data import Catalogue, Histories
+from recbole_raserec.config import get_model, trims
+from recbole_raserec.data import Catalogue, Histories, pad_lists
 from recbole_raserec.errors import CheckpointError, InputError
-from recbole_raserec.recommendation import Backbone
-from recbole_raserec.retrieval import RaSeRec
-from recbole_raserec.serving.inputs import as_id
-from recbole_raserec.storage import lock_file, replacing, save_parts, sync_directory
+from recbole_raserec.recommendation import batches_by_length, encode_in_batches, wrap_backbone
+from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec
+from recbole_raserec.serving.inputs import Event
+from recbole_raserec.storage import (
+    BEST,
+    MEMORY,
+    live_parts,
+    load_weights,
+    read_ids,
+    read_manifest,
+    read_weights,
+    replacing,
+    save_parts,
+    sync_directory,
+    try_lock,
+)
 
-# Many readers or one writer, and a writer that waits is let in before new readers; and one process a directory.
+#: In the checkpoint directory: the journal, its lock, and the process that holds that.
+JOURNAL, LOCK, HOLDER = "journal.jsonl", "journal.lock", "journal.pid"
+
+#: Prefixes encoded together.
+BATCH = 512
+
+#: What the id of a forgotten user is replaced by.
+FORGOTTEN = ""
 
 
-LOCK = "journal.lock"
+class Options(dict):
+    """Options as RecBole's models read them: `options["key"]` is None where the key is missing."""
+
+    def __missing__(self, key: str) -> None:
+        return None
+
+
+class Vocabulary:
+    """Stands in for a data set where a model only asks how many users and items there are.
+
+    Args:
+        options: names of the id fields.
+        users: external ids by internal ones; the first is that of the padding.
+        items: the same.
+
+    Attributes:
+        numbers: internal ids of the items by external ones.
+    """
+
+    def __init__(self, options: Mapping[str, Any], users: list[str], items: list[str]):
+        self.uid_field, self.iid_field = options["USER_ID_FIELD"], options["ITEM_ID_FIELD"]
+        self.users, self.items = users, items
+        self.numbers = {token: number for number, token in enumerate(items) if number}
+        self.inter_feat = {self.iid_field: torch.empty(0, dtype=torch.int64)}  # no training rows here
+
+    def num(self, field: str) -> int:
+        """Number of ids of a field, padding included."""
+        return len({self.uid_field: self.users, self.iid_field: self.items}[field])
+
+    @property
+    def user_num(self) -> int:
+        return len(self.users)
+
+    @property
+    def item_num(self) -> int:
+        return len(self.items)
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A reloaded checkpoint: the model in evaluation mode with its weights and memory, its options, its ids.
+
+    Attributes:
+        vocabulary: ids the model was trained with.
+        users: all user ids, those of later updates too.
+        applied: number of the last journaled change that the saved parts hold.
+        parts: directory of ids and memory.
+    """
+
+    model: Any
+    options: Options
+    vocabulary: Vocabulary
+    manifest: dict[str, Any]
+    users: list[str]
+    applied: int
+    parts: Path
+
+    @cached_property
+    def longest(self) -> int:
+        """The model reads the last that many items of a history."""
+        return int(self.options["MAX_ITEM_LIST_LENGTH"])
+
+    def batch(self, histories: Sequence[Sequence[int]], users: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """What the model reads of B histories, none of them empty.
+
+        Args:
+            histories: internal ids of items, oldest first.
+            users: int64 [B].
+
+        Returns:
+            item_seq [B, L], item_seq_len [B] and the users [B], int64, on the model's device.
+        """
+        model, longest = self.model, self.longest
+        cut = model.backbone.trims if isinstance(model, RaSeRec) else trims(model)
+        batch = *pad_lists([row[-longest:] for row in histories], None if cut else longest), users
+        return tuple(torch.from_numpy(part).to(self.options["device"]) for part in batch)
+
+
+def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -> Checkpoint:
+    """Reload a finished run without its data set.
+
+    Args:
+        directory: as named by the run's last line.
+        device: for the weights; the default is a GPU if there is one, else the CPU.
+
+    Raises:
+        CheckpointError: a part is missing, damaged, or of another run; or the model reads more of the data set than
+            the number of its users and items, so that it cannot be rebuilt without it.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options = Options(manifest["options"], device=target)
+    ids = read_ids(directory)
+    parts, trained, applied = live_parts(directory)
+    vocabulary = Vocabulary(options, ids["users"][:trained], ids["items"])
+    memory: Any = None
+    name = manifest["model"]
+    try:
+        if name == "RaSeRec":
+            inner = Options(manifest["backbone_options"], device=target)
+            base = get_model(inner["model"])(inner, vocabulary)
+            model = RaSeRec(options, vocabulary, wrap_backbone(base, inner, vocabulary))
+            memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
+        else:
+            model = get_model(name)(options, vocabulary)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}: {name} cannot be rebuilt from its checkpoint alone ({error!r}).") from None
+    weights = read_weights(directory, manifest)
+    weights = {name: value for name, value in weights.items() if name not in TRAINING_BUFFERS}
+    load_weights(model, weights, directory / BEST)
+    if isinstance(model, RaSeRec):
+        try:
+            model.use_memory(memory)
+        except ValueError as error:
+            raise CheckpointError(f"{parts / MEMORY} does not belong to this model: {error}") from None
+    return Checkpoint(model.to(target).eval(), options, vocabulary, manifest, ids["users"], applied, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """What an update did.
+
+    Attributes:
+        events: taken up.
+        memories: added.
+        new_users: seen for the first time.
+        dropped: events of unknown items.
+    """
+
+    events: int
+    memories: int
+    new_users: int
+    dropped: int
 
 
 class ReadWriteLock:
-    """Not re-entrant."""
+    """Many readers or one writer; one that waits to write is let in before new readers. Not re-entrant."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._readers = self._waiting = 0
-        self._writing = False
 
     @contextlib.contextmanager
     def read(self) -> Iterator[None]:
         """Hold it with other readers."""
         with self._condition:
-            self._condition.wait_for(lambda: not self._writing and not self._waiting)
+            self._condition.wait_for(lambda: not self._waiting)
             self._readers += 1
         try:
             yield
@@ -51,59 +212,40 @@ class ReadWriteLock:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[None]:
-        """Hold it alone."""
+        """Hold it alone: with the condition's own lock, without which no reader enters."""
         with self._condition:
             self._waiting += 1
-            self._condition.wait_for(lambda: not self._writing and not self._readers)
+            self._condition.wait_for(lambda: not self._readers)
             self._waiting -= 1
-            self._writing = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writing = False
+            try:
+                yield
+            finally:
                 self._condition.notify_all()
 
 
-class DirectoryLock:
-    """Held by the one process that changes a checkpoint; the system frees it when that process ends, however it ends.
-
-    Args:
-        directory: of the checkpoint.
+def lock_directory(directory: Path) -> BaseFileLock:
+    """The lock of the one process that changes a checkpoint, held; the system frees it when that process ends.
 
     Raises:
         CheckpointError: there is no such directory, or another process holds it.
     """
-
-    def __init__(self, directory: Path):
-        path = Path(directory) / LOCK
-        try:
-            held = lock_file(path)
-        except FileNotFoundError:
-            raise CheckpointError(f"{Path(directory).absolute()} is no directory.") from None
-        if held is None:
-            holder = path.read_bytes()[:20].decode("ascii", "replace").strip()
-            raise CheckpointError(
-                f"{directory} is in use by another process{f' ({holder})' if holder else ''}, and one at a time may "
-                "journal changes of a checkpoint: stop that one first, or serve a copy of the directory."
-            )
-        self._file = held
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()).encode())
-
-    def release(self) -> None:
-        """Let it go; again changes nothing. The file stays."""
-        self._file.close()
-
-
-# Changes in the order they were made, on the disk before they are acknowledged.
-
-
-NAME = "journal.jsonl"
+    try:
+        lock = try_lock(directory / LOCK)
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory.absolute()} is no directory.") from None
+    if lock is None:
+        holder = directory / HOLDER
+        process = holder.read_bytes()[:20].decode("ascii", "replace").strip() if holder.is_file() else ""
+        raise CheckpointError(
+            f"{directory} is in use by another process{process and f' ({process})'}, and one at a time may journal "
+            "changes of a checkpoint: stop that one first, or serve a copy of the directory."
+        )
+    (directory / HOLDER).write_text(str(os.getpid()), encoding="ascii")
+    return lock
 
 
 class Journal:
-    """A file of one JSON object a line, ``{"n": number, ...}``, numbers rising.
+    """A file of one JSON object a line, `{"n": number, ...}`, numbers rising.
 
     A last line without its end was cut off while it was written, was never acknowledged, and is dropped.
 
@@ -144,14 +286,12 @@ class Journal:
 
     def records(self, after: int) -> Iterator[dict[str, Any]]:
         """Records with a higher number than `after`, in order."""
-        for record in _records(self.path.read_bytes(), self.path):
-            if record["n"] > after:
-                yield record
+        return (record for record in _records(self.path.read_bytes(), self.path) if record["n"] > after)
 
     def clear(self) -> None:
         """Drop all records: what they changed is stored elsewhere."""
         with replacing(self.path) as part:
-            Path(part).write_bytes(b"")
+            part.write_bytes(b"")
         self._file.close()
         self._open()
 
@@ -162,6 +302,166 @@ class Journal:
     def _open(self) -> None:
         # Unbuffered: what a full disk refused must not wait in a buffer and come after all, behind the next record.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held as long as the journal
+
+
+class LiveMemory:
+    """Users, histories and memory of a checkpoint, and the changes of them.
+
+    Readers hold `lock` together; a change holds it alone, and only for the moment in which it takes effect.
+
+    Args:
+        checkpoint: whose model and memory they are.
+        catalogue: histories and counts.
+        directory: of the checkpoint.
+
+    Attributes:
+        users: external ids by internal ones; "" where a user was forgotten.
+        numbers: internal ids by external ones, of the users that are known.
+        applied: number of the last journaled change that has taken effect.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, catalogue: Catalogue, directory: Path):
+        self.checkpoint, self.catalogue, self.directory = checkpoint, catalogue, directory
+        self.users, self.applied = list(checkpoint.users), checkpoint.applied
+        self.numbers = {name: number for number, name in enumerate(self.users) if number and name != FORGOTTEN}
+        self.lock = ReadWriteLock()
+        self._memory: Any = checkpoint.model.memory if isinstance(checkpoint.model, RaSeRec) else None
+        self._changing = threading.Lock()
+        self._saved = self.applied
+        self._journal: Optional[Journal] = None
+        self._held: Optional[BaseFileLock] = None
+
+    @property
+    def histories(self) -> Histories:
+        """What the users did.
+
+        Raises:
+            InputError: the checkpoint does not know.
+        """
+        if self.catalogue.histories is None:
+            raise InputError(f"{self.directory} keeps no histories of users (benchmark files, or an older release).")
+        return self.catalogue.histories
+
+    @property
+    def unsaved(self) -> int:
+        """Changes that only the journal has."""
+        return self.applied - self._saved
+
+    @property
+    def n_memories(self) -> int:
+        """Memories that can be retrieved; 0 of a model without any."""
+        return 0 if self._memory is None else int(len(self._memory) - self._memory.gone.sum())
+
+    def numbers_of(self, users: Iterable[str]) -> np.ndarray:
+        """Internal ids int64 [N] of external ones; 0 where a user is unknown."""
+        return np.array([self.numbers.get(user, 0) for user in users], dtype=np.int64)
+
+    def keep_journal(self, lock: BaseFileLock) -> None:
+        """Take up what the journal holds beyond the saved state; from now on changes are in it before they take effect.
+
+        Args:
+            lock: of `lock_directory`; `close` releases it.
+        """
+        journal = Journal(self.directory / JOURNAL)
+        for record in journal.records(self.applied):
+            if "forget" in record:
+                self._forget(record["forget"])
+            else:
+                self._apply(record["events"])
+            self.applied = record["n"]
+        self._journal, self._held = journal, lock
+
+    def update(self, events: Sequence[Event]) -> Update:
+        """Take up new interactions of known items, see `Recommender.update`."""
+        _ = self.histories  # asked before anything is written
+        with self._changing:
+            if events and self._journal is not None:
+                self.applied = self._journal.append({"events": events}, self.applied)
+            return self._apply(events)
+
+    def forget(self, user: str) -> int:
+        """Forget a user by external id; the number of memories removed."""
+        with self._changing:
+            if user not in self.numbers:
+                return 0
+            if self._journal is not None:
+                self.applied = self._journal.append({"forget": user}, self.applied)
+            return self._forget(user)
+
+    def save(self, target: Path) -> None:
+        """Write users, histories and memory into the checkpoint directory; or all of the checkpoint into another."""
+        vocabulary = self.checkpoint.vocabulary
+        with self._changing:
+            ids = {"users": self.users, "items": vocabulary.items}
+            save_parts(self.directory, target, ids, self._memory, self.catalogue, vocabulary.user_num, self.applied)
+            if target.resolve() == self.directory.resolve():
+                self._saved = self.applied
+                if self._journal is not None:
+                    self._journal.clear()
+
+    def close(self) -> None:
+        """Close the journal, and let another process have the directory."""
+        if self._journal is not None:
+            self._journal.close()
+        if self._held is not None:
+            self._held.release()
+
+    def _apply(self, events: Sequence[Event]) -> Update:
+        histories, options, item_numbers = self.histories, self.checkpoint.options, self.checkpoint.vocabulary.numbers
+        shortest, longest = options["memory_min_length"] or 1, options["memory_max_length"] or math.inf
+        new: list[str] = []
+        numbers: dict[str, int] = {}
+        grown: dict[str, list[int]] = {}
+        prefixes: list[list[int]] = []
+        rows: list[tuple[int, int, int, float]] = []  # target, user, position, time
+        for user, item, time in events:
+            if user not in grown:
+                number = self.numbers.get(user, len(self.users) + len(new))
+                new += [user] if number >= len(self.users) else []
+                numbers[user], grown[user] = number, histories.of(number).tolist()
+            history, target = grown[user], item_numbers[item]
+            if self._memory is not None and shortest <= len(history) <= longest:
+                # No more of a prefix than is read: whole ones of a long history would take its length squared.
+                prefixes.append(history[-self.checkpoint.longest :])
+                rows.append((target, numbers[user], len(history), math.nan if time is None else time))
+            history.append(target)
+        targets, users, positions, times = map(np.array, zip(*rows)) if rows else [np.empty(0, np.int64)] * 4
+        keys = self._keys(prefixes, users) if rows else None
+        with self.lock.write():
+            self.numbers.update({user: numbers[user] for user in new})
+            self.users += new
+            for user, items in grown.items():
+                added = items[len(histories.of(numbers[user])) :]
+                histories.append(numbers[user], np.array(added, dtype=np.int32))
+                np.add.at(self.catalogue.counts, added, 1)
+            if keys is not None:
+                self._memory.add(keys, targets, users, positions, times)
+        return Update(len(events), len(rows), len(new), 0)
+
+    def _forget(self, user: str) -> int:
+        number = self.numbers.get(user)
+        if number is None:
+            return 0
+        with self.lock.write():
+            removed = 0 if self._memory is None else self._memory.forget(number)
+            if self.catalogue.histories is not None:
+                np.subtract.at(self.catalogue.counts, self.histories.of(number), 1)
+                self.histories.forget(number)
+            self.users[number] = FORGOTTEN
+            del self.numbers[user]
+        return removed
+
+    def _keys(self, prefixes: list[list[int]], users: np.ndarray) -> np.ndarray:
+        """The backbone's vectors [N, H] of prefixes that are no longer than it reads."""
+        found = self.checkpoint
+        users = np.where(users < found.vocabulary.user_num, users, 0)
+
+        def encode(rows: np.ndarray) -> torch.Tensor:
+            return found.model.encode(*found.batch([prefixes[row] for row in rows], users[rows]))
+
+        out = torch.empty(len(prefixes), found.model.memory.hidden_size)
+        batches = batches_by_length(np.zeros(len(prefixes), dtype=np.int64), rows=BATCH)  # in the order of the events
+        return encode_in_batches(found.model, encode, batches, out).numpy()
 
 
 def _records(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
@@ -175,279 +475,3 @@ def _records(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
             raise CheckpointError(f"{path} is damaged in line {number}; restore it, or delete it to lose what follows.")
         last = record["n"]
         yield record
-
-
-#: Prefixes encoded together.
-BATCH = 512
-
-#: What an id of a forgotten user is replaced by.
-FORGOTTEN = ""
-
-Event = tuple[str, str, Optional[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What an update did: events taken up, memories added, users seen for the first time, events of unknown items."""
-
-    events: int
-    memories: int
-    new_users: int
-    dropped: int
-
-
-class LiveMemory:
-    """Histories, users and memory of a :class:`~recbole_raserec.serving.recommender.Recommender`.
-
-    Readers hold the lock together, a change holds it alone, and only for the moment in which it takes effect.
-    """
-
-    model: Any
-    options: Any
-    device: Any
-    longest: int
-    _trims: bool
-    _trained_users: int
-    _number: dict[str, int]
-    items: list[str]
-
-    def __init__(self, directory: Path, users: Sequence[str], catalogue: Catalogue, applied: int = 0):
-        self.directory, self.catalogue, self.applied = Path(directory), catalogue, applied
-        self.users = list(users)
-        self._user_number = {token: number for number, token in enumerate(self.users) if number and token != FORGOTTEN}
-        self._lock, self._changing = ReadWriteLock(), threading.Lock()
-        self._saved = applied
-        self._journal: Optional[Journal] = None
-        self._held: Optional[DirectoryLock] = None
-        self._wrapped: Optional[Backbone] = None
-
-    @property
-    def histories(self) -> Histories:
-        """What the users did.
-
-        Raises:
-            InputError: the checkpoint does not know.
-        """
-        if self.catalogue.histories is None:
-            raise InputError(f"{self.directory} keeps no histories of users (benchmark files, or an older release).")
-        return self.catalogue.histories
-
-    def stored(self, users: Iterable[str]) -> list[np.ndarray]:
-        """Stored histories by internal item ids, oldest item first.
-
-        Args:
-            users: external ids.
-
-        Returns:
-            an array int64 [n] for each; empty for an unknown user.
-        """
-        return [self.histories.of(number).astype(np.int64) for number in self._user_numbers(users)]
-
-    def _user_numbers(self, users: Iterable[str]) -> np.ndarray:
-        return np.array([self._user_number.get(user, 0) for user in users], dtype=np.int64)
-
-    @property
-    def n_users(self) -> int:
-        """Users that are known: those of the training and of updates, without the forgotten ones."""
-        return len(self._user_number)
-
-    @property
-    def unsaved(self) -> int:
-        """Journaled changes since the last :meth:`save` into the checkpoint directory."""
-        return self.applied - self._saved
-
-    # -- changes ----------------------------------------------------------------------------------------------------
-
-    def keep_journal(self, path: Path) -> int:
-        """Take up what a journal holds beyond the saved state; from now on changes are in it before they take effect.
-
-        Args:
-            path: of the journal; made when missing.
-
-        Returns:
-            the number of changes taken up.
-        """
-        journal = Journal(path)
-        count = 0
-        for record in journal.records(self.applied):
-            if "forget" in record:
-                self._forget(record["forget"])
-            else:
-                self._apply([(user, item, time) for user, item, time in record["events"]])
-            self.applied = record["n"]
-            count += 1
-        self._journal = journal
-        return count
-
-    def update(self, events: Any, strict: bool = False) -> Update:
-        """Take up new interactions: they end the histories of their users and join the memory; the next call uses them.
-
-        Args:
-            events: (user, item) or (user, item, time) each, in the order they happened; mappings with these keys; or a
-                pandas or polars DataFrame with the log's columns. Users may be new, items may not.
-            strict: an unknown item is an error, and nothing is taken up; otherwise it is dropped, and counted.
-
-        Returns:
-            what was taken up.
-
-        Raises:
-            InputError: an event is none of these.
-        """
-        listed = self._events(events)
-        unknown = [item for _, item, _ in listed if item not in self._number]
-        if unknown and strict:
-            raise InputError(f"events: {unknown[0]!r:.80} is no item of this model ({len(unknown)} unknown in all).")
-        listed = [event for event in listed if event[1] in self._number]
-        _ = self.histories  # asked before anything is written
-        with self._changing:
-            if listed and self._journal is not None:
-                self.applied = self._journal.append({"events": listed}, self.applied)
-            done = self._apply(listed)
-        return dataclasses.replace(done, dropped=len(unknown))
-
-    def forget(self, user: Any) -> int:
-        """Forget a user: id, history and memories, the ones in files with the next :meth:`save`.
-
-        Args:
-            user: external id; an unknown one changes nothing.
-
-        Returns:
-            the number of memories removed.
-        """
-        name = as_id(user, "user")
-        with self._changing:
-            if name not in self._user_number:
-                return 0
-            if self._journal is not None:
-                self.applied = self._journal.append({"forget": name}, self.applied)
-            return self._forget(name)
-
-    def save(self, directory: Union[str, Path, None] = None) -> Path:
-        """Write users, histories and memory, as a whole, into the checkpoint directory; or all of the checkpoint into
-        another one.
-
-        Args:
-            directory: None: the one it was loaded from, whose journal is emptied then.
-
-        Returns:
-            the directory.
-        """
-        target = Path(directory) if directory is not None else self.directory
-        with self._changing:
-            memory = self.model.memory if isinstance(self.model, RaSeRec) else None
-            ids = {"users": self.users, "items": self.items}
-            save_parts(self.directory, target, ids, memory, self.catalogue, self._trained_users, self.applied)
-            if target.resolve() == self.directory.resolve():
-                self._saved = self.applied
-                if self._journal is not None:
-                    self._journal.clear()
-        return target
-
-    def close(self) -> None:
-        """Close the journal, and let another process have the directory."""
-        if self._journal is not None:
-            self._journal.close()
-        if self._held is not None:
-            self._held.release()
-
-    # -- how --------------------------------------------------------------------------------------------------------
-
-    def _apply(self, events: Sequence[Event]) -> Update:
-        histories, known = self.histories, len(self.users)
-        shortest = self.options["memory_min_length"] or 1
-        longest = self.options["memory_max_length"] or math.inf
-        grown: dict[str, list[int]] = {}
-        numbers: dict[str, int] = {}
-        rows: list[tuple[str, int, int, Optional[float]]] = []  # user, position, target, time
-        for user, item, time in events:
-            if user not in grown:
-                numbers[user] = self._user_number.get(user, 0)
-                if not numbers[user]:
-                    numbers[user] = known
-                    known += 1
-                grown[user] = self.histories.of(numbers[user]).tolist()
-            if shortest <= len(grown[user]) <= longest:
-                rows.append((user, len(grown[user]), self._number[item], time))
-            grown[user].append(self._number[item])
-        rows = rows if isinstance(self.model, RaSeRec) else []
-        # No more of a prefix than is read: whole ones of a long history would take its length squared.
-        prefixes = [grown[user][max(position - self.longest, 0) : position] for user, position, _, _ in rows]
-        keys = self._keys(prefixes, [numbers[row[0]] for row in rows])
-        new = [user for user in grown if numbers[user] >= len(self.users)]
-        with self._lock.write():
-            for user in new:
-                self._user_number[user] = numbers[user]
-                self.users.append(user)
-            for user, items in grown.items():
-                before = len(histories.of(numbers[user]))
-                histories.append(numbers[user], np.array(items[before:], dtype=np.int32))
-                np.add.at(self.catalogue.counts, items[before:], 1)
-            if rows:
-                times = [math.nan if time is None else time for *_, time in rows]
-                users = [numbers[user] for user, *_ in rows]
-                self.model.memory.add(keys, [row[2] for row in rows], users, [row[1] for row in rows], times)
-        return Update(len(events), len(rows), len(new), 0)
-
-    def _forget(self, name: str) -> int:
-        number = self._user_number.get(name)
-        if number is None:
-            return 0
-        with self._lock.write():
-            removed = self.model.memory.forget(number) if isinstance(self.model, RaSeRec) else 0
-            if self.catalogue.histories is not None:
-                np.subtract.at(self.catalogue.counts, self.histories.of(number), 1)
-                self.histories.forget(number)
-            self.users[number] = FORGOTTEN
-            del self._user_number[name]
-        return removed
-
-    @torch.no_grad()
-    def _keys(self, prefixes: list[list[int]], users: list[int]) -> np.ndarray:
-        """The backbone's vectors of prefixes of at most `longest` items, [N, H]."""
-        parts: list[np.ndarray] = []
-        for start in range(0, len(prefixes), BATCH):
-            rows = prefixes[start : start + BATCH]
-            item_seq = np.zeros((len(rows), max(map(len, rows)) if self._trims else self.longest), dtype=np.int64)
-            for line, row in zip(item_seq, rows):
-                line[: len(row)] = row
-            lengths = torch.tensor([len(row) for row in rows], device=self.device)
-            owners = torch.tensor(users[start : start + BATCH], device=self.device)
-            owners = torch.where(owners < self._trained_users, owners, 0)
-            parts.append(self.model.encode(torch.from_numpy(item_seq).to(self.device), lengths, owners).cpu().numpy())
-        return np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-
-    def _events(self, events: Any) -> list[Event]:
-        names = [self.options[name] for name in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
-        if hasattr(events, "columns") and hasattr(events, "to_dict"):
-            missing = [name for name in names[:2] if name not in events.columns]
-            if missing:
-                raise InputError(f"events: the table has no column {missing[0]}; name its columns {', '.join(names)}.")
-            columns = [events[name].to_list() for name in names if name in events.columns]
-            events = list(zip(*columns))
-        if isinstance(events, (str, bytes, Mapping)) or not isinstance(events, Iterable):
-            raise InputError("events: give a list of (user, item) or (user, item, time).")
-        return [_event(event) for event in events]
-
-
-def _event(event: Any) -> Event:
-    if isinstance(event, Mapping):
-        event = [event.get("user"), event.get("item"), event.get("time")]
-    if isinstance(event, (str, bytes)) or not isinstance(event, Sequence) or not 2 <= len(event) <= 3:
-        raise InputError(f"events: {event!r:.80} is no (user, item) or (user, item, time).")
-    time = event[2] if len(event) == 3 else None
-    if time is not None and (isinstance(time, bool) or not isinstance(time, (int, float, np.number))):
-        raise InputError(f"events: the time {time!r:.80} is no number.")
-    try:
-        time = None if time is None else float(time)
-    except OverflowError:  # of a whole number of hundreds of digits
-        time = math.inf
-    if time is not None and not math.isfinite(time):
-        raise InputError(f"events: the time {time!r} is not finite.")
-    user = as_id(event[0], "events")
-    if user == FORGOTTEN:
-        raise InputError("events: the id of a user is empty.")
-    try:
-        user.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: neither journal nor checkpoint could hold it
-        raise InputError(f"events: {user!r:.80} is no id; it cannot be written as UTF-8.") from None
-    return user, as_id(event[1], "events"), time

@@ -5,14 +5,15 @@
     recommender = Recommender.load("saved/RaSeRec-ml-100k-...")
     recommender.recommend([["50", "172", "181"]], k=10)
 
-Works for RaSeRec, SASRec, DuoRec and RecBole's sequential models trained through the runner. All ids that go in and
-come out are external ones.
+Works for RaSeRec and for the sequential models of this package and of RecBole that a run has trained. All ids that go
+in and come out are external ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -21,20 +22,15 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import SequentialRecommender
 
-from recbole_raserec.config import trims
-from recbole_raserec.data import POSITION, Catalogue
+from recbole_raserec.data import POSITION, Catalogue, Histories
 from recbole_raserec.errors import CheckpointError, InputError
-from recbole_raserec.recommendation import wrap_backbone
+from recbole_raserec.evaluation import scores
+from recbole_raserec.recommendation import Backbone, wrap_backbone
 from recbole_raserec.retrieval import RaSeRec
 from recbole_raserec.serving.explain import Explanation, explain
-from recbole_raserec.serving.inputs import Recommendations, as_ids, as_sequences
-from recbole_raserec.serving.live import NAME as JOURNAL
-from recbole_raserec.serving.live import DirectoryLock, LiveMemory
-from recbole_raserec.serving.loading import Checkpoint, load_checkpoint
+from recbole_raserec.serving.inputs import Recommendations, as_events, as_id, as_ids, as_sequences
+from recbole_raserec.serving.live import Checkpoint, LiveMemory, Update, load_checkpoint, lock_directory
 from recbole_raserec.storage import read_manifest
-
-# From external ids to scores: what a question to a trained model becomes on its way to the model.
-
 
 #: Bytes of scores held at a time.
 SCORE_BYTES = 64 << 20
@@ -47,7 +43,9 @@ class Query:
     """N histories by internal ids.
 
     Attributes:
-        rows: known items of each history, oldest first, int. users: int64 [N], 0: unknown. labels: for the caller.
+        rows: known items of each history, oldest first, int64.
+        users: int64 [N]; 0 where the user is unknown.
+        labels: for the caller.
         dropped: int64 [N], unknown items left out.
     """
 
@@ -57,125 +55,10 @@ class Query:
     dropped: np.ndarray
 
 
-class TrainedModel(LiveMemory):
-    """The questions of a :class:`~recbole_raserec.serving.recommender.Recommender`, by internal ids and as tensors."""
+class Recommender:
+    """A trained sequential model in use; `load` makes one of a checkpoint directory.
 
-    name: str
-    _names: list[str]
-
-    def _query(self, sequences: Any, users: Ids, strict: bool) -> Query:
-        given = None if users is None else as_ids(users, "users", "a list of users")
-        if sequences is None:
-            if given is None:
-                raise InputError("sequences: nothing is given; give histories, or `users` whose stored ones to use.")
-            rows, labels = self.stored(given), list(given)
-            return Query(rows, self._user_numbers(given), labels, np.zeros(len(rows), np.int64))
-        texts, named = as_sequences(sequences, self._names)
-        given = named if given is None else given
-        if given is not None and len(given) != len(texts):
-            raise InputError(f"users: {len(given)} for {len(texts)} histories; give one each.")
-        numbers = [[self._number.get(item, 0) for item in row] for row in texts]
-        rows = [np.array([n for n in row if n], dtype=np.int64) for row in numbers]
-        dropped = np.array([len(row) - len(kept) for row, kept in zip(texts, rows)], dtype=np.int64)
-        if strict and dropped.any():
-            row = int(np.flatnonzero(dropped)[0])
-            unknown = [item for item, n in zip(texts[row], numbers[row]) if not n]
-            raise InputError(
-                f"sequences: history {row} has {len(unknown)} unknown items, such as {unknown[0]!r:.80}; leave "
-                "them out, or pass strict=False, which drops and counts them."
-            )
-        owners = np.zeros(len(rows), np.int64) if given is None else self._user_numbers(given)
-        return Query(rows, owners, list(given) if given is not None else list(range(len(rows))), dropped)
-
-    def _known_items(self, items: Iterable[Any], name: str, strict: bool = False) -> np.ndarray:
-        texts = as_ids(items, name)
-        if strict:
-            unknown = [text for text in texts if text not in self._number]
-            if unknown:
-                raise InputError(
-                    f"{name}: {unknown[0]!r:.80} is no item of this model ({len(unknown)} unknown in all)."
-                )
-        return np.array([self._number[text] for text in texts if text in self._number], dtype=np.int64)
-
-    def _blocks(self, query: Query) -> Iterable[tuple[int, int, np.ndarray]]:
-        """Queries start..stop that are scored together, and which of them have a history."""
-        rows = max(1, min(1024, SCORE_BYTES // (4 * len(self.items))))
-        for start in range(0, len(query.rows), rows):
-            stop = min(start + rows, len(query.rows))
-            yield start, stop, np.array([n for n in range(start, stop) if len(query.rows[n])], dtype=np.int64)
-
-    @torch.no_grad()
-    def _scored(self, query: Query) -> Iterable[tuple[int, torch.Tensor]]:
-        """Scores [n, V] of blocks of queries, popularity where there is no history; and the block's first query."""
-        for start, stop, filled in self._blocks(query):
-            scores = torch.empty(0)
-            if len(filled):
-                with self._lock.read():
-                    scores = self._all_scores(self._interaction(query, filled))
-            if len(filled) < stop - start:
-                counts = torch.from_numpy(self.catalogue.counts).float().to(self.device)
-                found, scores = scores, counts.repeat(stop - start, 1)
-                if len(filled):
-                    scores[torch.from_numpy(filled - start)] = found
-            yield start, scores
-
-    def _interaction(self, query: Query, numbers: np.ndarray) -> Interaction:
-        """What RecBole's models read, for the queries `numbers`, none of them empty."""
-        rows = [query.rows[n][-self.longest :] for n in numbers]
-        width = max(map(len, rows)) if self._trims else self.longest
-        item_seq = np.zeros((len(rows), width), dtype=np.int64)
-        for line, row in zip(item_seq, rows):
-            line[: len(row)] = row
-        users = query.users[numbers]
-        if not isinstance(self.model, RaSeRec):  # which looks at both its backbone's users and the memory's
-            users = np.where(users < self._trained_users, users, 0)
-        fields = {
-            self.model.USER_ID: users, self.model.ITEM_SEQ: item_seq,
-            self.model.ITEM_SEQ_LEN: np.array([len(row) for row in rows]),
-            POSITION: np.array([len(query.rows[n]) for n in numbers]),
-        }  # fmt: skip
-        return Interaction({name: torch.from_numpy(values) for name, values in fields.items()}).to(self.device)
-
-    def _all_scores(self, interaction: Interaction) -> torch.Tensor:
-        """[B, V] of the model."""
-        if hasattr(self.model, "full_sort_vectors"):
-            h, vectors, bias = self.model.full_sort_vectors(interaction)
-            scores = h @ vectors.t()
-            return scores if bias is None else scores + bias
-        return self.model.full_sort_predict(interaction).reshape(len(interaction), -1)[:, : len(self.items)]
-
-    def _backbone(self) -> Any:
-        if isinstance(self.model, RaSeRec):
-            return self.model.backbone
-        if self._wrapped is None:
-            tokens = {self._names[0]: self._trained_users, self._names[1]: len(self.items)}
-            try:
-                self._wrapped = wrap_backbone(self.model, self.options, _Sizes(tokens))
-            except ValueError as error:
-                raise InputError(f"{self.name} has no user and item vectors to give: {error}") from None
-        return self._wrapped
-
-    def _user_vectors(self, interaction: Interaction) -> torch.Tensor:
-        if isinstance(self.model, RaSeRec):
-            return self.model.augment(*self.model.retrieved(interaction))
-        names = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN, self.model.USER_ID
-        return self._backbone().encode(*(interaction[name] for name in names))
-
-    def _item_vectors(self) -> torch.Tensor:
-        return self._backbone().item_vectors()
-
-
-class _Sizes:
-    """Numbers of users and items by field."""
-
-    def __init__(self, sizes: dict[str, int]):
-        self.num = sizes.__getitem__
-
-
-class Recommender(TrainedModel):
-    """A trained sequential model in use; :meth:`load` makes one of a checkpoint directory.
-
-    All ids that go in and come out are external ones. Calls from several threads are safe, during updates too.
+    Calls from several threads are safe, during updates too.
 
     Args:
         checkpoint: a reloaded checkpoint.
@@ -187,59 +70,56 @@ class Recommender(TrainedModel):
         titles: their names for people [V], or None where the data set had none.
         users: external ids of the users by internal ones; the first is that of the padding.
         longest: the model reads the last that many items of a history.
+        live: users, histories and memory, and their changes.
     """
 
-    def __init__(self, checkpoint: Checkpoint, catalogue: Catalogue, directory: Path):
-        model = checkpoint.model
+    def __init__(self, checkpoint: Checkpoint, catalogue: Catalogue, directory: Union[str, Path]):
+        model, manifest = checkpoint.model, checkpoint.manifest
         if not isinstance(model, SequentialRecommender):
             raise CheckpointError(
                 f"{directory} holds a {type(model).__name__}, which reads no histories; recommendations for a history "
                 "need a sequential model."
             )
-        super().__init__(directory, checkpoint.users, catalogue, checkpoint.applied)
-        self.model, self.options = model, checkpoint.options
-        self.name, self.dataset = checkpoint.manifest["model"], checkpoint.manifest.get("dataset")
-        self.fingerprint = checkpoint.manifest["fingerprint"]
-        self.device = torch.device(self.options["device"])
-        self.items: list[str] = checkpoint.vocabulary.tokens[model.ITEM_ID]
-        self.titles = catalogue.titles
-        self.longest = int(self.options["MAX_ITEM_LIST_LENGTH"])
-        self._number = {token: number for number, token in enumerate(self.items) if number}
-        self._trained_users = len(checkpoint.vocabulary.tokens[model.USER_ID])
-        self._trims = model.backbone.trims if isinstance(model, RaSeRec) else trims(model)
+        self.model, self.options, self.catalogue = model, checkpoint.options, catalogue
+        self.name, self.dataset, self.fingerprint = manifest["model"], manifest.get("dataset"), manifest["fingerprint"]
+        self.live = LiveMemory(checkpoint, catalogue, Path(directory))
+        self.items, self.titles, self.users = checkpoint.vocabulary.items, catalogue.titles, self.live.users
+        self.longest, self.device = checkpoint.longest, torch.device(self.options["device"])
+        self._checkpoint, self._number = checkpoint, checkpoint.vocabulary.numbers
         self._names = [self.options[name] for name in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
 
     @classmethod
     def load(cls, directory: Union[str, Path], device: Optional[str] = None, journal: bool = False) -> Recommender:
-        """Load a finished run, with what :meth:`save` added to it since.
+        """Load a finished run, with what `save` added to it since.
 
         Args:
-            directory: checkpoint directory, named by the run's last line. device: default: a GPU if there is one.
+            directory: checkpoint directory, named by the run's last line.
+            device: default: a GPU if there is one.
             journal: keep a journal of updates in it: they survive a crash, and what one holds is taken up. One process
                 at a time may do so.
 
         Raises:
-            CheckpointError: a part is missing, damaged or foreign, the model reads no histories, or another process
-                keeps the journal.
+            CheckpointError: a part is missing, damaged or of another run, the model reads no histories, or another
+                process keeps the journal.
         """
+        directory = Path(directory)
         if journal:
             read_manifest(directory)  # no lock is left in a directory that is no checkpoint
         # Before anything is read: what another process saves meanwhile would be missing here, and in the next save.
-        held = DirectoryLock(Path(directory)) if journal else None
+        held = lock_directory(directory) if journal else None
         try:
             checkpoint = load_checkpoint(directory, device)
             catalogue = Catalogue.load(checkpoint.parts, len(checkpoint.users), checkpoint.vocabulary.item_num)
-            found = cls(checkpoint, catalogue, Path(directory))
-            if journal:
-                found.keep_journal(Path(directory) / JOURNAL)
+            found = cls(checkpoint, catalogue, directory)
+            if held is not None:
+                found.live.keep_journal(held)
         except BaseException:
             if held is not None:
                 held.release()
             raise
-        found._held = held
         return found
 
-    # -- what people ask --------------------------------------------------------------------------------------------
+    # -- questions --------------------------------------------------------------------------------------------------
 
     def recommend(
         self, sequences: Any = None, k: int = 10, exclude_seen: bool = True, candidates: Ids = None,
@@ -249,10 +129,11 @@ class Recommender(TrainedModel):
 
         Args:
             sequences: histories, oldest item first, of any length (the model reads the last MAX_ITEM_LIST_LENGTH), see
-                :func:`~recbole_raserec.serving.inputs.as_sequences`; None: the stored ones of `users`.
+                `as_sequences`; None: the stored ones of `users`.
             k: items wanted, at least 1.
             exclude_seen: leave the items of the whole given history out.
-            candidates: rank only these items. exclude: leave these out. Unknown ones among both change nothing.
+            candidates: rank only these items; unknown ones change nothing.
+            exclude: leave these out; unknown ones change nothing.
             users: one a history: external ids of users. Memories of their own that lie at or behind the end of the
                 history are not used. Unknown ones are users without memories.
             strict: an unknown item in a history is an error; otherwise it is dropped, and counted in the result.
@@ -267,37 +148,32 @@ class Recommender(TrainedModel):
         k = _positive("k", k)
         query = self._query(sequences, users, strict)
         allowed = None if candidates is None else self._known_items(candidates, "candidates")
-        barred = self._known_items(exclude, "exclude") if exclude is not None else np.empty(0, np.int64)
+        barred = self._known_items(() if exclude is None else exclude, "exclude")
         items: list[list[str]] = []
         values: list[np.ndarray] = []
-        for start, scores in self._scored(query):
-            admitted = scores
+        for start, scored in self._scored(query):
+            admitted = scored
             if allowed is not None:
-                admitted = torch.full_like(scores, -torch.inf)
-                admitted[:, allowed] = scores[:, allowed]
+                admitted = torch.full_like(scored, -torch.inf)
+                admitted[:, allowed] = scored[:, allowed]
             admitted[:, 0] = -torch.inf
             admitted[:, barred] = -torch.inf
             if exclude_seen:
-                seen = query.rows[start : start + len(scores)]
+                seen = query.rows[start : start + len(scored)]
                 owners = np.repeat(np.arange(len(seen)), [len(row) for row in seen])
                 admitted[owners, np.concatenate(seen)] = -torch.inf
-            best, place = admitted.topk(min(k, admitted.shape[1]), dim=1)
-            for found, numbers in zip(best.cpu().numpy(), place.cpu().numpy()):
-                count = int(np.isfinite(found).sum())
-                items.append([self.items[number] for number in numbers[:count]])
-                values.append(found[:count].astype(np.float32))
+            self._take_best(admitted, k, items, values)
         popular = np.array([not len(row) for row in query.rows], dtype=bool)
         return Recommendations(items, values, query.labels, query.dropped, popular)
 
     def score(
         self, sequences: Any = None, candidates: Ids = None, users: Ids = None, strict: bool = False
     ) -> np.ndarray:
-        """The scores by which :meth:`recommend` ranks.
+        """The scores by which `recommend` ranks; the other arguments are those of it.
 
         Args:
-            sequences, users, strict: as of :meth:`recommend`.
-            candidates: external ids of the items to score, C of them; None: all in the order of :attr:`items` without
-                the padding, its first.
+            candidates: external ids of the items to score, C of them; None: all in the order of `items` without the
+                padding, its first.
 
         Returns:
             float32 [N, C].
@@ -309,16 +185,13 @@ class Recommender(TrainedModel):
         numbers: Any = slice(1, None)
         if candidates is not None:
             numbers = self._known_items(candidates, "candidates", strict=True)
-        parts = [scores[:, numbers].cpu().numpy() for _, scores in self._scored(query)]
+        parts = [scored[:, numbers].cpu().numpy() for _, scored in self._scored(query)]
         width = len(self.items) - 1 if candidates is None else len(numbers)
         return np.concatenate([np.empty((0, width), np.float32), *parts])
 
     @torch.no_grad()
     def encode(self, sequences: Any = None, users: Ids = None, strict: bool = False) -> np.ndarray:
-        """User vectors as they enter the dot product with the items'.
-
-        Args:
-            sequences, users, strict: as of :meth:`recommend`.
+        """User vectors as they enter the dot product with the items'; arguments are those of `recommend`.
 
         Returns:
             float32 [N, H], zeros for an empty history.
@@ -331,8 +204,13 @@ class Recommender(TrainedModel):
         for _, _, filled in self._blocks(query):
             if not len(filled):
                 continue
-            with self._lock.read():
-                part = self._user_vectors(self._interaction(query, filled))
+            with self.live.lock.read():
+                interaction = self._interaction(query, filled)
+                if isinstance(self.model, RaSeRec):
+                    part = self.model.augment(*self.model.retrieved(interaction))
+                else:
+                    names = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN, self.model.USER_ID
+                    part = self._backbone.encode(*(interaction[name] for name in names))
             if vectors is None:
                 vectors = np.zeros((len(query.rows), part.shape[1]), np.float32)
             vectors[filled] = part.cpu().numpy()
@@ -353,15 +231,14 @@ class Recommender(TrainedModel):
             InputError: an item is unknown, or the model has no item vectors.
         """
         k, numbers = _positive("k", k), self._known_items(items, "items", strict=True)
-        with self._lock.read():
-            vectors = torch.nn.functional.normalize(self._item_vectors(), dim=1)
-            cosine = vectors[numbers] @ vectors.t()
+        with self.live.lock.read():
+            vectors = torch.nn.functional.normalize(self._backbone.item_vectors(), dim=1)
+            cosine = vectors[numbers] @ vectors.T
         cosine[:, 0] = -torch.inf
         cosine[torch.arange(len(numbers)), numbers] = -torch.inf
-        best, place = cosine.topk(min(k, max(len(self.items) - 2, 1)), dim=1)
-        keep = [np.isfinite(row) for row in best.cpu().numpy()]
-        found = [[self.items[n] for n in row[ok]] for row, ok in zip(place.cpu().numpy(), keep)]
-        values = [row[ok] for row, ok in zip(best.cpu().numpy(), keep)]
+        found: list[list[str]] = []
+        values: list[np.ndarray] = []
+        self._take_best(cosine, k, found, values)
         none = np.zeros(len(numbers), dtype=np.int64)
         return Recommendations(found, values, [self.items[n] for n in numbers], none, none.astype(bool))
 
@@ -369,8 +246,10 @@ class Recommender(TrainedModel):
         """Why these k items: the memories that were retrieved, and what they add to each item's score.
 
         Args:
-            sequence: one history of external ids; None: the stored one of `user`. k, strict: as of :meth:`recommend`.
+            sequence: one history of external ids; None: the stored one of `user`.
+            k: items wanted, at least 1.
             user: whose history it is, if that is known.
+            strict: as of `recommend`.
 
         Raises:
             InputError: the question does not make sense, nothing is known of the history, or the model has no memory.
@@ -381,11 +260,170 @@ class Recommender(TrainedModel):
             raise InputError("sequence: nothing is known of this history, so there is nothing to explain.")
         if not isinstance(self.model, RaSeRec):
             raise InputError(f"{self.name} has no memory to explain by; explanations need a RaSeRec checkpoint.")
-        with self._lock.read():
+        with self.live.lock.read():
             return explain(self, query, self._interaction(query, np.array([0])), k)
+
+    # -- what is stored, and its changes ----------------------------------------------------------------------------
+
+    @property
+    def histories(self) -> Histories:
+        """What the users did.
+
+        Raises:
+            InputError: the checkpoint does not know.
+        """
+        return self.live.histories
+
+    def stored(self, users: Iterable[str]) -> list[np.ndarray]:
+        """Stored histories of users by external ids: an array int64 [n] of internal item ids each, oldest first."""
+        return [self.histories.of(number).astype(np.int64) for number in self.live.numbers_of(users)]
+
+    @property
+    def n_users(self) -> int:
+        """Users that are known: those of the training and of updates, without the forgotten ones."""
+        return len(self.live.numbers)
+
+    @property
+    def unsaved(self) -> int:
+        """Journaled changes since the last `save` into the checkpoint directory."""
+        return self.live.unsaved
+
+    def update(self, events: Any, strict: bool = False) -> Update:
+        """Take up new interactions: they end their users' histories and join the memory; the next call uses them.
+
+        Args:
+            events: (user, item) or (user, item, time) each, in the order they happened; mappings with these keys; or a
+                pandas or polars DataFrame with the log's columns. Users may be new, items may not.
+            strict: an unknown item is an error, and nothing is taken up; otherwise it is dropped, and counted.
+
+        Raises:
+            InputError: an event is none of these.
+        """
+        listed = as_events(events, self._names)
+        unknown = [item for _, item, _ in listed if item not in self._number]
+        if unknown and strict:
+            raise InputError(_unknown("events", unknown))
+        done = self.live.update([event for event in listed if event[1] in self._number])
+        return dataclasses.replace(done, dropped=len(unknown))
+
+    def forget(self, user: Any) -> int:
+        """Forget a user: id, history and memories, the ones in files with the next `save`; the number of memories.
+
+        Args:
+            user: external id; an unknown one changes nothing.
+        """
+        return self.live.forget(as_id(user, "user"))
+
+    def save(self, directory: Union[str, Path, None] = None) -> Path:
+        """Write users, histories and memory, as a whole, into the checkpoint, or all of it into another directory.
+
+        Args:
+            directory: None: the one it was loaded from, whose journal is emptied then.
+        """
+        target = Path(directory) if directory is not None else self.live.directory
+        self.live.save(target)
+        return target
+
+    def close(self) -> None:
+        """Close the journal, and let another process have the directory."""
+        self.live.close()
+
+    # -- from external ids to scores --------------------------------------------------------------------------------
+
+    def _query(self, sequences: Any, users: Ids, strict: bool) -> Query:
+        given = None if users is None else as_ids(users, "users", "a list of users")
+        if sequences is None:
+            if given is None:
+                raise InputError("sequences: nothing is given; give histories, or `users` whose stored ones to use.")
+            rows = self.stored(given)
+            return Query(rows, self.live.numbers_of(given), given, np.zeros(len(rows), np.int64))
+        texts, named = as_sequences(sequences, self._names)
+        given = named if given is None else given
+        if given is not None and len(given) != len(texts):
+            raise InputError(f"users: {len(given)} for {len(texts)} histories; give one each.")
+        numbers = [[self._number.get(item, 0) for item in row] for row in texts]
+        rows = [np.array([n for n in row if n], dtype=np.int64) for row in numbers]
+        dropped = np.array([len(row) - len(kept) for row, kept in zip(texts, rows)], dtype=np.int64)
+        if strict and dropped.any():
+            row = int(np.flatnonzero(dropped)[0])
+            unknown = [item for item, n in zip(texts[row], numbers[row]) if not n]
+            raise InputError(
+                f"sequences: history {row} has {len(unknown)} unknown items, such as {unknown[0]!r:.80}; leave "
+                "them out, or pass strict=False, which drops and counts them."
+            )
+        owners = np.zeros(len(rows), np.int64) if given is None else self.live.numbers_of(given)
+        return Query(rows, owners, list(range(len(rows))) if given is None else given, dropped)
+
+    def _known_items(self, items: Iterable[Any], name: str, strict: bool = False) -> np.ndarray:
+        texts = as_ids(items, name)
+        numbers = [self._number.get(text, 0) for text in texts]
+        if strict and not all(numbers):
+            raise InputError(_unknown(name, [text for text in texts if text not in self._number]))
+        return np.array([number for number in numbers if number], dtype=np.int64)
+
+    def _blocks(self, query: Query) -> Iterable[tuple[int, int, np.ndarray]]:
+        """Queries start..stop that are scored together, and which of them have a history."""
+        rows = max(1, min(1024, SCORE_BYTES // (4 * len(self.items))))
+        for start in range(0, len(query.rows), rows):
+            stop = min(start + rows, len(query.rows))
+            yield start, stop, np.array([n for n in range(start, stop) if len(query.rows[n])], dtype=np.int64)
+
+    @torch.no_grad()
+    def _scored(self, query: Query) -> Iterable[tuple[int, torch.Tensor]]:
+        """Each block's first query, and its scores [n, V]: popularity where there is no history."""
+        for start, stop, filled in self._blocks(query):
+            found = torch.empty(0)
+            if len(filled):
+                with self.live.lock.read():
+                    found = self._all_scores(self._interaction(query, filled))
+            if len(filled) < stop - start:
+                counts = torch.from_numpy(self.catalogue.counts).float().to(self.device)
+                known, found = found, counts.repeat(stop - start, 1)
+                if len(filled):
+                    found[torch.from_numpy(filled - start)] = known
+            yield start, found
+
+    def _interaction(self, query: Query, numbers: np.ndarray) -> Interaction:
+        """What RecBole's models read, for the queries `numbers`, none of them empty."""
+        rows, users = [query.rows[n] for n in numbers], query.users[numbers]
+        if not isinstance(self.model, RaSeRec):  # which looks at both its backbone's users and the memory's
+            users = np.where(users < self._checkpoint.vocabulary.user_num, users, 0)
+        item_seq, lengths, owners = self._checkpoint.batch(rows, users)
+        positions = torch.tensor([len(row) for row in rows], device=owners.device)
+        model = self.model
+        return Interaction({
+            model.USER_ID: owners, model.ITEM_SEQ: item_seq, model.ITEM_SEQ_LEN: lengths, POSITION: positions,
+        })  # fmt: skip
+
+    def _all_scores(self, interaction: Interaction) -> torch.Tensor:
+        """[B, V] of the model."""
+        if hasattr(self.model, "full_sort_vectors"):
+            return scores(*self.model.full_sort_vectors(interaction))
+        return self.model.full_sort_predict(interaction).reshape(len(interaction), -1)[:, : len(self.items)]
+
+    def _take_best(self, found: torch.Tensor, k: int, items: list[list[str]], values: list[np.ndarray]) -> None:
+        """Add to `items` and `values` the k best of each row [B, V], without those of minus infinity."""
+        best = found.topk(min(k, found.shape[1]), dim=1)
+        for row, numbers in zip(best.values.cpu().numpy(), best.indices.cpu().numpy()):
+            count = int(np.isfinite(row).sum())
+            items.append([self.items[number] for number in numbers[:count]])
+            values.append(row[:count].astype(np.float32))
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        if isinstance(self.model, RaSeRec):
+            return self.model.backbone
+        try:
+            return wrap_backbone(self.model, self.options, self._checkpoint.vocabulary)
+        except ValueError as error:
+            raise InputError(f"{self.name} has no user and item vectors to give: {error}") from None
 
 
 def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise InputError(f"{name}: {value!r:.80} is no number of items; it must be a whole number from 1 on.")
     return int(value)
+
+
+def _unknown(name: str, items: list[str]) -> str:
+    return f"{name}: {items[0]!r:.80} is no item of this model ({len(items)} unknown in all)."

@@ -1,4 +1,4 @@
-"""The study: what Optuna keeps in ``study.db``, opened, continued, and asked for the next trial.
+"""The study: what Optuna keeps in `study.db`, opened, continued, and asked for the next trial.
 
 The storage is SQLite. A process can be killed at any moment of a write and the next one finds the last whole
 transaction; Optuna's journal file would keep the half line and, for half a minute, the lock of the killed process. Its
@@ -7,106 +7,83 @@ advantage, network file systems, is none where one process writes.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
-from recbole_raserec.errors import ConfigError, MissingExtraError, shown
-from recbole_raserec.storage import lock_file
-from recbole_raserec.tuning.space import Space
+from recbole_raserec.errors import ConfigError, shown
+from recbole_raserec.tuning.space import Space, optuna, rounded
 
-try:
-    import optuna
-    from sqlalchemy.exc import SQLAlchemyError
-except ImportError:
-    raise MissingExtraError("tune", "optuna", "options are searched with it") from None
-
-STORAGE, LOCK = "study.db", ".lock"
+STORAGE = "study.db"
 
 SAMPLERS = ("tpe", "random", "grid", "gp")
 PRUNERS = ("median", "halving", "none")
-
-#: Trials that run to their end before the median pruner ends one, and epochs it leaves to each.
-_MEDIAN = {"n_startup_trials": 5, "n_warmup_steps": 3}
-
-#: Of the trials that reach epoch 4, 8, 16, ... the better half goes on.
-_HALVING = {"min_resource": 4, "reduction_factor": 2, "min_early_stopping_rate": 0}
 
 #: Draws at random before a sampler learns from what was found.
 _STARTUP = 10
 
 
 def pruner(name: str) -> Any:
-    """Optuna's pruner of that name in :data:`PRUNERS`."""
-    if name == "median":
-        return optuna.pruners.MedianPruner(**_MEDIAN)
-    return optuna.pruners.SuccessiveHalvingPruner(**_HALVING) if name == "halving" else optuna.pruners.NopPruner()
+    """Optuna's pruner of that name in `PRUNERS`."""
+    if name == "median":  # ends none before five trials are complete, and leaves three epochs to each
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3)
+    if name == "halving":  # of the trials that reach epoch 4, 8, 16, ... the better half continues
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=4, reduction_factor=2, min_early_stopping_rate=0)
+    return optuna.pruners.NopPruner()
 
 
 def sampler(name: str, seed: int, number: int, grid: list[dict[str, Any]]) -> Any:
     """The sampler of one trial. Its draws depend on the seed, the trial's number and the trials before, not on the
-    process: a study that was interrupted goes on as it would have.
+    process: a study that was interrupted continues as it would have.
 
     Args:
-        name: of :data:`SAMPLERS`. number: of the trial, from 0. grid: the combinations, for "grid".
+        name: of `SAMPLERS`.
+        seed: of the search.
+        number: of the trial, from 0.
+        grid: the combinations, for "grid".
     """
     drawn = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        base = optuna.samplers.RandomSampler(seed=drawn)
-        if name == "grid":
-            order = random.Random(seed).sample(range(len(grid)), len(grid))  # fewer trials spread over the grid
-            return optuna.samplers.PartialFixedSampler(grid[order[number]], base)
         if name == "tpe":
             return optuna.samplers.TPESampler(seed=drawn, n_startup_trials=_STARTUP)
         if name == "gp":
             return optuna.samplers.GPSampler(seed=drawn, n_startup_trials=_STARTUP)
+        base = optuna.samplers.RandomSampler(seed=drawn)
+        if name == "grid":
+            order = random.Random(seed).sample(range(len(grid)), len(grid))  # fewer trials spread over the grid
+            return optuna.samplers.PartialFixedSampler(grid[order[number]], base)
         return base
 
 
-@contextlib.contextmanager
-def only_process(directory: Path) -> Iterator[None]:
-    """Hold a directory; the system lets go of it when the process ends, however it ends.
-
-    Raises:
-        ConfigError: another process holds it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    held = lock_file(directory / LOCK)
-    if held is None:
-        problem = f"output: another process is searching in {directory}; wait for it, or end it"
-        raise ConfigError([problem])
-    with held:
-        yield
-
-
-def open_study(directory: Path, name: str, maximize: bool, identity: Mapping[str, Any]) -> Any:
+def open_study(directory: Path, name: str, maximize: bool, identity: Mapping[str, Any], first: dict[str, Any]) -> Any:
     """The study of a directory, new or as it was left.
 
     Args:
-        directory: that holds, or will hold, :data:`STORAGE`.
+        directory: that holds, or will hold, `STORAGE`.
+        name: of the study.
         maximize: whether a larger value is better.
         identity: what makes its trials comparable, JSON-able.
+        first: parameters of the first trial; none: they are drawn.
 
     Raises:
         ConfigError: the directory holds a study of something else, or the file is no study.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    from sqlalchemy.exc import SQLAlchemyError
+
     path = (directory / STORAGE).resolve()
-    new = not path.exists()
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{path}",
-            study_name=name,
+            storage=f"sqlite:///{path}", study_name=name, load_if_exists=True,
             direction="maximize" if maximize else "minimize",
-            load_if_exists=True,
-        )
-        if new or "identity" not in study.user_attrs:
+        )  # fmt: skip
+        if "identity" not in study.user_attrs:
+            if first:
+                study.enqueue_trial(first, skip_if_exists=True)
             study.set_user_attr("identity", identity)
         found = study.user_attrs["identity"]
     except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
@@ -136,18 +113,18 @@ def finished(study: Any) -> list[Any]:
 
 
 def next_trial(study: Any, space: Space, kind: str, seed: int, grid: list[dict[str, Any]]) -> tuple[Any, dict]:
-    """The trial that was interrupted, to be continued, or a new one; with its options."""
-    number = len(finished(study))
-    study.sampler = sampler(kind, seed, number, grid)
+    """The trial that was interrupted, to be continued, or a new one; with the values of its parameters."""
+    study.sampler = sampler(kind, seed, len(finished(study)), grid)
     running = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
     # What the interrupted trial had drawn is in the storage and drawn no more; what it had not is drawn as it was.
     trial = optuna.trial.Trial(study, running[0]._trial_id) if running else study.ask()
-    return trial, {name: parameter.suggest(name, trial) for name, parameter in space.items()}
+    drawn = {name: trial._suggest(name, distribution) for name, distribution in space.items()}
+    return trial, values_of(drawn, space)
 
 
-def values_of(trial: Any, space: Space) -> dict[str, Any]:
-    """The options of a trial that is over, as its run got them."""
-    return {name: space[name].rounded(trial.params[name]) for name in space if name in trial.params}
+def values_of(drawn: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """The drawn values of a trial, as its run gets them."""
+    return {name: rounded(space[name], drawn[name]) for name in space if name in drawn}
 
 
 def best_first(study: Any) -> list[Any]:
@@ -158,7 +135,7 @@ def best_first(study: Any) -> list[Any]:
 
 
 def importances(study: Any) -> Optional[dict[str, float]]:
-    """What share of the value's variation each option accounts for; None where too few trials are complete."""
+    """The share of the value's variation that each parameter accounts for; None where too few trials are complete."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

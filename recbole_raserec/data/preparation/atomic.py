@@ -1,7 +1,7 @@
-"""RecBole's atomic interaction files (``.inter``): what a token may be, writing one, and judging one.
+"""RecBole's atomic interaction files (`.inter`): what a token may be, writing one, and checking one.
 
-Such a file is tab-separated text. Its first line names the columns and their types, ``user_id:token``,
-``item_id:token``, ``rating:float``, ``timestamp:float``.
+Such a file is tab-separated text. Its first line names the columns and their types, `user_id:token`, `item_id:token`,
+`rating:float`, `timestamp:float`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from recbole_raserec.errors import DatasetError
+from recbole_raserec.storage import replacing
 
 TYPES = ("token", "float", "token_seq", "float_seq")
 #: Tokens that RecBole (through pandas) reads as a missing value; it then drops the interaction without a word.
@@ -23,7 +24,7 @@ MISSING = frozenset({"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN
 MISSING |= {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ROWS = 1 << 18  # rows written at once
-_HEAD = 1 << 16  # bytes read to judge a file
+_HEAD = 1 << 16  # bytes read to check a file
 
 
 @dataclasses.dataclass
@@ -31,8 +32,12 @@ class Log:
     """Interactions by internal ids (from 0), one array entry a row.
 
     Attributes:
-        users, items: int [N]; ratings: float [N], nan where there is none; times: float [N].
-        user_tokens, item_tokens: the external id of each internal one.
+        users: int [N].
+        items: int [N].
+        ratings: float [N], nan where there is none.
+        times: float [N].
+        user_tokens: external id of each internal user.
+        item_tokens: external id of each internal item.
     """
 
     users: np.ndarray
@@ -49,7 +54,7 @@ class Log:
 
 
 def fits(token: str) -> bool:
-    """Whether RecBole reads `token` back as it was written (missing values apart, see :data:`MISSING`)."""
+    """Whether RecBole reads `token` back as it was written (missing values apart, see `MISSING`)."""
     return not (_CONTROL.search(token) or token.startswith('"'))
 
 
@@ -59,8 +64,6 @@ def write_inter(log: Log, target: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    from recbole_raserec.storage import replacing
-
     columns = {"user_id:token": log.users, "item_id:token": log.items}
     if not np.isnan(log.ratings).all():
         columns["rating:float"] = _compact(log.ratings)
@@ -76,7 +79,7 @@ def write_inter(log: Log, target: Path) -> None:
 
 
 def _compact(values: np.ndarray) -> np.ndarray:
-    """Whole numbers as int64, so that they are written without ``.0``."""
+    """Whole numbers as int64, so that they are written without `.0`."""
     whole = np.isfinite(values).all() and (values == np.floor(values)).all() and (np.abs(values) < 2**53).all()
     return values.astype(np.int64) if whole else values
 
@@ -86,8 +89,8 @@ def check_inter(path: Path, required: dict[str, str], separator: str = "\t", enc
 
     Args:
         path: the file.
-        required: type by name of the columns the run needs, ``{"user_id": "token", ...}``.
-        separator: between columns (RecBole's option ``field_separator``).
+        required: type by name of the columns the run needs, `{"user_id": "token", ...}`.
+        separator: between columns (RecBole's option `field_separator`).
         encoding: of the file.
 
     Raises:
@@ -106,7 +109,7 @@ def check_inter(path: Path, required: dict[str, str], separator: str = "\t", enc
     if head.startswith(b"\x1f\x8b") or head.startswith(b"PK\x03\x04"):
         raise DatasetError(f"{where} is a compressed file: unpack it (gunzip, unzip) under this name.")
     try:
-        # A character cut by the end of the block is no fault of the file: judge whole lines only.
+        # A character cut by the end of the block is no fault of the file: look at whole lines only.
         text = (head if len(head) < _HEAD else head[: head.rfind(b"\n") + 1] or head).decode(encoding)
         if "\x00" in text:
             raise ValueError("it holds NUL characters")
@@ -125,8 +128,8 @@ def check_inter(path: Path, required: dict[str, str], separator: str = "\t", enc
     lacking = [f"{name}:{kind}" for name, kind in required.items() if columns.get(name) != kind]
     if lacking:
         raise DatasetError(
-            f"{where} lacks the column(s) {', '.join(lacking)}; its header has {', '.join(names)}. Mend the header, or "
-            "name the columns with USER_ID_FIELD, ITEM_ID_FIELD and TIME_FIELD."
+            f"{where} lacks the column(s) {', '.join(lacking)}; its header has {', '.join(names)}. Correct the header, "
+            "or name the columns with USER_ID_FIELD, ITEM_ID_FIELD and TIME_FIELD."
         )
     first = lines[1].split(separator) if len(lines) > 1 else [""]
     if first == [""]:
@@ -134,13 +137,7 @@ def check_inter(path: Path, required: dict[str, str], separator: str = "\t", enc
     if len(first) != len(names):
         raise DatasetError(f"{where}, line 2: {len(first)} columns, but the header names {len(names)}.")
     for name, value in zip(columns, first):
-        if columns[name] == "float" and name in required and not _is_number(value):
-            raise DatasetError(f"{where}, line 2: {name} is {value[:40]!r}, which is no number.")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        try:
+            float(value if name in required and columns[name] == "float" else 0)
+        except ValueError:
+            raise DatasetError(f"{where}, line 2: {name} is {value[:40]!r}, which is no number.") from None

@@ -1,74 +1,24 @@
-"""Raw files into RecBole's atomic files: the command ``recbole-raserec prepare``.
+"""Raw files into RecBole's atomic files: the command `recbole-raserec prepare`.
 
 The file written is sorted by user, then time, equal times in the order of the input. This matters: RecBole holds times
 as 32-bit floats, in which Unix seconds of today are multiples of 128, so that a user's actions within two minutes look
-simultaneous to it. Its sort (``numpy.argsort(kind="stable")``) leaves such rows in the order of the file, which is the
-true one. (With ``rm_dup_inter`` set, RecBole first sorts by a sort that is not stable; drop duplicates here instead.)
+simultaneous to it. Its sort (`numpy.argsort(kind="stable")`) leaves such rows in the order of the file, which is the
+true one. (With `rm_dup_inter` set, RecBole first sorts by a sort that is not stable; drop duplicates here instead.)
 """
 
 from __future__ import annotations
 
 import codecs
-import contextlib
 import dataclasses
-import gzip
-import io
 import math
-import os
 import re
-import zlib
-from array import array
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, TextIO
 
 import numpy as np
-from tqdm import tqdm
 
-from recbole_raserec.data.preparation.atomic import MISSING, Log, fits, write_inter
-from recbole_raserec.data.preparation.readers import BadLine, Record, Records, read_amazon, read_ratings, read_sequences
+from recbole_raserec.data.preparation.atomic import write_inter
+from recbole_raserec.data.preparation.readers import FORMATS, Options, read
 from recbole_raserec.errors import ConfigError, DatasetError
-
-FORMATS = ("sequences", "ratings", "amazon")
-_BLOCK = 1 << 14  # records between two steps of the progress bar
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of ``recbole-raserec prepare``, by their names on the command line.
-
-    Attributes:
-        input: the raw file, plain or gzip.
-        format: "sequences", "ratings" or "amazon"; see `readers`, also for `sep`, `header` and the columns.
-        output: directory of the data sets (``data_path`` of a run).
-        name: name of the data set.
-        k_core: keep the k-core only, after `drop_duplicates`; 0 or 1: everything.
-        drop_duplicates: keep only the first interaction of a user with an item.
-        overwrite: replace an existing file.
-        max_bad: largest tolerated share of bad lines.
-        encoding: of the input.
-    """
-
-    input: str
-    format: str
-    output: str
-    name: str
-    user_col: str | None = None
-    item_col: str | None = None
-    rating_col: str | None = None
-    time_col: str | None = None
-    sep: str | None = None
-    header: bool | None = None
-    k_core: int = 0
-    drop_duplicates: bool = False
-    overwrite: bool = False
-    max_bad: float = 0.01
-    encoding: str = "utf-8"
-
-    def columns(self) -> dict[str, str]:
-        """The columns chosen, by role."""
-        chosen = {"user": self.user_col, "item": self.item_col, "rating": self.rating_col, "time": self.time_col}
-        return {role: value for role, value in chosen.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +40,8 @@ class Summary:
     def text(self) -> str:
         """For the terminal, ending with the command to run next."""
         folder, name = self.path.parent.parent, self.path.parent.name
-        lines = [
-            f"Wrote {self.path}",
-            f"  users         {self.users:>12,}",
-            f"  items         {self.items:>12,}",
-            f"  interactions  {self.interactions:>12,}   (read: {self.read:,})",
-        ]
+        lines = [f"Wrote {self.path}", f"  users         {self.users:>12,}", f"  items         {self.items:>12,}"]
+        lines.append(f"  interactions  {self.interactions:>12,}   (read: {self.read:,})")
         if self.bad_lines:
             lines.append(f"  bad lines     {self.bad_lines:>12,}   left out; first: {self.first_bad}")
         if self.duplicates_dropped:
@@ -110,7 +56,7 @@ class Summary:
 
 
 def prepare(options: Options) -> Summary:
-    """Convert one raw file into ``output/name/name.inter``, written whole or not at all.
+    """Convert one raw file into `output/name/name.inter`, written whole or not at all.
 
     Raises:
         ConfigError: an option is wrong.
@@ -118,18 +64,15 @@ def prepare(options: Options) -> Summary:
     """
     target = _checked_target(options)
     source = options.input
-    log, lines, bad, first = _read(options)
-    first_bad = f"line {first.line}: {first.reason}" if first else ""
+    log, lines, bad, first_bad = read(options)
     if not len(log.users):
         why = f"{bad:,} bad lines; first: {first_bad}" if bad else "it is empty"
         raise DatasetError(f"{source} holds no interaction in the format {options.format} ({why}).")
     if bad > options.max_bad * lines:
-        raise DatasetError(
-            f"{source}: {bad:,} of {lines:,} lines are no interactions in the format {options.format} (first: "
-            f"{first_bad}). Check --format, --sep and the columns, or tolerate such lines with "
-            f"--max_bad={math.ceil(1000 * bad / lines) / 1000}."
-        )
-    read = len(log.users)
+        what = f"{bad:,} of {lines:,} lines are no interactions in the format {options.format} (first: {first_bad})"
+        remedy = f"tolerate such lines with --max_bad={math.ceil(1000 * bad / lines) / 1000}"
+        raise DatasetError(f"{source}: {what}. Check --format, --sep and the columns, or {remedy}.")
+    total = len(log.users)
     log = log.take(np.lexsort((log.times, log.users)))  # stable: equal times keep the order of the input
     pairs = log.users.astype(np.int64) * len(log.item_tokens) + log.items
     earliest = np.unique(pairs, return_index=True)[1]
@@ -143,19 +86,11 @@ def prepare(options: Options) -> Summary:
         write_inter(log, target)
     except OSError as error:
         raise DatasetError(f"{target.absolute()} cannot be written: {error}.") from None
+    kept, users, items = len(log.users), len(np.unique(log.users)), len(np.unique(log.items))
     return Summary(
-        path=target,
-        users=len(np.unique(log.users)),
-        items=len(np.unique(log.items)),
-        interactions=len(log.users),
-        read=read,
-        bad_lines=bad,
-        first_bad=first_bad,
-        repeated=read - len(earliest),
-        duplicates_dropped=read - unfiltered,
-        k_core=options.k_core,
-        k_core_dropped=unfiltered - len(log.users),
-    )
+        target, users, items, kept, read=total, bad_lines=bad, first_bad=first_bad, repeated=total - len(earliest),
+        duplicates_dropped=total - unfiltered, k_core=options.k_core, k_core_dropped=unfiltered - kept,
+    )  # fmt: skip
 
 
 def _checked_target(options: Options) -> Path:
@@ -178,7 +113,7 @@ def _checked_target(options: Options) -> Path:
         problems.append(f"--sep={options.sep}: JSON lines have no separator; leave it out.")
     if form != "ratings" and options.header is not None:
         problems.append(f"--header / --no_header: the format {form} has no header; leave it out.")
-    for role, value in options.columns().items():
+    for role, value in options.columns.items():
         if form == "sequences":
             problems.append(f"--{role}_col={value}: the format sequences has no columns; leave it out.")
         elif value == "":
@@ -198,94 +133,6 @@ def _checked_target(options: Options) -> Path:
     return target
 
 
-def _read(options: Options) -> tuple[Log, int, int, BadLine | None]:
-    """The log, the number of lines that are not blank, how many of them are bad, and the first bad one."""
-    users, items, ratings, times = array("i"), array("i"), array("d"), array("d")
-    user_ids: dict[str, int] = {}
-    item_ids: dict[str, int] = {}
-    good = bad = previous = 0
-    first: BadLine | None = None
-    try:
-        with _opened(options.input, options.encoding) as (stream, advance):
-            for number, record in enumerate(_records(stream, options)):
-                if number % _BLOCK == 0:
-                    advance()
-                if not isinstance(record, BadLine):
-                    record = _checked_tokens(record, user_ids, item_ids)
-                if isinstance(record, BadLine):
-                    first = first or record
-                    bad += record.lines
-                    continue
-                user, item, rating, time, line = record
-                users.append(user_ids.setdefault(user, len(user_ids)))
-                items.append(item_ids.setdefault(item, len(item_ids)))
-                ratings.append(rating)
-                times.append(time)
-                good += line != previous  # the format sequences has many records a line
-                previous = line
-            advance()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DatasetError(f"{options.input} is a damaged gzip file ({error}): fetch it again.") from None
-    except OSError as error:
-        raise DatasetError(f"{options.input} cannot be read: {error}.") from None
-    except DatasetError as error:
-        raise DatasetError(f"{options.input}: {error}") from None
-    columns = [np.array(column) for column in (users, items, ratings, times)]
-    tokens = [np.array(list(ids), dtype=object) for ids in (user_ids, item_ids)]
-    return Log(*columns, *tokens), good + bad, bad, first
-
-
-def _records(stream: TextIO, options: Options) -> Records:
-    if options.format == "sequences":
-        return read_sequences(stream, options.sep)
-    if options.format == "amazon":
-        return read_amazon(stream, options.columns())
-    return read_ratings(stream, options.sep, options.columns(), options.header)
-
-
-def _checked_tokens(record: Record, users: dict[str, int], items: dict[str, int]) -> Record | BadLine:
-    """The record, or why it is none; tokens met before are known to be fit.
-
-    Raises:
-        DatasetError: a token cannot stand in an atomic file at all.
-    """
-    for kind, token, known in (("user", record[0], users), ("item", record[1], items)):
-        if token in known:
-            continue
-        if token in MISSING:
-            return BadLine(record[4], f"the {kind} is {token!r}, which RecBole reads as missing")
-        if "\ufffd" in token:
-            return BadLine(record[4], f"the {kind} {token!r} is not in the encoding of the file (--encoding)")
-        if not fits(token):
-            raise DatasetError(
-                f"line {record[4]}: the {kind} {token[:80]!r} has a tab, a line break or another control character, or "
-                "begins with a quote; RecBole's tab-separated files cannot hold it. Replace it, or check --format."
-            )
-    return record
-
-
-@contextlib.contextmanager
-def _opened(source: str, encoding: str) -> Iterator[tuple[TextIO, Callable[[], None]]]:
-    """The text of a plain or gzip file, and a function that moves the progress bar to where the reading is."""
-    encoding = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-    with open(source, "rb") as raw, contextlib.ExitStack() as stack:
-        compressed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        data = stack.enter_context(gzip.GzipFile(fileobj=raw)) if compressed else raw
-        text = stack.enter_context(io.TextIOWrapper(data, encoding, errors="replace", newline=""))
-        size = os.fstat(raw.fileno()).st_size
-        label = f"Reading {Path(source).name}"
-        bar = stack.enter_context(tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=None, delay=1))
-
-        def advance() -> None:
-            bar.update(raw.tell() - bar.n)
-
-        yield text, advance
-
-
-# k-core filtering of an interaction log.
-
-
 def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
     """Rows of the k-core: the largest part of the log in which every user and every item has at least `k` rows.
 
@@ -293,12 +140,12 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
     does not depend on the order of the rows. Cost: O(N) a pass, and each pass sees only what the last one left.
 
     Args:
-        users: int array [N], ids from 0.
-        items: int array [N], ids from 0.
+        users: ids from 0, int [N].
+        items: ids from 0, int [N].
         k: smallest number of rows; 0 and 1 keep everything.
 
     Returns:
-        bool array [N], True for the rows kept. All False when there is no k-core.
+        The rows kept, bool [N]; all False when there is no k-core.
     """
     rows = np.arange(len(users))
     while k > 1 and len(rows):

@@ -1,4 +1,9 @@
-"""Finding a data set's atomic files, before RecBole looks for them: found and fit, downloaded, or one clear error."""
+"""A data set's atomic files, before RecBole looks for them: found and checked, downloaded, or one clear error.
+
+What comes over the network is not trusted. Only regular atomic files are taken out of an archive, each into the data
+set's own folder; an archive with a path that leads elsewhere is refused as a whole. Nothing is left behind by a
+download that fails or is interrupted.
+"""
 
 from __future__ import annotations
 
@@ -14,42 +19,39 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import yaml
 from tqdm import tqdm
 
+from recbole_raserec.config import Config
 from recbole_raserec.data.preparation.atomic import check_inter
 from recbole_raserec.errors import DatasetError
 
-# Downloading one of RecBole's data set archives. What comes over the network is not trusted.
-#
-# Only regular atomic files are taken out of an archive, each into the data set's own folder; an archive with a path
-# that leads elsewhere is refused as a whole. Nothing is left behind by a download that fails or is interrupted.
-
-
 SUFFIXES = (".inter", ".user", ".item", ".kg", ".link", ".net")
 TIMEOUT = 20  # seconds without an answer
+ATOMIC_FILES = "https://github.com/RUCAIBox/RecSysDatasets"
+AMAZON_2014 = "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html"
+AMAZON_2018 = "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/"
+AMAZON_2023 = "https://amazon-reviews-2023.github.io/"
+MOVIELENS = "https://grouplens.org/datasets/movielens/"
 _CHUNK = 1 << 20
 
 
 def recbole_urls() -> dict[str, str]:
     """RecBole's own table: data set name -> URL of the zip archive with its atomic files."""
-    spec = importlib.util.find_spec("recbole")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        table = Path(folder) / "properties" / "dataset" / "url.yaml"
-        if table.is_file():
-            return yaml.safe_load(table.read_text(encoding="utf-8"))
-    return {}
+    spec = importlib.util.find_spec("recbole")  # importing it takes seconds
+    (folder,) = spec.submodule_search_locations if spec and spec.submodule_search_locations else (".",)
+    table = Path(folder) / "properties" / "dataset" / "url.yaml"
+    return yaml.safe_load(table.read_text(encoding="utf-8")) if table.is_file() else {}
 
 
 def fetch(url: str, folder: Path, dataset: str) -> None:
     """Download the archive at `url` and put its atomic files into `folder`, named after `dataset`.
 
-    Files that stand in `folder` already are kept. The ``.inter`` file comes last: once it is there, all are.
+    Files that stand in `folder` already are kept. The `.inter` file comes last: once it is there, all are.
 
     Raises:
-        DatasetError: no connection, an incomplete or damaged or unsafe archive, or no room on the disk.
+        DatasetError: There is no connection, no room on the disk, or the archive is incomplete, damaged or unsafe.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,12 +63,9 @@ def fetch(url: str, folder: Path, dataset: str) -> None:
             for path in sorted(unpacked, key=lambda path: path.suffix == ".inter"):
                 if not (folder / path.name).exists():
                     os.replace(path, folder / path.name)
-    except urllib.error.HTTPError as error:
-        raise DatasetError(str(error)) from None
-    except urllib.error.URLError as error:
-        raise DatasetError(str(error.reason)) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise DatasetError(str(error) or type(error).__name__) from None
+        why = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+        raise DatasetError(str(why) or type(error).__name__) from None
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise DatasetError(f"what it returned is not a readable zip archive ({error})") from None
 
@@ -114,55 +113,34 @@ def _unpack(archive: Path, folder: Path, stem: str, dataset: str) -> list[Path]:
     return list(written.values())
 
 
-ATOMIC_FILES = "https://github.com/RUCAIBox/RecSysDatasets"
-AMAZON_2014 = "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon/links.html"
-AMAZON_2018 = "https://cseweb.ucsd.edu/~jmcauley/datasets/amazon_v2/"
-AMAZON_2023 = "https://amazon-reviews-2023.github.io/"
-MOVIELENS = "https://grouplens.org/datasets/movielens/"
-
-
 def inter_files(folder: str | os.PathLike, dataset: str, benchmark: Sequence[str] | None = None) -> list[Path]:
-    """The interaction files RecBole will read from `folder`.
+    """The interaction files that RecBole will read.
 
     Args:
-        folder: the data set's own folder (``data_path`` of a RecBole configuration, which ends with the name).
+        folder: The data set's own (`data_path` of a RecBole configuration, which ends with the name).
         dataset: its name.
-        benchmark: RecBole's option ``benchmark_filename``, the names of ready-made splits.
+        benchmark: RecBole's option `benchmark_filename`, the names of ready-made splits.
     """
     names = [f"{dataset}.inter"] if benchmark is None else [f"{dataset}.{part}.inter" for part in benchmark]
     return [Path(folder) / name for name in names]
 
 
-def locate(data_path: str | os.PathLike, dataset: str, benchmark: Sequence[str] | None = None) -> Path:
-    """The (first) interaction file of `dataset` under `data_path`; nothing is downloaded.
-
-    Raises:
-        DatasetError: it is not there: where it was looked for, where to get it, how to convert it.
-    """
-    folder = Path(data_path) / dataset
-    files = inter_files(folder, dataset, benchmark)
-    if not all(path.is_file() for path in files):
-        raise DatasetError(_missing(folder, dataset, files))
-    return files[0]
-
-
-def ensure_dataset(config: Any) -> Path:
+def ensure_dataset(config: Config) -> Path:
     """Make sure that the run's data set is there and usable, downloading RecBole's copy if there is one.
 
     Args:
-        config: a RecBole configuration.
+        config: of the run.
 
     Returns:
         The (first) interaction file.
 
     Raises:
-        DatasetError: it is missing and cannot be downloaded, or it is no atomic file with the columns the run needs.
+        DatasetError: It is missing and cannot be downloaded, or it is no atomic file with the columns the run needs.
     """
     dataset, folder, benchmark = config["dataset"], Path(config["data_path"]), config["benchmark_filename"]
     files = inter_files(folder, dataset, benchmark)
     if not all(path.is_file() for path in files):
-        url = recbole_urls().get(dataset)
-        failure = ""
+        url, failure = recbole_urls().get(dataset), ""
         if url and benchmark is None:
             try:
                 fetch(url, folder, dataset)
@@ -201,8 +179,7 @@ def _missing(folder: Path, dataset: str, files: Sequence[Path], failure: str = "
         lines.append(f"  Ready-made atomic files: {urls[dataset]}")
         lines.append(f"    unpack into {data_path / dataset} and rename the .inter file to {dataset}.inter")
     page, raw, options = _raw(dataset, urls.get(dataset, ""))
-    lines.append(f"  Raw data: {page}")
-    lines.append("    then convert it:")
+    lines += [f"  Raw data: {page}", "    then convert it:"]
     lines.append(f"    recbole-raserec prepare --input={raw} {options} --output={data_path} --name={dataset}")
     return "\n".join(lines)
 
@@ -210,16 +187,13 @@ def _missing(folder: Path, dataset: str, files: Sequence[Path], failure: str = "
 def _raw(dataset: str, url: str) -> tuple[str, str, str]:
     """Where the raw data of `dataset` is published, the file to take and the converter's options for it."""
     category = url.rpartition("/")[2].replace("Amazon_", "", 1).replace(".zip", "") or "CATEGORY"
-    if dataset.startswith("amazon-") and dataset.endswith("-23"):
-        return AMAZON_2023, f"{category}.jsonl.gz", "--format=amazon --k_core=5"
-    if dataset.startswith("amazon-") and dataset.endswith("-18"):
-        return AMAZON_2018, f"{category}_5.json.gz", "--format=amazon --k_core=5"
-    if dataset.startswith("amazon-") and dataset != "amazon-m2":
-        return AMAZON_2014, f"reviews_{category}_5.json.gz", "--format=amazon --k_core=5"
     if dataset.startswith("ml-"):
-        return (
-            MOVIELENS,
-            "ratings.dat" if dataset in ("ml-1m", "ml-10m") else "ratings.csv",
-            "--format=ratings --k_core=5",
-        )
-    return f"the publisher of {dataset} ({ATOMIC_FILES} lists many)", "FILE", "--format=sequences|ratings|amazon"
+        return MOVIELENS, f"ratings.{'dat' if dataset in ('ml-1m', 'ml-10m') else 'csv'}", "--format=ratings --k_core=5"
+    if not dataset.startswith("amazon-") or dataset == "amazon-m2":
+        return f"the publisher of {dataset} ({ATOMIC_FILES} lists many)", "FILE", "--format=sequences|ratings|amazon"
+    page, raw = AMAZON_2014, f"reviews_{category}_5.json.gz"
+    if dataset.endswith("-23"):
+        page, raw = AMAZON_2023, f"{category}.jsonl.gz"
+    elif dataset.endswith("-18"):
+        page, raw = AMAZON_2018, f"{category}_5.json.gz"
+    return page, raw, "--format=amazon --k_core=5"

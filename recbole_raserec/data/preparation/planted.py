@@ -6,17 +6,17 @@ even a pair, is followed by many different ones; only the longer context tells w
 stands in the prefixes of the few other members who passed there: near neighbours recall it, while a model with a few
 thousand weights has to fit every story at once.
 
-The file in ``dataset/planted`` is made by ``python -m recbole_raserec.data.preparation.planted --output=dataset``.
+The file in `dataset/planted` is made by `python -m recbole_raserec.data.preparation.planted --output=dataset`.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+import click
 import numpy as np
+
+from recbole_raserec.data.preparation.atomic import Log, write_inter
 
 NAME = "planted"
 SEED = 2025
@@ -24,22 +24,6 @@ NOISE = 0.15  # chance that a popular item stands before a step of the story
 SPREAD = 3  # a member walks WALK +- SPREAD steps
 WALK = 18
 HEAD = 5.0  # popularity of the item of rank r is proportional to 1 / (r + HEAD)
-
-
-class Log(NamedTuple):
-    """Interactions sorted by user, then time; ids count from 0.
-
-    Attributes:
-        users: int64 [N], non-decreasing.
-        items: int64 [N].
-        times: int64 [N], ticks of one clock for all users: no two interactions share a tick.
-        communities: int64 [users], the community of each user (the truth behind the data; not written to the file).
-    """
-
-    users: np.ndarray
-    items: np.ndarray
-    times: np.ndarray
-    communities: np.ndarray
 
 
 def planted(users: int = 600, items: int = 240, seed: int = SEED, community: int = 10, story: int = 50) -> Log:
@@ -52,8 +36,12 @@ def planted(users: int = 600, items: int = 240, seed: int = SEED, community: int
         users: number of users.
         items: number of items; a story draws its items from all of them, without repeating one.
         seed: seed of the generator.
-        community: members of a community (the last one may have fewer).
+        community: members of a community (the last one may have fewer); user u belongs to community u // community.
         story: items of a story.
+
+    Returns:
+        Interactions of users `u1`, `u2`, ... with items `i1`, `i2`, ..., sorted by user, then time (ticks of one clock:
+        no two share one), without ratings.
 
     Raises:
         ValueError: `users` or `community` is below 1, `story` is longer than `items`, or too short for a walk that
@@ -86,9 +74,12 @@ def planted(users: int = 600, items: int = 240, seed: int = SEED, community: int
     begins, paces = rng.random(users), 0.002 + 0.018 * rng.random(users)
     position = np.arange(len(owners)) - np.searchsorted(owners, owners)
     moments = begins[owners] + position * paces[owners]
-    times = np.empty(len(owners), dtype=np.int64)
+    times = np.empty(len(owners))
     times[np.argsort(moments, kind="stable")] = np.arange(len(owners))
-    return Log(owners.astype(np.int64), pairs[kept].astype(np.int64), times, membership)
+    names = (
+        np.array([f"{kind}{n + 1}" for n in range(count)], dtype=object) for kind, count in (("u", users), ("i", items))
+    )
+    return Log(owners, pairs[kept], np.full(len(owners), np.nan), times, *names)
 
 
 def _below(uniform: np.ndarray, bound: int) -> np.ndarray:
@@ -96,30 +87,16 @@ def _below(uniform: np.ndarray, bound: int) -> np.ndarray:
     return np.floor(uniform * bound).astype(np.int64)
 
 
-def write(log: Log, path: Path) -> None:
-    """Write the log as a RecBole atomic file, atomically (users ``u1..``, items ``i1..``)."""
-    from recbole_raserec.storage import replacing
-
-    rows = [f"u{u + 1}\ti{i + 1}\t{t}" for u, i, t in zip(log.users.tolist(), log.items.tolist(), log.times.tolist())]
-    text = "\n".join(["user_id:token\titem_id:token\ttimestamp:float", *rows]) + "\n"
-    with replacing(path) as part:
-        part.write_bytes(text.encode("ascii"))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: write ``OUTPUT/planted/planted.inter``."""
-    parser = argparse.ArgumentParser(prog="python -m recbole_raserec.data.preparation.planted", description=__doc__)
-    parser.add_argument("--output", default="dataset", help="directory of the data sets (default: dataset)")
-    parser.add_argument("--users", type=int, default=600)
-    parser.add_argument("--items", type=int, default=240)
-    parser.add_argument("--seed", type=int, default=SEED)
-    options = parser.parse_args(argv)
-    path = Path(options.output) / NAME / f"{NAME}.inter"
-    log = planted(users=options.users, items=options.items, seed=options.seed)
-    write(log, path)
-    print(f"{path}: {options.users} users, {len(np.unique(log.items))} items, {len(log.items)} interactions")
-    return 0
+@click.command(help=__doc__)
+@click.option("--output", default="dataset", show_default=True, help="directory of the data sets")
+@click.option("--users", default=600, show_default=True)
+@click.option("--items", default=240, show_default=True)
+@click.option("--seed", default=SEED, show_default=True)
+def main(output: str, users: int, items: int, seed: int) -> None:
+    path, log = Path(output) / NAME / f"{NAME}.inter", planted(users, items, seed)
+    write_inter(log, path)
+    click.echo(f"{path}: {users} users, {len(np.unique(log.items))} items, {len(log.items)} interactions")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

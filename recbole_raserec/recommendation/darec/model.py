@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
 from logging import getLogger
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,7 +15,22 @@ import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import (
+    Config,
+    Count,
+    Dropout,
+    Names,
+    Natural,
+    Numbers,
+    Options,
+    Positive,
+    Precision,
+    Several,
+    Sizes,
+    Text,
+    Weight,
+    option,
+)
 from recbole_raserec.data import PACKED_TARGETS
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import linear_cross_entropy
@@ -31,6 +46,77 @@ from recbole_raserec.recommendation.darec.language_model import (
     load_tokenizer,
     model_source,
 )
+
+
+class DARecOptions(Options):
+    """DARec (arXiv 2408.07427): a frozen language model reads the items as text; adapters, an item head and three tasks
+    are trained. docs/darec.md says what is the paper's and what is this package's choice."""
+
+    llm: Optional[Text] = option(
+        None, "directory or hub name of an encoder or causal decoder; null: the MiniLM of the extra",
+        heading="The language model and what it reads",
+    )  # fmt: skip
+    llm_precision: Precision = option(
+        "auto", "of its products: float32, bfloat16, or auto: bfloat16 where the hardware multiplies in it"
+    )
+    item_text_fields: Optional[Names] = option(
+        None, "columns of the .item file, in this order; null: all of text or tokens but the id"
+    )
+    item_text_length: Count = option(24, "tokens of an item's text, at most")
+    history: Literal["items", "tokens"] = option(
+        "items", "items: an item of the history is its text's state at [ALIGN]; tokens: its text"
+    )
+    text_items: Several = option(128, "items of a training step whose text is read again; others: in earlier steps")
+    token_budget: Count = option(4096, "tokens of a batch, at most (but one history at least)")
+    adapter_sizes: Sizes = option(
+        32, "inner sizes of the adapters: one for all; or for each layer a number, or a pair (after attention, after "
+        "feed-forward); 0: none", heading="What is trained",
+    )  # fmt: skip
+    adapter_dropout: Dropout = option(0.1, "in [0, 1)")
+    head_dropout: Dropout = option(0.2, "of the states that the item head scores, in [0, 1)")
+    item_head: Literal["table", "text"] = option(
+        "table", "table: a trained vector for each item; text: a trained map of its text's vector, for data where many "
+        "items have few interactions",
+    )  # fmt: skip
+    head_from_text: bool = option(True, "the vectors of `table` start from the texts'")
+    head_min_interactions: Natural = option(
+        0, "items with fewer in the training split are no wrong answers when the next item is linked: what no user "
+        "could choose is not learned to be never chosen",
+    )  # fmt: skip
+    context_mask: Literal["off", "bias", "dual"] = option(
+        "off", "off; bias: a learned bias between tokens of different items; dual: the average of the usual view and "
+        "one in which item tokens see their own item's alone",
+    )  # fmt: skip
+    align_weight: Weight = option(
+        0.1,
+        "an item's text -> its id, at [ALIGN]",
+        heading="The tasks; linking the next item at [SEQ] has weight 1",
+    )
+    hard_weight: Weight = option(0.1, "contrast with similar items that no user had together with the target")
+    hard_similarity: Literal["text", "collaborative"] = option(
+        "text", "similar by: text or collaborative (needs `collaborative`)"
+    )
+    hard_negatives: Count = option(10, "of them, for each item at most")
+    hard_tau: Positive = option(1.0, "temperature of the contrast, > 0")
+    collaborative: Optional[Text] = option(
+        "SASRec", "SASRec, DuoRec, BSARec, GRU4Rec or NARM (trained or found first), or a checkpoint directory; null: "
+        "none",
+        heading="Collaborative knowledge: vectors of a trained model as keys and values of the attention",
+    )  # fmt: skip
+    collaborative_layers: Optional[Numbers] = option(
+        None, "layers, counted from 0, that receive them; null: the upper half"
+    )
+    initializer_range: Positive = option(0.02, "standard deviation of the initial weights", heading="")
+    loss_type: Literal["CE"] = option("CE", "softmax over all items")
+    training: Literal["packed"] = option("packed", "all targets of a sequence in one pass")
+    packed_copies: Count = option(1, "rows among which a sequence's targets are distributed in each epoch")
+    learning_rate: Positive = option(0.001, "Adam")
+    train_batch_size: Count = option(2048, "targets in a batch, about; token_budget may make it less")
+    eval_batch_size: Count = option(256, "histories in an evaluation batch", training=False)
+    epochs: Count = option(10, "at most")
+    stopping_step: Natural = option(2, "stop after more than that many evaluations without a better valid_metric")
+    MAX_ITEM_LIST_LENGTH: Count = option(50, "the model sees the last that many items of a history")
+
 
 #: Norm of the item head's rows at the start, per square root of their length: that of normally drawn ones.
 START = 0.02
@@ -54,6 +140,7 @@ class DARec(DotProduct, SequentialRecommender):
         ConfigError: options and language model do not fit.
     """
 
+    options = DARecOptions
     trims = True
     #: one pass gives the states of all prefixes, and many passes would be expensive: retrieval encodes a split that way
     shares_prefixes = True

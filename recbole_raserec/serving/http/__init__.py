@@ -1,9 +1,11 @@
-"""The service over HTTP; needs the extra `serve`."""
+"""The service over HTTP; needs the extra `serve`, of which nothing is imported before it is used."""
 
-from recbole_raserec.serving.http.server import SERVE_HELP, add_serve, serve
+from recbole_raserec.serving.http.server import serve
+from recbole_raserec.serving.http.settings import TOKEN_VARIABLE, Settings, find_token
 
 __all__ = [
-    "SERVE_HELP",
-    "add_serve",
+    "TOKEN_VARIABLE",
+    "Settings",
+    "find_token",
     "serve",
 ]

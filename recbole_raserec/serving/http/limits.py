@@ -1,4 +1,7 @@
-"""What every request passes on its way in and out: limits on bytes, seconds and requests at a time; log; metrics."""
+"""What every request passes on its way in and out: limits on bytes, seconds and requests at a time; log; metrics.
+
+By hand, as ASGI middleware: uvicorn and FastAPI limit neither the size of a body nor the seconds it takes.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any, Optional
 
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from recbole_raserec.serving.http.messages import Problem
 from recbole_raserec.serving.http.settings import Settings, log, log_error
@@ -28,33 +31,28 @@ class Metrics:
     """
 
     def __init__(self, recommender: Any):
-        self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "raserec_requests", "Requests answered", ["route", "status"], registry=self.registry
-        )  # exposed as raserec_requests_total
+        self.registry = own = CollectorRegistry()
+        labels = ["route", "status"]
+        self.requests = Counter("raserec_requests", "Requests answered", labels, registry=own)  # exposed as ..._total
         self.seconds = Histogram(
-            "raserec_request_seconds", "From the first byte to the last", ["route"], buckets=SECONDS,
-            registry=self.registry,
-        )  # fmt: skip
-        self.events = Counter("raserec_events", "Events taken up since the start", registry=self.registry)
-        self.running = Gauge("raserec_running_requests", "Requests at work or waiting", registry=self.registry)
-        memories = Gauge("raserec_memory_entries", "Memories that can be retrieved", registry=self.registry)
-        memories.set_function(lambda: count_memories(recommender))
-        unsaved = Gauge("raserec_unsaved_changes", "Changes that only the journal has", registry=self.registry)
+            "raserec_request_seconds", "From the first byte to the last", ["route"], buckets=SECONDS, registry=own
+        )
+        self.events = Counter("raserec_events", "Events taken up since the start", registry=own)
+        self.running = Gauge("raserec_running_requests", "Requests at work or waiting", registry=own)
+        memories = Gauge("raserec_memory_entries", "Memories that can be retrieved", registry=own)
+        memories.set_function(lambda: recommender.live.n_memories)
+        unsaved = Gauge("raserec_unsaved_changes", "Changes that only the journal has", registry=own)
         unsaved.set_function(lambda: recommender.unsaved)
 
 
-def count_memories(recommender: Any) -> int:
-    """Memories that can be retrieved; 0 of a model without any."""
-    memory = getattr(recommender.model, "memory", None)
-    return 0 if memory is None else int(len(memory) - memory.gone.sum())
-
-
-class Gate:
+class Limits:
     """ASGI middleware. It reads the whole body, so that what lies behind it never waits for a client.
 
     Args:
-        app: behind it. settings: limits. metrics: to count into. paths: routes; others are logged as one.
+        app: behind it.
+        settings: limits.
+        metrics: to count into.
+        paths: routes; others are logged as one.
     """
 
     def __init__(self, app: Any, settings: Settings, metrics: Metrics, paths: Iterable[str]):
@@ -80,16 +78,14 @@ class Gate:
         self.metrics.running.set(self._running)
         try:
             if counted and self._running > self.settings.max_concurrent:
-                raise _limit(
-                    429, "max_concurrent", self._running, self.settings.max_concurrent, "requests run at a time",
-                    "ask again later", {"Retry-After": "1"},
-                )  # fmt: skip
+                what = "requests run at a time: ask again later"
+                raise self._exceeded(429, "max_concurrent", self._running, what, {"Retry-After": "1"})
             body = await self._body(scope, receive)
             await self.app(scope, _replaying(body, receive), sending)
         except Problem as problem:
             await answer(problem)(scope, receive, sending)
         except ClientDisconnect:
-            status = status or 499  # as nginx has it; there is nobody to tell
+            status = status or 499  # as nginx has it; there is no one to tell
         except Exception as error:
             log_error("failed", error)
             if not status:
@@ -104,42 +100,36 @@ class Gate:
             log("request", method=scope["method"], path=path, status=status, ms=round(1000 * seconds, 1))
 
     async def _body(self, scope: Any, receive: Any) -> bytes:
-        """The body, of which no more is read than it may have.
-
-        Raises:
-            Problem: 413, 408. ClientDisconnect: the client left before it was whole.
-        """
-        most = self.settings.max_body
+        """The body, of which no more is read than it may have; raises `Problem` 413 and 408, and `ClientDisconnect`."""
         told = [value for name, value in scope["headers"] if name == b"content-length"]
         size = int(told[0]) if told and told[0].isdigit() else 0
-        if size > most:
+        if size > self.settings.max_body:
             raise self._too_large(size)
 
         async def read() -> bytes:
-            parts: list[bytes] = []
-            size, more = 0, True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                parts.append(message.get("body", b""))
-                size, more = size + len(parts[-1]), message.get("more_body", False)
-                if size > most:
+            body = bytearray()
+            async for part in Request(scope, receive).stream():
+                body += part
+                if len(body) > self.settings.max_body:
                     raise self._too_large(None)
-            return b"".join(parts)
+            return bytes(body)
 
         try:
             return await asyncio.wait_for(read(), self.settings.body_seconds)
         except asyncio.TimeoutError:
-            raise _limit(
-                408, "body_seconds", None, int(self.settings.body_seconds), "seconds is how long a body may take",
-                "send it faster", {"Connection": "close"},
-            ) from None  # fmt: skip
+            what = "seconds is how long a body may take: send it faster"
+            raise self._exceeded(408, "body_seconds", None, what, {"Connection": "close"}) from None
 
     def _too_large(self, size: Optional[int]) -> Problem:
-        what = f"bytes is the most a body may have, and this one has {size or 'more'}"
         # The rest of the body is not read, so nothing more can come over this connection.
-        return _limit(413, "max_body", size, self.settings.max_body, what, "send less", {"Connection": "close"})
+        what = f"bytes is the most a body may have, and this one has {size or 'more'}: send less"
+        return self._exceeded(413, "max_body", size, what, {"Connection": "close"})
+
+    def _exceeded(self, status: int, option: str, value: Optional[int], what: str, headers: dict[str, str]) -> Problem:
+        allowed = int(getattr(self.settings, option))
+        more = {"value": value} if value is not None and value < 2**63 else {}
+        text = f"{allowed} {what}, or start the server with a larger --{option}."
+        return Problem(status, "limit", text, headers, limit=option, allowed=allowed, **more)
 
 
 def answer(problem: Problem) -> JSONResponse:
@@ -147,23 +137,11 @@ def answer(problem: Problem) -> JSONResponse:
     return JSONResponse(problem.body, problem.status, problem.headers)
 
 
-def _limit(
-    status: int, option: str, value: Optional[int], allowed: int, what: str, remedy: str, headers: dict[str, str]
-) -> Problem:
-    text = f"{allowed} {what}: {remedy}, or start the server with a larger --{option}."
-    more = {"value": value} if value is not None and value < 2**63 else {}
-    return Problem(status, "limit", text, headers, limit=option, allowed=allowed, **more)
-
-
 def _replaying(body: bytes, receive: Any) -> Any:
     """`receive` of a request whose body has been read."""
-    given = False
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Any:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return messages.pop() if messages else await receive()
 
     return replay

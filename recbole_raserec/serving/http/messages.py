@@ -1,6 +1,9 @@
 """What the service is sent and what it answers, as pydantic models: they check requests and describe the interface.
 
-The limits stand in the models of requests, so that a request beyond one is refused while it is parsed.
+The limits stand in the models of requests, so that a request beyond one is refused while it is parsed. Bodies are
+checked by `parse` and not by FastAPI: that parses them in the event loop, where 8 MiB of JSON hold up all requests,
+and before it looks at the token; and with Python's json, which takes NaN and halves of surrogate pairs, and whose
+errors would be told in another form.
 """
 
 from __future__ import annotations
@@ -23,7 +26,11 @@ class Problem(Exception):
     """An answer other than 200.
 
     Args:
-        status: of HTTP. error: its kind, one word. message: one line. headers: further ones. more: further members.
+        status: of HTTP.
+        error: its kind, one word.
+        message: becomes one line.
+        headers: further ones.
+        more: further members.
     """
 
     def __init__(self, status: int, error: str, message: str, headers: Optional[dict[str, str]] = None, **more: Any):
@@ -93,72 +100,77 @@ class Health(BaseModel):
     unsaved: int = Field(description="changes that are in the journal only")
 
 
-#: Exceeding a list's length or `le` at these places is exceeding a limit: place -> option.
+#: Exceeding a list's length or `le` at these paths is exceeding a limit: path -> option.
 LIMITS = {
     ("sequences",): "max_sequences", ("users",): "max_sequences", ("sequences", 0): "max_history",
     ("sequence",): "max_history", ("candidates",): "max_candidates", ("exclude",): "max_candidates",
     ("events",): "max_events", ("k",): "max_k",
 }  # fmt: skip
 
+#: Members of requests. Behind them an error's path has pydantic's names for what an id may be.
+MEMBERS = {name for path in LIMITS for name in path} | {"user", "item", "time", "strict", "exclude_seen"}
+
 
 def request_models(settings: Settings, items: list[str]) -> dict[str, Any]:
     """Models of the requests by route.
 
     Args:
+        settings: whose limits they have.
         items: some ids of the model, for the examples.
     """
 
-    def ids(most: int, what: str) -> Any:
-        return Optional[Annotated[list[Id], Field(max_length=most, fail_fast=True, description=what)]]
-
-    def model(name: str, text: str, examples: list[Any], *, either: Any = None, **fields: Any) -> Any:
+    def model(name: str, text: str, examples: list[Any], *, either: Any = (), **fields: Any) -> Any:
         schema = {"examples": examples, **({"anyOf": [{"required": [one]} for one in either]} if either else {})}
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=schema)
         made = create_model(name, __config__=config, __doc__=text, **fields)
         made.either = either
         return made
 
-    k = Annotated[int, Field(ge=1, le=settings.max_k, description="items wanted")]
-    strict = Annotated[bool, Field(description="an unknown item is an error; otherwise it is dropped, and counted")]
-    history: Any = Annotated[list[Id], Field(max_length=settings.max_history, fail_fast=True)]
-    histories = Annotated[
-        list[history],
-        Field(max_length=settings.max_sequences, fail_fast=True, description="histories, oldest item first"),
-    ]
-    whose = "ids of users, one a history; without `sequences` their stored histories are used"
-    event: Any = model(
-        "Event", "An interaction, the newest of its user.", [{"user": "somebody", "item": items[0], "time": 1.7e9}],
+    def listed(of: Any, option: str, text: Optional[str] = None) -> Any:
+        return Annotated[list[of], Field(max_length=getattr(settings, option), fail_fast=True, description=text)]
+
+    def some(of: Any, option: str, text: str) -> Any:
+        return Optional[listed(of, option, text)], None
+
+    def whole(default: int) -> Any:
+        k = Annotated[int, Field(ge=1, le=settings.max_k, description="items wanted")]
+        return k, min(default, settings.max_k)
+
+    history = listed(Id, "max_history")
+    strict = bool, Field(False, description="an unknown item is an error; otherwise it is dropped, and counted")
+    some_event = {"user": "somebody", "item": items[0], "time": 1.7e9}
+    event = model(
+        "Event", "An interaction, the newest of its user.", [some_event],
         user=(Id, ...), item=(Id, ...), time=(Optional[float], None),
     )  # fmt: skip
-    events = Annotated[
-        list[event],
-        Field(max_length=settings.max_events, fail_fast=True, description="in the order they happened"),
-    ]
     return {
         "/recommend": model(
             "RecommendRequest", "Histories to rank items for.",
             [{"sequences": [items[:3], items[:1]], "k": 5}, {"users": ["somebody"], "exclude_seen": False}],
-            either=("sequences", "users"), sequences=(Optional[histories], None),
-            users=(ids(settings.max_sequences, whose), None), k=(k, min(10, settings.max_k)),
-            exclude_seen=(Annotated[bool, Field(description="leave items of the history out")], True),
-            candidates=(ids(settings.max_candidates, "rank only these items"), None),
-            exclude=(ids(settings.max_candidates, "leave these items out"), None), strict=(strict, False),
+            either=("sequences", "users"),
+            sequences=some(history, "max_sequences", "histories, oldest item first"),
+            users=some(
+                Id, "max_sequences", "ids of users, one a history; without `sequences` their stored histories are used"
+            ),
+            k=whole(10), exclude_seen=(bool, Field(True, description="leave items of the history out")),
+            candidates=some(Id, "max_candidates", "rank only these items"),
+            exclude=some(Id, "max_candidates", "leave these items out"), strict=strict,
         ),
         "/explain": model(
             "ExplainRequest", "One history whose recommendations to explain.", [{"sequence": items[:3], "k": 3}],
-            either=("sequence", "user"), sequence=(Optional[history], None), user=(Optional[Id], None),
-            k=(k, min(5, settings.max_k)), strict=(strict, False),
+            either=("sequence", "user"), sequence=(Optional[history], None), user=(Optional[Id], None), k=whole(5),
+            strict=strict,
         ),
         "/update": model(
-            "UpdateRequest", "New interactions.", [{"events": [{"user": "somebody", "item": items[0], "time": 1.7e9}]}],
-            events=(events, ...), strict=(strict, False),
+            "UpdateRequest", "New interactions.", [{"events": [some_event]}],
+            events=(listed(event, "max_events", "in the order they happened"), ...), strict=strict,
         ),
         "/forget": model("ForgetRequest", "A user to forget.", [{"user": "somebody"}], user=(Id, ...)),
     }  # fmt: skip
 
 
 def parse(model: Any, body: bytes, settings: Settings) -> Any:
-    """A request of a model of :func:`request_models`.
+    """A request of a model of `request_models`.
 
     Raises:
         Problem: 400 for what is no JSON, 422 for what does not fit the model or exceeds a limit.
@@ -176,13 +188,11 @@ def _problem(error: dict[str, Any], settings: Settings) -> Problem:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         return Problem(400, "malformed", f"the body is no JSON: {context.get('error', error['msg'])}.")
-    # Behind a place in the request come pydantic's names for what an id may be.
-    names = {name for place in LIMITS for name in place} | {"user", "item", "time", "strict", "exclude_seen"}
-    place = [part for part in error["loc"] if isinstance(part, int) or part in names]
     if kind == "extra_forbidden":
         return Problem(422, "invalid", f"{str(error['loc'][-1])!r:.80} is no member of this request; leave it out.")
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".") or "the body"
-    option = LIMITS.get(tuple(0 if isinstance(part, int) else part for part in place))
+    path = [part for part in error["loc"] if isinstance(part, int) or part in MEMBERS]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".") or "the body"
+    option = LIMITS.get(tuple(0 if isinstance(part, int) else part for part in path))
     allowed = context.get("max_length" if kind == "too_long" else "le")
     if option and kind in ("too_long", "less_than_equal") and allowed == getattr(settings, option):
         value = context.get("actual_length") if kind == "too_long" else error["input"]
@@ -192,7 +202,7 @@ def _problem(error: dict[str, Any], settings: Settings) -> Problem:
             422, "limit", f"{where} {known}, and {allowed} is the most: ask for less at a time, or start the server "
             f"with a larger --{option}.", limit=option, value=value, allowed=allowed,
         )  # fmt: skip
-    if len(place) < len(error["loc"]):
+    if len(path) < len(error["loc"]):
         return Problem(
             422, "invalid", f"{where} is no id; ids are text of 1 to {ID_LENGTH} characters or whole numbers."
         )

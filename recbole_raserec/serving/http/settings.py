@@ -1,12 +1,18 @@
-"""The command ``serve``: its options and limits, and the life of a server from the first load to the last save."""
+"""Options of the service, declared once: the command line, the checks and the limits of requests come from here.
+
+A plain pydantic model instead of one of pydantic-settings: a single option, the token, may stand in the environment.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
+import os
 import traceback
-from typing import Any, Optional
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from recbole_raserec.errors import ConfigError
 
@@ -14,53 +20,70 @@ TOKEN_VARIABLE = "RECBOLE_RASEREC_TOKEN"
 
 LOG = logging.getLogger("recbole_raserec.serve")
 
+Count = Annotated[int, Field(ge=1, lt=1 << 40)]
+Seconds = Annotated[float, Field(ge=1, lt=1 << 40, allow_inf_nan=False)]
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+
+class Settings(BaseModel):
     """Options of the service; the limits are the largest values that a request may have.
 
-    Attributes:
-        token: for the calls that change something; None: they are refused.
-        workers: threads that answer reading calls; 0: one a core, at most 4. Changes have a thread of their own.
-        save_every: seconds between saves, when there were changes; 0: only at the end.
-        drain_seconds: that running requests have to finish in when the server stops.
-        body_seconds: in which a request must have arrived. max_body: bytes of it.
+    Raises:
+        ConfigError: with every problem found.
     """
 
-    token: Optional[str] = dataclasses.field(default=None, repr=False)
-    workers: int = 0
-    save_every: float = 300.0
-    drain_seconds: float = 30.0
-    body_seconds: float = 30.0
-    max_body: int = 8 << 20
-    max_sequences: int = 1024
-    max_history: int = 10_000
-    max_k: int = 1000
-    max_candidates: int = 100_000
-    max_events: int = 10_000
-    max_concurrent: int = 128
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __post_init__(self) -> None:
-        problems = []
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in ("workers", "save_every") else 1
-            if field.name != "token" and not least <= value < 1 << 40:  # NaN is neither
-                problems.append(f"{field.name}: {value} is no such number; give one from {least} on.")
-        if self.token is not None and not (self.token and self.token.isascii() and self.token.isprintable()):
-            problems.append("token: is empty, or not of printable ASCII characters; HTTP headers carry no others.")
-        if problems:
-            raise ConfigError(problems)
+    token: Optional[str] = Field(None, repr=False, description="of the calls that change something; None: refused")
+    workers: int = Field(
+        0, ge=0, lt=1 << 40, description="threads that answer reading calls (default: one a core, at most 4)"
+    )
+    save_every: float = Field(
+        300.0, ge=0, lt=1 << 40, allow_inf_nan=False,
+        description="seconds between saves when there were changes; 0: only at the end",
+    )  # fmt: skip
+    drain_seconds: Seconds = Field(30.0, description="that running requests have to finish in when the server stops")
+    body_seconds: Seconds = Field(30.0, description="in which the body of a request must have arrived")
+    max_body: Count = Field(8 << 20, description="bytes of a request")
+    max_sequences: Count = Field(1024, description="histories a request")
+    max_history: Count = Field(10_000, description="items of a history")
+    max_k: Count = Field(1000, description="items recommended")
+    max_candidates: Count = Field(100_000, description="candidates, and excluded items")
+    max_events: Count = Field(10_000, description="events an update")
+    max_concurrent: Count = Field(128, description="requests at a time")
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError([_problem(found) for found in error.errors(include_url=False)]) from None
+
+    @field_validator("token")
+    @classmethod
+    def _fits_a_header(cls, token: Optional[str]) -> Optional[str]:
+        if token is not None and not (token and token.isascii() and token.isprintable()):
+            raise ValueError("is empty, or not of printable ASCII characters; HTTP headers carry no others")
+        return token
 
 
-HELP = {
-    "workers": "threads that answer reading calls (default: one a core, at most 4)",
-    "save_every": "seconds between saves when there were changes; 0: only at the end",
-    "drain_seconds": "that running requests have to finish in when the server stops",
-    "body_seconds": "in which the body of a request must have arrived",
-    "max_body": "bytes of a request", "max_sequences": "histories a request", "max_history": "items of a history",
-    "max_k": "items recommended", "max_candidates": "candidates, and excluded items",
-    "max_events": "events an update", "max_concurrent": "requests at a time",
-}  # fmt: skip
+def _problem(error: Any) -> str:
+    name = ".".join(map(str, error["loc"]))
+    if error["type"] == "value_error":
+        return f"{name}: {error['ctx']['error']}."
+    return f"{name}: {error['input']} is no such value; {error['msg'].replace('Input', 'it')}."
+
+
+def find_token(token: Optional[str] = None, file: Optional[Path] = None) -> Optional[str]:
+    """The token of a command line: itself, else what the file holds, else the environment variable; or None.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if token is None and file is not None:
+        try:
+            token = Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError([f"token_file: {file} cannot be read ({error})."]) from None
+    return os.environ.get(TOKEN_VARIABLE) or None if token is None else token
 
 
 def log(event: str, **members: Any) -> None:

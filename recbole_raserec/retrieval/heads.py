@@ -1,13 +1,21 @@
-"""The retrieval-augmented module (RAM): neighbours are attended to and mixed into the user vector."""
+"""The heads that read the memory: the retrieval-augmented module (RAM), trained, and the kNN head, which is not.
+
+RAM attends to the neighbours and mixes them into the user vector. The kNN head mixes what followed the nearest memories
+into the model's distribution, as nearest-neighbour language models do (Khandelwal et al., arXiv 1911.00172):
+`p(i) = (1 - share) softmax(h . v)_i + share sum_k softmax(similarity / tau)_k [target_k = i]`.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import FastDropout
@@ -15,21 +23,28 @@ from recbole_raserec.kernels import FastDropout
 #: Attention logits at the start, per unit of cosine between query and key.
 START_LOGIT = 10.0
 
+#: What is tried on the validation split for the kNN head.
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+TAUS = (0.02, 0.05, 0.1, 0.2)
+
 
 class CrossAttention(nn.Module):
     """Multi-head cross attention of one query over its own K neighbours, with residual and layer norm.
 
-    Per head: ``softmax(Wq q . Wk k / (sqrt(H / heads) attn_tau))`` weighs ``Wv v``; ``Wo`` joins the heads; the
-    result is ``LayerNorm(q + dropout(...))``, as in a transformer layer. The report writes the bare attention;
+    Per head: `softmax(Wq q . Wk k / (sqrt(H / heads) attn_tau))` weighs `Wv v`; `Wo` joins the heads; the
+    result is `LayerNorm(q + dropout(...))`, as in a transformer layer. The report writes the bare attention;
     without residual and norm the outcome lives on the scale of the values (item vectors are some 30 times shorter
     than user vectors), and the mixture gains little.
 
-    A row has one query, so that the projections of keys and values are taken to the query's side: ``Wq q . Wk k =
-    (Wk' Wq q) . k`` and ``sum w Wv v = Wv (sum w v)``, one product a row instead of K. (The keys' bias adds the same
+    A row has one query, so that the projections of keys and values are taken to the query's side: `Wq q . Wk k =
+    (Wk' Wq q) . k` and `sum w Wv v = Wv (sum w v)`, one product a row instead of K. (The keys' bias adds the same
     to all logits of a row: it cancels, and stays 0.)
 
     Args:
-        size: H. heads: divides H. dropout: on attention weights and output. tau: attention temperature, > 0.
+        size: H.
+        heads: divides H.
+        dropout: on attention weights and output.
+        tau: attention temperature, > 0.
     """
 
     def __init__(self, size: int, heads: int, dropout: float, tau: float):
@@ -43,23 +58,26 @@ class CrossAttention(nn.Module):
             nn.init.eye_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
-        """q [B, H], k and v [B, K, H], mask bool [B, K] (True: a neighbour stands there) -> [B, H].
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        """The queries with what they attend to.
 
-        Masked neighbours get no weight. A row without any neighbour attends to nothing. `bias` [B, K] is added to the
-        logits of all heads.
+        Args:
+            q: [B, H].
+            k: [B, K, H].
+            v: [B, K, H].
+            mask: bool [B, K], True where there is a neighbour; the others get no weight.
+            bias: [B, K], added to the logits of all heads.
+
+        Returns:
+            [B, H].
         """
         weights = self.weight_dropout(self.weights(q, k, mask, bias))
         values = _per_head(weights @ v, self.value.weight)  # [B, heads, H / heads]
         values = values + self.value.bias.view(self.heads, -1) * weights.sum(dim=2, keepdim=True)
         return self.norm(q + self.out_dropout(self.out(values.flatten(1))))
 
-    def weights(
-        self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
-        """How much each head attends to each neighbour, [B, heads, K]; arguments as of :meth:`forward`."""
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+        """How much each head attends to each neighbour, [B, heads, K]; arguments as of `forward`."""
         head = q.shape[1] // self.heads
         query = self.query(q).view(-1, self.heads, head) / (math.sqrt(head) * self.tau)
         towards = torch.einsum("bnd,ndh->bnh", query, self.key.weight.view(self.heads, head, -1))  # [B, heads, H]
@@ -69,18 +87,15 @@ class CrossAttention(nn.Module):
         scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
         return torch.softmax(scores, dim=-1) * mask[:, None]
 
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """Mean over the heads, [B, K]."""
         return self.weights(q, k, mask, bias).mean(dim=1)
 
     @torch.no_grad()
-    def calibrate(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Start on the scale of the data: values as long as queries, logits of :data:`START_LOGIT` times the cosine.
+    def calibrate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Start on the scale of the data: values as long as queries, logits of `START_LOGIT` times the cosine.
 
-        Args:
-            q, k, v: samples of queries, keys and values, [N, H] each.
+        The arguments are samples of queries, keys and values, [N, H] each.
         """
         size = q.shape[1]
         lengths = [x.norm(dim=1).mean().clamp(min=1e-12) for x in (q, k, v)]
@@ -91,14 +106,14 @@ class CrossAttention(nn.Module):
         fit_norm(self.norm, q)
 
 
-def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
     """Each head's rows of `weight` [H, H] times its vector in x [B, heads, H]: [B, heads, H / heads]."""
     heads = x.shape[1]
     return torch.einsum("bnh,ndh->bnd", x, weight.view(heads, -1, weight.shape[1]))
 
 
 class FeedForward(nn.Module):
-    """``LayerNorm(x + W2 gelu(W1 x))``; W2 starts at zero."""
+    """`LayerNorm(x + W2 gelu(W1 x))`; W2 starts at zero."""
 
     def __init__(self, size: int, inner_size: int, dropout: float):
         super().__init__()
@@ -107,7 +122,7 @@ class FeedForward(nn.Module):
         nn.init.zeros_(self.outer.weight)
         nn.init.zeros_(self.outer.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B, H] -> [B, H]."""
         return self.norm(x + self.dropout(self.outer(F.gelu(self.inner(x)))))
 
@@ -121,36 +136,44 @@ class Channel(nn.Module):
         self.feed_forward = FeedForward(size, inner_size, dropout)
         self.second = CrossAttention(size, heads, dropout, tau)
 
-    def forward(
-        self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def forward(self, h: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """h [B, H], k and v [B, K, H], mask and bias [B, K] -> [B, H]."""
         return self.second(self.feed_forward(self.first(h, k, v, mask, bias)), k, v, mask, bias)
 
-    def attention(
-        self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, bias: Optional[torch.Tensor] = None
-    ) -> torch.Tensor:
+    def attention(self, h: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """Mean over both attentions and their heads, [B, K]."""
         inner = self.feed_forward(self.first(h, k, v, mask, bias))
         return (self.first.attention(h, k, v, mask, bias) + self.second.attention(inner, k, v, mask, bias)) / 2
 
-    def calibrate(self, h: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """See :meth:`CrossAttention.calibrate`."""
+    def calibrate(self, h: Tensor, k: Tensor, v: Tensor) -> None:
+        """See `CrossAttention.calibrate`."""
         self.first.calibrate(h, k, v)
         fit_norm(self.feed_forward.norm, h)
         self.second.calibrate(h, k, v)
 
 
 class RetrievalModule(nn.Module):
-    """``h~ = alpha h + (1 - alpha) h'``; a row without neighbours keeps h.
+    """`h~ = alpha h + (1 - alpha) h'`; a row without neighbours keeps h.
 
-    Options: `ram` (``single``: h' = MHCA(h, {h_k}, {v_k}), the report's formula; ``dual``: h' = beta c1 + (1 - beta)
-    c2, RaSeRec's two channels, the second with keys and values exchanged), `alpha`, `beta`, `attn_tau`, `ram_heads`,
-    `ram_inner_size`, `ram_dropout`, `learnable_alpha`. A channel of weight 0 is not built.
+    With `ram: single`, h' = MHCA(h, {h_k}, {v_k}), the report's formula; with `dual`, h' = beta c1 + (1 - beta) c2,
+    RaSeRec's two channels, the second with keys and values exchanged. A channel of weight 0 is not built.
+
+    Args:
+        config: the options `ram`, `alpha`, `beta`, `attn_tau`, `ram_heads`, `ram_inner_size`, `ram_dropout`,
+            `learnable_alpha`.
+        size: length H of user vectors.
+
+    Raises:
+        ConfigError: `ram_heads` does not divide H.
     """
 
-    def __init__(self, config: Any, size: int):
+    def __init__(self, config: Mapping[str, Any], size: int):
         super().__init__()
+        if size % config["ram_heads"]:
+            raise ConfigError(
+                [f"ram_heads: {config['ram_heads']} does not divide the backbone's user vectors of length {size}; "
+                 f"choose a divisor such as 1 or 2."]
+            )  # fmt: skip
         heads, dropout, tau = config["ram_heads"], config["ram_dropout"], config["attn_tau"]
         self.beta = float(config["beta"]) if config["ram"] == "dual" else 1.0
         self.channels = nn.ModuleList()
@@ -167,10 +190,7 @@ class RetrievalModule(nn.Module):
         else:
             self.register_buffer("alpha", alpha)
 
-    def forward(
-        self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:  # fmt: skip
+    def forward(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """h [B, H], keys h_k and values v_k [B, K, H], mask bool and bias of the logits [B, K] -> h~ [B, H]."""
         mixed = torch.zeros_like(h)
         if self.beta > 0:
@@ -181,10 +201,7 @@ class RetrievalModule(nn.Module):
         augmented = alpha * h + (1 - alpha) * mixed
         return torch.where(mask.any(dim=1, keepdim=True), augmented, h)
 
-    def attention(
-        self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
-        bias: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:  # fmt: skip
+    def attention(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """How much is attended to each neighbour, mean over heads and layers, channels by their share: [B, K].
 
         The weights of a row with neighbours add up to 1.
@@ -196,7 +213,7 @@ class RetrievalModule(nn.Module):
                 found = found + share * attention(h, k, v, mask, bias)
         return found
 
-    def calibrate(self, h: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def calibrate(self, h: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put the starting weights on the scale of the data: h, h_k and v_k, [N, H] each."""
         for channel, k, v in zip(self.channels, (keys, values), (values, keys)):
             if isinstance(channel, (Channel, CrossAttention)):
@@ -204,8 +221,8 @@ class RetrievalModule(nn.Module):
 
 
 @torch.no_grad()
-def fit_norm(norm: nn.LayerNorm, x: torch.Tensor) -> None:
-    """Set gain and bias by least squares per dimension so that ``norm(x)`` is as near to x [N, H] as it can be."""
+def fit_norm(norm: nn.LayerNorm, x: Tensor) -> None:
+    """Set gain and bias by least squares per dimension so that `norm(x)` is as near to x [N, H] as it can be."""
     z = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
     centred = z - z.mean(dim=0)
     gain = (centred * (x - x.mean(dim=0))).mean(dim=0) / centred.square().mean(dim=0).clamp(min=1e-12)
@@ -213,15 +230,55 @@ def fit_norm(norm: nn.LayerNorm, x: torch.Tensor) -> None:
     norm.bias.copy_(x.mean(dim=0) - gain * z.mean(dim=0))
 
 
-def build_ram(config: Any, size: int) -> RetrievalModule:
-    """The retrieval-augmented module for user vectors of length `size`.
+def interpolate(scores: Tensor, targets: Tensor, similarity: Tensor, mask: Tensor, share: float, tau: float) -> Tensor:
+    """Logarithm of the mixed distribution.
 
-    Raises:
-        ConfigError: `ram_heads` does not divide `size`.
+    Args:
+        scores: [B, V], the model's.
+        targets: int64 [B, K], what followed each neighbour.
+        similarity: [B, K].
+        mask: bool [B, K]; a row without any neighbour keeps the model's distribution.
+        share: of the neighbours, in [0, 1).
+        tau: temperature of their similarities, > 0.
+
+    Returns:
+        [B, V].
     """
-    if size % config["ram_heads"]:
-        raise ConfigError(
-            [f"ram_heads: {config['ram_heads']} does not divide the backbone's user vectors of length {size}; "
-             f"choose a divisor such as 1 or 2."]
-        )  # fmt: skip
-    return RetrievalModule(config, size)
+    model = torch.log_softmax(scores, dim=1)
+    if not share:
+        return model
+    spread = torch.zeros_like(scores).scatter_add_(1, targets, neighbour_weights(similarity, mask, tau))  # [B, V]
+    some = mask.any(dim=1, keepdim=True)
+    kept = torch.where(some, model + torch.log1p(torch.tensor(-share, dtype=scores.dtype)), model)
+    mixed = torch.logaddexp(kept, spread.clamp(min=1e-37).log() + torch.log(torch.tensor(share, dtype=scores.dtype)))
+    return torch.where(spread > 0, mixed, kept)
+
+
+def neighbour_weights(similarity: Tensor, mask: Tensor, tau: float) -> Tensor:
+    """Shares of the neighbours in their distribution, [B, K], from their similarities; 0 where `mask` is False."""
+    logits = (similarity / tau).masked_fill(~mask, torch.finfo(similarity.dtype).min)
+    return torch.softmax(logits, dim=1) * mask
+
+
+def tune_knn(model: Any, validate: Callable[[], float], progress: bool) -> float:
+    """Set share and temperature of the kNN head to the pair of `SHARES` and `TAUS` that validates best.
+
+    Args:
+        model: a `RaSeRec` with the memory of the training split; its `knn_share` and `knn_tau` are set.
+        validate: the value to raise, with the model as it is.
+        progress: show a progress bar.
+
+    Returns:
+        the best value; of equal ones that of the smaller share counts.
+    """
+    pairs = [(share, tau) for share, tau in itertools.product(SHARES, TAUS) if share or tau == TAUS[0]]
+    best, chosen = float("-inf"), pairs[0]
+    for share, tau in tqdm(pairs, desc="Tune kNN head", disable=not progress, dynamic_ncols=True):
+        model.knn_share.fill_(share)
+        model.knn_tau.fill_(tau)
+        value = validate()
+        if value > best:
+            best, chosen = value, (share, tau)
+    model.knn_share.fill_(chosen[0])
+    model.knn_tau.fill_(chosen[1])
+    return best
