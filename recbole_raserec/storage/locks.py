@@ -20,16 +20,12 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", err
 
 
 def try_lock(path: str | os.PathLike, wait: bool = False) -> Optional[BaseFileLock]:
-    """Lock the file at `path`, which is created and stays.
+    """Lock the file at `path`, which is created and stays; its content is not kept.
 
     The lock is let go by its `release()` from any thread, and by the end of the last process that holds it.
 
-    Args:
-        path: the lock file; its content is not kept.
-        wait: until it is free, instead of returning None.
-
     Returns:
-        the held lock; None if another holder has it.
+        the held lock; None if another holder has it; with `wait` it is waited for instead.
 
     Raises:
         OSError: the file cannot be opened, or the system fails to lock it.
@@ -50,12 +46,7 @@ def try_lock(path: str | os.PathLike, wait: bool = False) -> Optional[BaseFileLo
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike, name: str = "") -> Iterator[None]:
-    """Hold `directory`, which is created, by its file `.lock`; a process that waits says so once in the log.
-
-    Args:
-        directory: what only one process at a time may work in.
-        name: what waits, for the log.
-    """
+    """Hold `directory`, which is created, by its file `.lock`; what waits logs so once, under its `name`."""
     path = Path(directory) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = try_lock(path)

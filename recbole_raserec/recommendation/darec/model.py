@@ -120,9 +120,7 @@ class DARecOptions(Options):
 
 #: Norm of the item head's rows at the start, per square root of their length: that of normally drawn ones.
 START = 0.02
-
-#: Items compared with all others at a time.
-BLOCK = 512
+BLOCK = 512  # items compared with all others at a time
 
 
 class DARec(DotProduct, SequentialRecommender):
@@ -169,10 +167,8 @@ class DARec(DotProduct, SequentialRecommender):
         words = self.language.embed(torch.arange(model.config.vocab_size))  # [W, D]
         self.scale, size = float(words.norm(dim=1).mean()), self.language.hidden_size
         self.special = nn.Embedding(2, size)  # [ALIGN], [SEQ]
-        with torch.no_grad():
-            # new tokens begin as a word that means nothing in particular
-            noise = torch.randn_like(self.special.weight) * words.std()
-            self.special.weight.copy_(words.mean(dim=0) + noise)
+        with torch.no_grad():  # new tokens begin as a word that means nothing in particular
+            self.special.weight.copy_(words.mean(dim=0) + torch.randn_like(self.special.weight) * words.std())
         # with its texts a checkpoint is whole; without a data set there are none yet
         ids, lengths = np.zeros((self.n_items, config["item_text_length"]), np.int32), np.ones(self.n_items, np.int32)
         if hasattr(dataset, "field2id_token"):
@@ -374,7 +370,7 @@ class DARec(DotProduct, SequentialRecommender):
         else:
             states = self.known_items()
             if fresh is not None:
-                states = states.index_copy(0, fresh[0], fresh[1])
+                states = states.index_copy(0, *fresh)
             states = F.normalize(self.item_input(states), dim=1) * self.scale
             embedded = states[items[entry]]
         inputs = self._inputs(embedded, layout, 1) + self.item_position(layout.item.clamp(max=self.longest - 1))
@@ -455,16 +451,10 @@ class DARec(DotProduct, SequentialRecommender):
 
 
 def hard_contrast(h: Tensor, targets: Tensor, items: Tensor, negatives: Tensor, tau: float) -> Tensor:
-    """InfoNCE of user vectors against their targets and the targets' hard negatives alone.
+    """InfoNCE of user vectors h [N, H] against the `items` [V, H] of their targets [N] and of these targets' hard
+    `negatives` [V, K], 0: none.
 
     `-log exp(h v_t / tau) / (exp(h v_t / tau) + sum_n exp(h v_n / tau))`, mean over the rows that have a negative.
-
-    Args:
-        h: [N, H].
-        targets: int64 [N].
-        items: [V, H].
-        negatives: int64 [V, K], 0: none.
-        tau: temperature.
     """
     others = negatives[targets]  # [N, K]
     rows = (others > 0).any(dim=1)
@@ -482,8 +472,8 @@ def mine_hard_negatives(vectors: Tensor, items: np.ndarray, offsets: np.ndarray,
 
     Args:
         vectors: [V, D].
-        items: of all training histories.
-        offsets: history u is `items[offsets[u]:offsets[u + 1]]`.
+        items: of all training histories; history u is `items[offsets[u]:offsets[u + 1]]`.
+        offsets: int64 [U + 1].
         count: K.
 
     Returns:
