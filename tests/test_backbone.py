@@ -211,7 +211,7 @@ def test_unknown_model_that_scores_by_dot_product_works(built: Built):
     built.model.__class__ = unlisted("Mine", "dot")
     wrapped = wrap_backbone(built.model, built.config, built.dataset)
     assert type(wrapped) is Backbone
-    assert not wrapped.trims  # nobody said so
+    assert not wrapped.trims  # it has not said so
     type(built.model).trims = True
     assert wrap_backbone(built.model, built.config, built.dataset).trims
 
