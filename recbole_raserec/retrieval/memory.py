@@ -133,7 +133,8 @@ class MemoryBank:
             ("hidden_size", hidden_size), ("ivf_lists", ivf_lists), ("ivf_probes", ivf_probes),
             ("memory_min_support", min_support),
         )  # fmt: skip
-        problems = [f"{a}: {b!r} is not one of {', '.join(known)}" for a, b, known in words if b not in known]
+        wrong = [entry for entry in words if entry[1] not in entry[2]]
+        problems = [f"{name}: {value!r} is not one of {', '.join(known)}" for name, value, known in wrong]
         problems += [f"{name}: {number!r} must be at least 1" for name, number in sizes if number < 1]
         if problems:
             raise ConfigError(problems)

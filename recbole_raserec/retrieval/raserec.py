@@ -142,9 +142,13 @@ class RaSeRec(SequentialRecommender):
     def neighbour_similarity(self, h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Targets of the memories, and their keys' similarity with h: [B, K] each."""
         keys, targets, _ = self.entries(ids)  # [B, K, H], [B, K]
+        return targets, self.compared(h, keys)
+
+    def compared(self, h: Tensor, vectors: Tensor) -> Tensor:
+        """Similarity, as the memory has it, of h [B, H] with `vectors` [B, K, H]: [B, K]."""
         if self.memory.similarity == "cosine":
-            return targets, torch.cosine_similarity(h[:, None], keys, dim=2)
-        return targets, (keys @ h[:, :, None]).squeeze(2)
+            return torch.cosine_similarity(h[:, None], vectors, dim=2)
+        return (vectors @ h[:, :, None]).squeeze(2)
 
     def remember(self, keys: Tensor, rows: Rows) -> None:
         """Add entries with these keys [N, H] to the memory."""

@@ -73,11 +73,7 @@ def _problem(error: Any) -> str:
 
 
 def find_token(token: Optional[str] = None, file: Optional[Path] = None) -> Optional[str]:
-    """The token of a command line: itself, else what the file holds, else the environment variable; or None.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """The token of a command line: itself, else what the file holds, else the environment variable; or None."""
     if token is None and file is not None:
         try:
             token = Path(file).read_text(encoding="utf-8").strip()
