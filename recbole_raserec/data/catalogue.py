@@ -1,7 +1,6 @@
 """What a checkpoint knows beyond its weights: how popular each item is, what it is called, and what every user did.
 
-Histories end before the test targets, as the test itself sees them, so that a checkpoint recommends what its figures
-were measured on; what was held out can be brought in by an update.
+Histories end before the test targets, as the test itself sees them; what was held out can be brought in by an update.
 """
 
 from __future__ import annotations
@@ -41,12 +40,10 @@ class Histories:
 
     def of(self, user: int) -> np.ndarray:
         """A user's items, oldest first, int [n]; empty for one that nothing is known of."""
-        found = self._changed.get(user)
-        if found is not None:
-            return found
-        if not 0 <= user < len(self._offsets) - 1:
-            return np.empty(0, np.int32)
-        return self._items[self._offsets[user] : self._offsets[user + 1]]
+        if user in self._changed:
+            return self._changed[user]
+        known = 0 <= user < len(self._offsets) - 1
+        return self._items[self._offsets[user] : self._offsets[user + 1]] if known else np.empty(0, np.int32)
 
     def append(self, user: int, items: np.ndarray) -> None:
         """Add items to the end of a user's history; a new user's number is the next one."""
@@ -67,11 +64,7 @@ class Histories:
 
     @classmethod
     def load(cls, directory: Path, n_users: int, n_items: int) -> Histories:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: missing, damaged, or of other users or items.
-        """
+        """Read what `save` wrote; a `CheckpointError` where it is missing, damaged, or of other users or items."""
         arrays, _ = read_arrays(directory, _KIND, _VERSION, _ARRAYS)
         offsets, items = arrays["offsets"], arrays["items"]
         sound = len(offsets) >= 1 and offsets[0] == 0 and offsets[-1] == len(items) and (np.diff(offsets) >= 0).all()
@@ -86,8 +79,8 @@ class Catalogue:
 
     Attributes:
         counts: int64 [V], interactions of each item in the histories.
-        titles: [V], a name for people, or None where the data set has none.
-        histories: of the users; None where the data set does not keep them (benchmark files).
+        titles: [V], names for people; None where the data set has none.
+        histories: None where the data set does not keep them (benchmark files).
     """
 
     counts: np.ndarray
@@ -126,15 +119,13 @@ def catalogue_of(splits: Any, config: Config) -> Catalogue:
     """The catalogue of a prepared data set, its `Splits`."""
     dataset = splits.train._dataset
     dataset = getattr(dataset, "original", None) or dataset  # regenerated rows are no user's history
-    parts = [dataset, splits.valid._dataset, splits.test._dataset]
-    tokens = splits.vocabulary()["items"]
+    parts, tokens = [dataset, splits.valid._dataset, splits.test._dataset], splits.vocabulary()["items"]
     titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", tokens)
     if not all(isinstance(part, SequenceDataset) and part.is_lazy for part in parts):
         targets = dataset.inter_feat[dataset.iid_field].numpy()
         return Catalogue(np.bincount(targets, minlength=len(tokens)), titles, None)
-    windows = [part.windows()[:2] for part in parts]
-    users = np.concatenate([users for users, _ in windows])
-    positions = np.concatenate([positions - (part is parts[-1]) for part, (_, positions) in zip(parts, windows)])
+    users, ends = zip(*(part.windows()[:2] for part in parts))
+    users, positions = np.concatenate(users), np.concatenate([*ends[:2], ends[2] - 1])
     items, offsets = parts[-1].store.until(users, positions)
     return Catalogue(np.bincount(items, minlength=len(tokens)), titles, Histories(offsets, items.astype(np.int32)))
 

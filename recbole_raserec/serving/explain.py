@@ -56,6 +56,7 @@ class Memory:
     """A retrieved memory.
 
     Attributes:
+        entry: its number in the memory.
         next: what followed.
         similarity: of its key with the user's vector.
         attention: share of the attention it gets, in [0, 1]; with the kNN head alone its share of the distribution.

@@ -23,7 +23,7 @@ Id = Union[
 
 
 class Problem(Exception):
-    """An answer other than 200: its kind `error` is one word, `message` becomes one line, `more` are further members."""
+    """An answer other than 200: its kind `error`, one word, a `message`, made one line, and `more` members."""
 
     def __init__(self, status: int, error: str, message: str, headers: Optional[dict[str, str]] = None, **more: Any):
         super().__init__(message)
