@@ -24,15 +24,12 @@ _ARRAYS = {"offsets": "<i8", "items": "<i4"}
 class Histories:
     """Items of each user in the order of time, by internal ids; they grow and are forgotten while a checkpoint serves.
 
-    Args:
-        offsets: int64 [U + 1].
-        items: int [N]; user u has `items[offsets[u]:offsets[u + 1]]`.
+    User u has `items[offsets[u]:offsets[u + 1]]`; `offsets` are int64 [U + 1], `items` int [N].
     """
 
     def __init__(self, offsets: np.ndarray, items: np.ndarray):
-        self._offsets, self._items = offsets, items
+        self._offsets, self._items, self._users = offsets, items, len(offsets) - 1
         self._changed: dict[int, np.ndarray] = {}  # replaced as a whole: a reader keeps what it holds
-        self._users = len(offsets) - 1
 
     def __len__(self) -> int:
         """User ids in use, that of the padding included."""
@@ -95,11 +92,7 @@ class Catalogue:
 
     @classmethod
     def load(cls, directory: Path, n_users: int, n_items: int) -> Catalogue:
-        """Read it; a checkpoint of before there was one gives counts of 0, no titles and no histories.
-
-        Raises:
-            CheckpointError: damaged, or of other items.
-        """
+        """Read it, or raise a `CheckpointError`; a checkpoint of before there was one: no counts, titles, histories."""
         path = directory / ITEMS
         if not path.is_file():
             return cls(np.zeros(n_items, np.int64), None, None)
@@ -110,8 +103,8 @@ class Catalogue:
         named = titles is None or (isinstance(titles, list) and all(isinstance(title, str) for title in titles))
         if not sound or not named or len(counts or ()) != n_items or (titles is not None and len(titles) != n_items):
             raise CheckpointError(f"{path} does not describe this checkpoint's items; it is damaged or of another one.")
-        kept = (directory / HISTORIES).is_dir()
-        histories = Histories.load(directory / HISTORIES, n_users, n_items) if kept else None
+        kept = directory / HISTORIES
+        histories = Histories.load(kept, n_users, n_items) if kept.is_dir() else None
         return cls(np.array(counts, dtype=np.int64), titles, histories)
 
 

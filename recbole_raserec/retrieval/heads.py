@@ -246,23 +246,19 @@ def neighbour_weights(similarity: Tensor, mask: Tensor, tau: float) -> Tensor:
 
 
 def tune_knn(model: Any, validate: Callable[[], float], progress: bool) -> float:
-    """Set share and temperature of the kNN head to the pair of `SHARES` and `TAUS` that validates best.
+    """Set share and temperature of the kNN head to the pair of `SHARES` and `TAUS` that validates best; its value.
 
     Args:
         model: a `RaSeRec` with the memory of the training split.
-        validate: the value to raise, with the model as it is.
+        validate: the value to raise, with the model as it is; of equal ones that of the smaller share counts.
         progress: show a progress bar.
-
-    Returns:
-        the best value; of equal ones that of the smaller share counts.
     """
     pairs = [(share, tau) for share, tau in itertools.product(SHARES, TAUS) if share or tau == TAUS[0]]
     best, chosen = float("-inf"), pairs[0]
     for share, tau in tqdm(pairs, desc="Tune kNN head", disable=not progress, dynamic_ncols=True):
         model.knn_share.fill_(share)
         model.knn_tau.fill_(tau)
-        value = validate()
-        if value > best:
+        if (value := validate()) > best:
             best, chosen = value, (share, tau)
     model.knn_share.fill_(chosen[0])
     model.knn_tau.fill_(chosen[1])

@@ -219,11 +219,7 @@ class MemoryBank:
         return np.arange(first, first + size, dtype=np.int64)
 
     def merge(self, other: MemoryBank) -> np.ndarray:
-        """Append the live entries of another bank, whose users must be numbered alike: ids int64 [N].
-
-        Raises:
-            ValueError: its keys have another length.
-        """
+        """Append the live entries of another bank, with users numbered alike and keys of length H: ids int64 [N]."""
         with other._lock:
             left = np.flatnonzero(~other.gone)
             row = np.full(len(other), -1)
@@ -259,11 +255,7 @@ class MemoryBank:
                 return self._remove(np.flatnonzero((self.times < older_than) & ~self.gone))
 
     def set_keys(self, keys: Array) -> None:
-        """Replace the keys of all entries [N, H], after the backbone changed; everything else stays.
-
-        Raises:
-            ValueError: not one finite key of length H per entry.
-        """
+        """Replace the keys of all entries by finite ones [N, H], after the backbone changed; everything else stays."""
         matrix = self._matrix("keys", keys)
         if len(matrix) != len(self):
             raise ValueError(f"keys: expected one for each of the {len(self)} entries, got {len(matrix)}")
@@ -420,9 +412,7 @@ class MemoryBank:
     def save(self, directory: str | os.PathLike, fingerprint: Any = None) -> None:
         """Store the bank in `directory`, replacing atomically the bank that may be there.
 
-        Args:
-            directory: made when missing.
-            fingerprint: JSON-able; what the keys depend on (weights, data).
+        `fingerprint`, JSON-able, is of what the keys depend on (weights, data).
         """
         options = {name: getattr(self, name) for name in _OPTIONS}
         with self._lock:

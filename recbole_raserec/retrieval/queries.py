@@ -40,22 +40,16 @@ class Queries:
     """The windows of one split with their vectors and, once searched, their neighbours.
 
     Attributes:
-        users: int64 [N], whose history a window is of.
-        positions: int64 [N], which item of it is to be predicted.
-        targets: int64 [N], that item.
-        times: float64 [N] or None.
-        h: float32 [N, H], the backbone's encoding of what precedes.
-        longest: items a window has at most.
         ids: int64 [N, K], set by `search`; 0 where there is no neighbour.
         mask: bool [N, K], set by `search`; True where there is one.
     """
 
-    users: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    times: Optional[np.ndarray]
-    h: Tensor
-    longest: int = 0
+    users: np.ndarray  # int64 [N], whose history a window is of
+    positions: np.ndarray  # int64 [N], which item of it is to be predicted
+    targets: np.ndarray  # int64 [N], that item
+    times: Optional[np.ndarray]  # float64 [N]
+    h: Tensor  # float32 [N, H], the backbone's encoding of what precedes
+    longest: int = 0  # items a window has at most
     ids: Optional[Tensor] = None
     mask: Optional[Tensor] = None
 

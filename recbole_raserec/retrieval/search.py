@@ -140,11 +140,8 @@ class GuardedSearch:
     everything within the rounding error of the K-th allowed score. Those are scored again in float64, and a row is
     settled when nothing the index did not return can be among them.
 
-    Args:
-        index: over `vectors`.
-        vectors: [N, H] float32.
-        longest: Euclidean length of the longest vector, for the bound on the rounding error.
-        guard: over the same entries.
+    Index and guard are over the same `vectors`, float32 [N, H]; `longest` is the Euclidean length of the longest of
+    them, for the bound on the rounding error.
     """
 
     def __init__(self, index: Index, vectors: np.ndarray, longest: float, guard: LeakageGuard):

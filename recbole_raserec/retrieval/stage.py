@@ -23,8 +23,7 @@ from recbole_raserec.retrieval.raserec import TRAINING_BUFFERS, RaSeRec
 from recbole_raserec.storage import fingerprint, version_of
 from recbole_raserec.training import Hooks, Outcome, Trial, run_stage
 
-#: Memories from which the module's starting scale is taken.
-CALIBRATION = 20_000
+CALIBRATION = 20_000  # memories from which the module's starting scale is taken
 
 
 class RetrievalHooks(Hooks):
@@ -34,14 +33,8 @@ class RetrievalHooks(Hooks):
     before each epoch and each evaluation, and the training windows' neighbours searched again every `memory_refresh`
     epochs; in between they are part of the training state, so that a resumed run sees the same ones.
 
-    Args:
-        model: with an empty memory; it receives the memories of `train`.
-        train: the training split.
-        valid: the validation split.
-        config: the options `head`, `memory*` and `show_progress`.
-        cache: where exact searches are looked up before they are made; None: always search.
-        joined: the training split with regenerated rows, if the generated ones are to become memories.
-        test: split whose windows are searched before the test; None: none.
+    The model's empty memory receives the memories of `train` and, with `joined`, the training split with regenerated
+    rows, of the generated ones. Exact searches are looked up in `cache`; the windows of `test` are searched before it.
     """
 
     def __init__(

@@ -147,10 +147,7 @@ class Explanation:
 
 @torch.no_grad()
 def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanation:
-    """The k items of a `query` of one history, explained; `interaction` is what the model reads of it.
-
-    The recommender's lock is held meanwhile.
-    """
+    """The best k items for a `query` of one history, of which the model reads `interaction`; the lock is held."""
     model = recommender.model
     h, ids, mask = model.retrieved(interaction)
     kept = mask[0].nonzero().squeeze(1)

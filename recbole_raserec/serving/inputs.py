@@ -68,11 +68,7 @@ class Recommendations:
         return pd.DataFrame(self.columns())
 
     def to_polars(self) -> Any:
-        """`columns` as a polars DataFrame.
-
-        Raises:
-            MissingExtraError: polars is not installed.
-        """
+        """`columns` as a polars DataFrame; a `MissingExtraError` where polars is not installed."""
         try:
             import polars as pl  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
@@ -103,15 +99,7 @@ def as_sequences(data: Any, names: Sequence[str]) -> tuple[list[list[str]], Opti
 
 
 def as_events(data: Any, names: Sequence[str]) -> list[Event]:
-    """New interactions by external ids.
-
-    Args:
-        data: (user, item) or (user, item, time) each, mappings with these keys, or a DataFrame.
-        names: its columns user, item and time.
-
-    Raises:
-        InputError: it is something else, an id is none, or a time is not finite.
-    """
+    """New interactions by external ids, see `Recommender.update`; `names`: a table's columns user, item and time."""
     if _is_table(data):
         data = zip(*_columns(data, names, "events"))
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):

@@ -106,10 +106,7 @@ class Checkpoint:
         return int(self.options["MAX_ITEM_LIST_LENGTH"])
 
     def batch(self, histories: Sequence[Sequence[int]], users: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """What the model reads of B histories of internal ids, none of them empty, and of the users, int64 [B].
-
-        These are item_seq [B, L], item_seq_len [B] and the users [B], int64, on the model's device.
-        """
+        """item_seq [B, L], item_seq_len [B] and users [B], on the model's device, of histories, none of them empty."""
         model, longest = self.model, self.longest
         cut = model.backbone.trims if isinstance(model, RaSeRec) else trims(model)
         batch = *pad_lists([row[-longest:] for row in histories], None if cut else longest), users
@@ -296,7 +293,7 @@ class LiveMemory:
         self._changing = threading.Lock()
         self._saved = self.applied
         self._journal: Optional[Journal] = None
-        self._held: Optional[BaseFileLock] = None
+        self._closing = contextlib.ExitStack()
 
     @property
     def histories(self) -> Histories:
@@ -320,10 +317,7 @@ class LiveMemory:
         return np.array([self.numbers.get(user, 0) for user in users], dtype=np.int64)
 
     def keep_journal(self, lock: BaseFileLock) -> None:
-        """Take up what the journal holds beyond the saved state; from now on changes are in it before they take effect.
-
-        `lock` is that of `lock_directory`; `close` releases it.
-        """
+        """Take up what the journal holds beyond the saved state; journal changes from now on. `close` frees `lock`."""
         journal = Journal(self.directory / JOURNAL)
         for record in journal.records(self.applied):
             if "forget" in record:
@@ -331,7 +325,9 @@ class LiveMemory:
             else:
                 self._apply(record["events"])
             self.applied = record["n"]
-        self._journal, self._held = journal, lock
+        self._journal = journal
+        for close in (lock.release, journal.close):
+            self._closing.callback(close)
 
     def update(self, events: Sequence[Event]) -> Update:
         """Take up new interactions of known items, see `Recommender.update`."""
@@ -363,10 +359,7 @@ class LiveMemory:
 
     def close(self) -> None:
         """See `Recommender.close`."""
-        if self._journal is not None:
-            self._journal.close()
-        if self._held is not None:
-            self._held.release()
+        self._closing.close()
 
     def _apply(self, events: Sequence[Event]) -> Update:
         histories, options, item_numbers = self.histories, self.checkpoint.options, self.checkpoint.vocabulary.numbers

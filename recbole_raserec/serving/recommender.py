@@ -70,6 +70,7 @@ class Recommender:
         self.items, self.titles, self.users = checkpoint.vocabulary.items, catalogue.titles, self.live.users
         self.longest, self.device = checkpoint.longest, torch.device(self.options["device"])
         self._checkpoint, self._number = checkpoint, checkpoint.vocabulary.numbers
+        self._fields = model.ITEM_SEQ, model.ITEM_SEQ_LEN, model.USER_ID
         self._names = [self.options[name] for name in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
 
     @classmethod
@@ -127,11 +128,11 @@ class Recommender:
         Raises:
             InputError: the question does not make sense.
         """
-        k = _positive("k", k)
-        query = self._query(sequences, users, strict)
+        k, query = _positive("k", k), self._query(sequences, users, strict)
         allowed = None if candidates is None else self._known_items(candidates, "candidates")
         barred = self._known_items(() if exclude is None else exclude, "exclude")
-        best: list[tuple[list[str], np.ndarray]] = []
+        items: list[list[str]] = []
+        values: list[np.ndarray] = []
         for start, scored in self._scored(query):
             admitted = scored
             if allowed is not None:
@@ -142,9 +143,11 @@ class Recommender:
                 seen = query.rows[start : start + len(scored)]
                 owners = np.repeat(np.arange(len(seen)), [len(row) for row in seen])
                 admitted[owners, np.concatenate(seen)] = -torch.inf
-            best += self._best(admitted, k)
+            found = self._best(admitted, k)
+            items += found[0]
+            values += found[1]
         popular = np.array([not len(row) for row in query.rows], dtype=bool)
-        return _recommendations(best, query.labels, query.dropped, popular)
+        return Recommendations(items, values, query.labels, query.dropped, popular)
 
     def score(
         self, sequences: Any = None, candidates: Ids = None, users: Ids = None, strict: bool = False
@@ -185,8 +188,7 @@ class Recommender:
                 if isinstance(self.model, RaSeRec):
                     part = self.model.augment(*self.model.retrieved(interaction))
                 else:
-                    names = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN, self.model.USER_ID
-                    part = self._backbone.encode(*(interaction[name] for name in names))
+                    part = self._backbone.encode(*(interaction[name] for name in self._fields))
             if vectors is None:
                 vectors = np.zeros((len(query.rows), part.shape[1]), np.float32)
             vectors[filled] = part.cpu().numpy()
@@ -210,7 +212,7 @@ class Recommender:
         cosine[:, 0] = -torch.inf
         cosine[torch.arange(len(numbers)), numbers] = -torch.inf
         none = np.zeros(len(numbers), dtype=np.int64)
-        return _recommendations(self._best(cosine, k), [self.items[n] for n in numbers], none, none.astype(bool))
+        return Recommendations(*self._best(cosine, k), [self.items[n] for n in numbers], none, none.astype(bool))
 
     def explain(self, sequence: Any = None, k: int = 5, user: Any = None, strict: bool = False) -> Explanation:
         """Why these k items: the memories that were retrieved, and what they add to each item's score.
@@ -271,17 +273,11 @@ class Recommender:
         return dataclasses.replace(done, dropped=len(unknown))
 
     def forget(self, user: Any) -> int:
-        """Forget a user: id, history and memories, the ones in files with the next `save`; the number of memories.
-
-        `user` is an external id; an unknown one changes nothing.
-        """
+        """Forget a known user: id, history and memories, in files with the next `save`; the number of memories."""
         return self.live.forget(as_id(user, "user"))
 
     def save(self, directory: Union[str, Path, None] = None) -> Path:
-        """Write users, histories and memory, as a whole, into the checkpoint, or all of it into another directory.
-
-        `directory` None is the one it was loaded from, whose journal is emptied then.
-        """
+        """Write users, histories and memory into the checkpoint, emptying its journal, or all of it into `directory`."""
         target = Path(directory) if directory is not None else self.live.directory
         self.live.save(target)
         return target
@@ -350,8 +346,7 @@ class Recommender:
             users = np.where(users < self._checkpoint.vocabulary.user_num, users, 0)
         batch = self._checkpoint.batch(rows, users)
         positions = torch.tensor([len(row) for row in rows], device=batch[0].device)
-        names = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN, self.model.USER_ID
-        return Interaction({**dict(zip(names, batch)), POSITION: positions})
+        return Interaction({**dict(zip(self._fields, batch)), POSITION: positions})
 
     def _all_scores(self, interaction: Interaction) -> torch.Tensor:
         """[B, V] of the model."""
@@ -359,12 +354,13 @@ class Recommender:
             return scores(*self.model.full_sort_vectors(interaction))
         return self.model.full_sort_predict(interaction).reshape(len(interaction), -1)[:, : len(self.items)]
 
-    def _best(self, found: torch.Tensor, k: int) -> Iterable[tuple[list[str], np.ndarray]]:
+    def _best(self, found: torch.Tensor, k: int) -> tuple[list[list[str]], list[np.ndarray]]:
         """The k best items of each row [B, V] and their scores, without those of minus infinity."""
         best = found.topk(min(k, found.shape[1]), dim=1)
-        for row, numbers in zip(best.values.cpu().numpy(), best.indices.cpu().numpy()):
-            count = int(np.isfinite(row).sum())
-            yield [self.items[number] for number in numbers[:count]], row[:count].astype(np.float32)
+        counts = best.values.isfinite().sum(dim=1).tolist()
+        values = [row[:count].astype(np.float32) for row, count in zip(best.values.cpu().numpy(), counts)]
+        rows = zip(best.indices.cpu().numpy(), counts)
+        return [[self.items[number] for number in row[:count]] for row, count in rows], values
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -374,11 +370,6 @@ class Recommender:
             return wrap_backbone(self.model, self.options, self._checkpoint.vocabulary)
         except ValueError as error:
             raise InputError(f"{self.name} has no user and item vectors to give: {error}") from None
-
-
-def _recommendations(best: Iterable[tuple[list[str], np.ndarray]], *rest: Any) -> Recommendations:
-    best = list(best)
-    return Recommendations([items for items, _ in best], [values for _, values in best], *rest)
 
 
 def _positive(name: str, value: Any) -> int:

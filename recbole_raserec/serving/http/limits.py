@@ -17,9 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from recbole_raserec.serving.http.messages import Problem
 from recbole_raserec.serving.http.settings import Settings, log, log_error
 
-#: Paths that answer under any load, for those who watch it.
-FREE = ("/health", "/metrics")
-
+FREE = ("/health", "/metrics")  # paths that answer under any load, for those who watch it
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -54,8 +52,7 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
-        counted = scope["path"] not in FREE
+        started, status, counted = time.perf_counter(), 0, scope["path"] not in FREE
 
         async def sending(message: Any) -> None:
             nonlocal status

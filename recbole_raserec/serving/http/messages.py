@@ -15,11 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from recbole_raserec.serving.http.settings import Settings
 
 ID_LENGTH = 256
-
 #: An id: text, or a whole number of 64 bits, which stands for its digits.
-Id = Union[
-    Annotated[str, Field(min_length=1, max_length=ID_LENGTH)], Annotated[int, Field(ge=-(2**63), lt=2**63)]
-]  # fmt: skip
+Id = Union[Annotated[str, Field(min_length=1, max_length=ID_LENGTH)], Annotated[int, Field(ge=-(2**63), lt=2**63)]]
 
 
 class Problem(Exception):
@@ -127,10 +124,8 @@ def request_models(settings: Settings, items: list[str]) -> dict[str, Any]:
     users = "ids of users, one a history; without `sequences` their stored histories are used"
     strict = bool, Field(False, description="an unknown item is an error; otherwise it is dropped, and counted")
     some_event = {"user": "somebody", "item": items[0], "time": 1.7e9}
-    event = model(
-        "Event", "An interaction, the newest of its user.", [some_event],
-        user=(Id, ...), item=(Id, ...), time=(Optional[float], None),
-    )  # fmt: skip
+    members = {"user": (Id, ...), "item": (Id, ...), "time": (Optional[float], None)}
+    event = model("Event", "An interaction, the newest of its user.", [some_event], **members)
     return {
         "/recommend": model(
             "RecommendRequest", "Histories to rank items for.",

@@ -21,12 +21,7 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve a checkpoint until SIGTERM or SIGINT: then running requests finish, and what changed is saved.
 
-    Args:
-        directory: of the checkpoint.
-        settings: limits and token.
-        host: address to listen on.
-        port: 0: any free one.
-        device: default: a GPU if there is one.
+    Port 0 is any free one; the default device is a GPU if there is one.
 
     Raises:
         RaSeRecError: the address is taken, the checkpoint is not fit or in use by another process.
