@@ -277,7 +277,7 @@ class Recommender:
         return self.live.forget(as_id(user, "user"))
 
     def save(self, directory: Union[str, Path, None] = None) -> Path:
-        """Write users, histories and memory into the checkpoint and empty its journal; or all of it into `directory`."""
+        """Write users, histories and memory into the checkpoint and empty its journal, or all into `directory`."""
         target = Path(directory) if directory is not None else self.live.directory
         self.live.save(target)
         return target
