@@ -63,10 +63,8 @@ class BSARec(DuoRec):
         super().__init__(config, dataset)
         self._compiled = False
         self.filter_weight, self.causal = config["filter_weight"], config["filter_scope"] == "causal"
-        self.filters = nn.ModuleList(
-            FrequencyFilter(self.hidden_size, self.hidden_dropout_prob, self.layer_norm_eps)
-            for _ in self.trm_encoder.layer
-        )
+        sizes = self.hidden_size, self.hidden_dropout_prob, self.layer_norm_eps
+        self.filters = nn.ModuleList(FrequencyFilter(*sizes) for _ in self.trm_encoder.layer)
         use_fast_dropout(self)
         mean = low_pass(self.max_seq_length, config["filter_cutoff"] // 2 + 1)
         self.register_buffer("mean", mean.tril() if self.causal else mean, persistent=False)

@@ -39,11 +39,8 @@ class DuoRecOptions(ContrastOptions, SASRecOptions):
     )
 
 
-#: Contrast forms that need the window of another row with the same target.
-SUPERVISED = ("su", "us", "us_x")
-
-#: Groups of like length in which an unsorted batch is encoded.
-GROUPS = 4
+SUPERVISED = ("su", "us", "us_x")  # contrast forms that need the window of another row with the same target
+GROUPS = 4  # of like length, in which an unsorted batch is encoded
 
 
 class DuoRec(SASRec):
@@ -68,8 +65,7 @@ class DuoRec(SASRec):
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
-        self.contrast = config["contrast"]
-        self.lmd, self.lmd_sem = config["lmd"], config["lmd_sem"]
+        self.contrast, self.lmd, self.lmd_sem = config["contrast"], config["lmd"], config["lmd_sem"]
         self.tau, self.sim = config["tau"], config["sim"]
 
     @staticmethod

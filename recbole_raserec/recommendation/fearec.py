@@ -80,10 +80,8 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
             super().__init__(config, dataset)
         self.fast = not config["dual_domain"] and not config["use_filter"]
         if self.fast:
-            self.delays = [
-                Delays(self.max_seq_length, layer.hybrid_attention.q_index, layer.hybrid_attention.factor)
-                for layer in self.item_encoder.layer
-            ]
+            parts = [layer.hybrid_attention for layer in self.item_encoder.layer]
+            self.delays = [Delays(self.max_seq_length, part.q_index, part.factor) for part in parts]
 
     def get_same_item_index(self, dataset: Any) -> dict[int, np.ndarray]:
         """Rows of the training split by target item, in ascending order."""
@@ -101,8 +99,7 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
         layers = self.item_encoder.layer
         for number, layer in enumerate(layers):
             last = item_seq_len - 1 if number == len(layers) - 1 else None
-            mixed = _attention(layer.hybrid_attention, self.delays[number], hidden, last)
-            hidden = feed_forward_branch(layer, mixed)
+            hidden = feed_forward_branch(layer, _attention(layer.hybrid_attention, self.delays[number], hidden, last))
         return hidden
 
     def calculate_loss(self, interaction: Any) -> Tensor:
@@ -150,15 +147,10 @@ class Delays:
         return product @ self.inverse
 
     def mixing(self, strengths: Tensor, shared: bool, last: Optional[Tensor]) -> Tensor:
-        """Weights by which positions take from positions.
+        """Weights by which positions take from positions, [B, L, L], or [B, 1, L] at the positions `last` [B] alone.
 
-        Args:
-            strengths: of the delays, [B, L].
-            shared: take the delays that are strongest in the mean of the batch, for all its windows (training).
-            last: int64 [B], the only positions wanted; None: all.
-
-        Returns:
-            [B, L, L], or [B, 1, L].
+        Of the delays' strengths [B, L] the strongest count; `shared`: those in the mean of the batch, for all its
+        windows (training).
         """
         if shared:
             index = torch.topk(strengths.mean(dim=0), self.count).indices  # [C]

@@ -33,12 +33,10 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
-        self._architecture = Architecture(
-            self.hidden_size, self.inner_size, self.n_heads, self.n_layers, float(self.layer_norm_eps)
-        )
-        self._compiled = (
-            config["native_kernels"] is not False and self.hidden_act == "gelu" and self._architecture.fits()
-        )
+        sizes = self.hidden_size, self.inner_size, self.n_heads, self.n_layers
+        self._architecture = Architecture(*sizes, float(self.layer_norm_eps))
+        wanted = config["native_kernels"] is not False
+        self._compiled = wanted and self.hidden_act == "gelu" and self._architecture.fits()
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors h [B, H] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""
@@ -89,7 +87,7 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
 
 
 def attention_branch(layer: Any, query: Tensor, hidden: Tensor, key_length: Optional[Tensor] = None) -> Tensor:
-    """The first half of a post-norm layer: attention, dropout, residual connection and layer norm.
+    """The first half of a post-norm layer, [B, Q, H]: attention, dropout, residual connection and layer norm.
 
     Args:
         layer: RecBole's `TransformerLayer`.
@@ -97,9 +95,6 @@ def attention_branch(layer: Any, query: Tensor, hidden: Tensor, key_length: Opti
         hidden: [B, L, H], what is attended to.
         key_length: int64 [B], each row sees its first so many positions. None: position i sees those up to i (Q = L),
             so that padding on the right needs no mask.
-
-    Returns:
-        [B, Q, H].
     """
     attention, (batch, length, size) = layer.multi_head_attention, hidden.shape
     heads, head_size = attention.num_attention_heads, attention.attention_head_size

@@ -136,8 +136,8 @@ class RaSeRec(SequentialRecommender):
         backbone: gives user and item vectors.
 
     Attributes:
-        known: vectors and neighbours of some splits: rows asked for again (same user and position) are looked up in
-            them. A change of the memory empties it.
+        known: vectors and neighbours of some splits, where rows (user and position) are looked up first; a change of
+            the memory empties it.
         augments: whether user vectors are augmented.
         knn: whether the kNN head is there.
     """
@@ -151,9 +151,7 @@ class RaSeRec(SequentialRecommender):
         super().__init__(config, dataset)
         self.backbone = backbone
         self.n_users = int(dataset.num(self.USER_ID))
-        self.top_k = config["top_k"]
-        self.time_field = config["TIME_FIELD"]
-        self.frozen = config["freeze_backbone"]
+        self.top_k, self.time_field, self.frozen = config["top_k"], config["TIME_FIELD"], config["freeze_backbone"]
         self.softmax_precision = config["softmax_precision"] or "auto"
         self.augments, self.knn = config["head"] != "knn", config["head"] in ("knn", "both")
         self.ram = RetrievalModule(config, backbone.hidden_size)
@@ -177,8 +175,6 @@ class RaSeRec(SequentialRecommender):
             self.backbone.eval()
         return self
 
-    # -- encoding and retrieval -------------------------------------------------------------------------------------
-
     def encode(self, item_seq: Tensor, item_seq_len: Tensor, user: Optional[Tensor] = None) -> Tensor:
         """The backbone's user vectors [B, H], see `Backbone.encode`."""
         return self.backbone.encode(item_seq, item_seq_len, user)
@@ -188,37 +184,24 @@ class RaSeRec(SequentialRecommender):
         return self.backbone.item_vectors()
 
     def neighbours(self, h: Tensor, user: Any = None, position: Any = None, time: Any = None) -> tuple[Tensor, Tensor]:
-        """Admissible memories of each row.
+        """Admissible memories of each row: ids int64 [B, K], 0 where there is none, and mask bool [B, K].
 
         Args:
             h: user vectors [B, H].
             user: int [B], whose history it is; None for users the memory does not know.
             position: int [B], index of the item to predict in that history; None where `user` is.
             time: float [B], read with `memory_scope: past`; None: now.
-
-        Returns:
-            ids int64 [B, K], 0 where there is none, and mask bool [B, K], True where there is one.
         """
         found = self.memory.search(h, self.top_k, user, position, times=time)
         ids, mask = torch.from_numpy(found.ids), torch.from_numpy(found.mask)
         return ids.clamp(min=0).to(h.device), mask.to(h.device)
 
     def augment(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Mix what was retrieved into the user vectors.
-
-        Args:
-            h: user vectors [B, H].
-            ids: int64 [B, K], of memories.
-            mask: bool [B, K], True where there is one.
-
-        Returns:
-            h~, [B, H].
-        """
+        """User vectors h [B, H] mixed with the memories `ids` where `mask` is True, [B, K] each: h~ [B, H]."""
         if not len(self.memory):
             return h
         keys, targets, bias = self.entries(ids)
-        values = self.item_vectors()[targets]  # [B, K, H]
-        return self.ram(h, keys, values, mask, bias)
+        return self.ram(h, keys, self.item_vectors()[targets], mask, bias)
 
     def forward(
         self, item_seq: Tensor, item_seq_len: Tensor, user: Any = None, position: Any = None, time: Any = None
@@ -228,13 +211,8 @@ class RaSeRec(SequentialRecommender):
         return self.augment(h, *self.neighbours(h, user, position, time))
 
     def entries(self, ids: Tensor) -> Vectors:
-        """What the memory holds under some ids.
-
-        Args:
-            ids: int64 [B, K], of memories.
-
-        Returns:
-            keys [B, K, H], targets int64 [B, K], and what their support adds to the attention's logits [B, K] or None.
+        """Keys [B, K, H] and targets int64 [B, K] of the memories `ids`, int64 [B, K], and what their support adds to
+        the attention's logits, [B, K] or None.
         """
         if ids.device.type == "cpu" and not self.training:  # a memory that lives need not be copied for each query
             rows = ids.numpy()
@@ -242,8 +220,7 @@ class RaSeRec(SequentialRecommender):
         copy, now = self._copy, (self.memory, self.memory.version, ids.device)
         if copy is None or copy[0] != now:
             memory = self.memory
-            copy = now, *self._on_device(np.array(memory.keys), memory.targets, memory.support, ids.device)
-            self._copy = copy
+            self._copy = copy = now, *self._on_device(np.array(memory.keys), memory.targets, memory.support, ids.device)
         _, keys, targets, frequency = copy
         return keys[ids], targets[ids], None if frequency is None else frequency[ids]
 
@@ -257,15 +234,17 @@ class RaSeRec(SequentialRecommender):
     def neighbour_similarity(self, h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Targets of the memories, and their keys' similarity with h: [B, K] each."""
         keys, targets, _ = self.entries(ids)  # [B, K, H], [B, K]
-        if self.memory.similarity == "cosine":
-            return targets, torch.cosine_similarity(h[:, None], keys, dim=2)
-        return targets, (keys @ h[:, :, None]).squeeze(2)
+        return targets, self.compared(h, keys)
 
-    # -- the memory -------------------------------------------------------------------------------------------------
+    def compared(self, h: Tensor, vectors: Tensor) -> Tensor:
+        """Similarity, as the memory has it, of h [B, H] with `vectors` [B, K, H]: [B, K]."""
+        if self.memory.similarity == "cosine":
+            return torch.cosine_similarity(h[:, None], vectors, dim=2)
+        return (vectors @ h[:, :, None]).squeeze(2)
 
     def remember(self, keys: Tensor, rows: Rows) -> None:
         """Add entries with these keys [N, H] to the memory."""
-        self.memory.add(keys, rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners)
+        self.memory.add(keys, *rows)
         self._memory_changed()
 
     def refresh_memory(self, keys: Tensor) -> None:
@@ -279,10 +258,9 @@ class RaSeRec(SequentialRecommender):
         Raises:
             ValueError: its keys have another length than the backbone's user vectors.
         """
-        if memory.hidden_size != self.backbone.hidden_size:
-            raise ValueError(
-                f"the memory's keys have length {memory.hidden_size}, user vectors {self.backbone.hidden_size}."
-            )
+        size = self.backbone.hidden_size
+        if memory.hidden_size != size:
+            raise ValueError(f"the memory's keys have length {memory.hidden_size}, user vectors {size}.")
         self.memory, self._copy = memory, None
         self._memory_changed()
 
@@ -290,8 +268,6 @@ class RaSeRec(SequentialRecommender):
         if self.memory.retrieve_by == "target":
             self.memory.set_target_vectors(self.item_vectors())
         self.known.clear()
-
-    # -- RecBole's interface ----------------------------------------------------------------------------------------
 
     def retrieved(self, interaction: Any) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, H] of the rows, ids and mask [B, K] of their memories: looked up, or encoded and searched."""
