@@ -24,7 +24,7 @@ def ours(model: str, training: str, dataset: str = "amazon-beauty", **options: A
 def _our_epoch(model: str, data_path: str, dataset: str = "amazon-beauty", **options: Any) -> float:
     import torch
 
-    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.config import get_model
     from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.kernels.allocator import keep_freed_memory
 

@@ -19,7 +19,7 @@ def _stage(data_path: str) -> tuple[Any, Any, Any, Any]:
     """Frozen random SASRec, RaSeRec over it with dropout off, hooks, loader of the training rows."""
     import torch
 
-    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.config import get_model
     from recbole_raserec.data.loaders import RowLoader
     from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.recommendation.backbone import wrap_backbone

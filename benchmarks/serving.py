@@ -48,7 +48,7 @@ def _random(data_path: str, index: str | None) -> Any:
     import torch
 
     from recbole_raserec import Recommender
-    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.config import get_model
     from recbole_raserec.data.catalogue import catalogue_of
     from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.recommendation.backbone import wrap_backbone

@@ -14,7 +14,7 @@ from typing import Any, Callable, Optional
 
 from recbole_raserec.evaluation.protocols import PROTOCOLS
 from recbole_raserec.evaluation.report import versions
-from recbole_raserec.storage import locked, read_json, replacing, write_json
+from recbole_raserec.storage import read_json, replacing, try_lock, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Data sets whose timestamp is the position in the user's history.
@@ -80,11 +80,15 @@ def fill(
             if str(seed) in found(rows, args.output)[label]:  # several processes may share the file
                 continue
             record = {**make(rows[label], seed, args), "arguments": settings(args), "versions": versions()}
-            with locked(args.output):
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            lock = try_lock(args.output.with_name(f".{args.output.name}.lock"), wait=True)
+            try:
                 results = found(rows, args.output)
                 results[label][str(seed)] = record
                 write_json(args.output, {"rows": results})
                 write_page(args, name, page, results)
+            finally:
+                lock.release()
     return found(rows, args.output)
 
 

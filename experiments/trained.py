@@ -44,7 +44,7 @@ class Trained:
         model.use_memory(memory)
         queries = encode_split(model.backbone, self.test, model.item_vectors().device)
         queries.search(memory, model.top_k)
-        model.know("test", queries)
+        model.known["test"] = queries
         return self.ranks(model)
 
     def metrics(self, ranks: Ranks, chosen: Optional[np.ndarray] = None) -> dict[str, Metrics]:

@@ -29,7 +29,7 @@ class DatasetError(RaSeRecError):
 
 
 class CheckpointError(RaSeRecError):
-    """A checkpoint or memory is missing, damaged, foreign, or belongs to another configuration."""
+    """A checkpoint or memory is missing, damaged, not of this package, or belongs to another configuration."""
 
 
 class InputError(RaSeRecError, ValueError):
@@ -40,7 +40,9 @@ class MissingExtraError(RaSeRecError, ImportError):
     """A package that an optional part needs is not installed.
 
     Args:
-        extra: of this package's extras. package: that is missing. why: what needs it.
+        extra: which of this package's extras has it.
+        package: what is missing.
+        why: what needs it.
     """
 
     def __init__(self, extra: str, package: str, why: str):
@@ -48,7 +50,7 @@ class MissingExtraError(RaSeRecError, ImportError):
 
 
 class ProcessError(RaSeRecError):
-    """One of the processes of a run in several ended before its end."""
+    """One of the processes that share a run died or failed."""
 
 
 def nearest(word: object, words: Iterable[str]) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from recbole_raserec.distributed import current, silence
+from recbole_raserec.distributed import current
 from recbole_raserec.errors import ConfigError
 
 
@@ -73,18 +73,13 @@ def run_all(jobs):
     Args:
         jobs: name -> (model, options).
     """
-    from recbole_raserec.config import Config
-    from recbole_raserec.quick_start import QUIET, run
+    from recbole_raserec.quick_start import run_process
 
     found = {}
     for name, (model, options) in jobs.items():
-        config = Config(model, "tiny", config_dict=options, argv=[])
-        if not current().first:
-            silence()
-            config = config.with_options(QUIET)
         with watched() as losses:
             try:
-                record = run(config)
+                record = run_process(model, "tiny", None, options, [])
             except ConfigError as error:
                 found[name] = error.problems
                 continue

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from recbole_raserec import quick_start
-from recbole_raserec.config.registry import get_model
+from recbole_raserec.config import get_model
 from recbole_raserec.config.sources import keys_read_by
 from recbole_raserec.evaluation.report import report_stages
 from recbole_raserec.training.trainer import ResumableTrainer

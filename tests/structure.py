@@ -3,7 +3,7 @@
     python tests/structure.py
 
 A face is the ``__init__.py`` of a folder. An import through it counts as one of the file that defines the name, which
-is the file that a reader opens next. Imports inside functions count too.
+is the file that a reader opens next. Imports inside functions count too, and so do those for types alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def measure(package: Path = PACKAGE) -> dict[str, Any]:
     files = {_dotted(path, package): path for path in sorted(package.rglob("*.py"))}
     faces = {name for name, path in files.items() if path.name == "__init__.py"}
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files.items()}
-    exported = {face: dict(_imports(trees[face], files, package.name)) for face in faces}
+    exported = {face: dict(_imports(trees[face], files, package.name) + _named(trees[face], files)) for face in faces}
     edges: dict[str, set[str]] = {name: set() for name in files if name not in faces}
     past = []
     for name in edges:
@@ -31,9 +31,10 @@ def measure(package: Path = PACKAGE) -> dict[str, Any]:
             inside = name.startswith(folder + ".")
             if module not in faces and not inside and folder != package.name:
                 past.append(f"{name} imports {module}")
-            target = exported[module].get(local, module) if module in faces else module
-            if target not in faces and target != name:
-                edges[name].add(target)
+            while module in faces and local in exported[module]:
+                module = exported[module][local]
+            if module not in faces and module != name:
+                edges[name].add(module)
     try:
         order = list(graphlib.TopologicalSorter(edges).static_order())
         circle: list[str] = []
@@ -66,6 +67,17 @@ def _imports(tree: ast.AST, files: dict[str, Path], package: str) -> list[tuple[
         elif isinstance(node, ast.Import):
             found += [("", alias.name) for alias in node.names if alias.name in files]
     return found
+
+
+def _named(tree: ast.AST, files: dict[str, Path]) -> list[tuple[str, str]]:
+    """The same of a face that lists its names in a mapping, and imports them when they are used."""
+    pairs = [pair for node in ast.walk(tree) if isinstance(node, ast.Dict) for pair in zip(node.keys, node.values)]
+    texts = [
+        (key.value, value.value)
+        for key, value in pairs
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Constant)
+    ]
+    return [pair for pair in texts if pair[1] in files]
 
 
 def _longest(edges: dict[str, set[str]], order: list[str]) -> list[str]:

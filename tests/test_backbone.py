@@ -18,7 +18,7 @@ from recbole.model import sequential_recommender
 from recbole.utils import get_model
 from torch import nn
 
-from recbole_raserec.config.registry import REFUSED, TRIMMABLE
+from recbole_raserec.config import REFUSED, TRIMMABLE
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation import backbone as module
 from recbole_raserec.recommendation.backbone import ADAPTERS, Backbone, wrap_backbone
@@ -211,7 +211,7 @@ def test_unknown_model_that_scores_by_dot_product_works(built: Built):
     built.model.__class__ = unlisted("Mine", "dot")
     wrapped = wrap_backbone(built.model, built.config, built.dataset)
     assert type(wrapped) is Backbone
-    assert not wrapped.trims  # nobody said so
+    assert not wrapped.trims  # it has not said so
     type(built.model).trims = True
     assert wrap_backbone(built.model, built.config, built.dataset).trims
 

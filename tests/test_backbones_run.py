@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipeline_helpers import figures
 
-from recbole_raserec.config.registry import SUPPORTED
+from recbole_raserec.config import SUPPORTED
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

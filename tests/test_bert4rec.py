@@ -11,7 +11,7 @@ from recbole.data.dataloader import TrainDataLoader
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
 from tiny_models import disturb
 
-from recbole_raserec.config.registry import get_model
+from recbole_raserec.config import get_model
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loaders import BucketLoader
 from recbole_raserec.kernels import native

@@ -7,20 +7,26 @@ import json
 import os
 import pickle
 from pathlib import Path
+from typing import Annotated, Literal, Optional
 
+import pydantic
 import pytest
 import recbole
 import recbole.model.general_recommender
 import recbole.model.sequential_recommender
 import yaml
 from config_helpers import only_problem, write
+from pipeline_helpers import figures
+from pydantic import Field
 from recbole.config import Config as RecBoleConfig
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 from recbole.utils import InputType
 
-from recbole_raserec.config import options, registry, sources
-from recbole_raserec.config import options as key_sets
+from recbole_raserec.config import options, properties, sources
 from recbole_raserec.config.config import Config
+from recbole_raserec.errors import ConfigError
+from recbole_raserec.recommendation.sasrec import SASRec, SASRecOptions
+from recbole_raserec.retrieval.raserec import RaSeRecOptions
 
 RECBOLE = Path(recbole.__file__).parent
 SHIPPED = sorted(path for path in sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
@@ -60,14 +66,14 @@ def test_shipped_files_are_those_promised():
 
 def test_every_option_of_the_retrieval_stage_has_a_default_and_a_rule():
     shipped = yaml.safe_load((sources.PROPERTIES / "model" / "RaSeRec.yaml").read_text(encoding="utf-8"))
-    assert set(shipped) == set(options.RETRIEVAL)
+    assert set(shipped) == set(RaSeRecOptions.model_fields)
 
 
 def test_options_of_the_retrieval_stage_that_hide_one_of_a_backbone():
     keys = sources.model_keys()
     backbones = [name for name in keys if hasattr(recbole.model.sequential_recommender, name)]
     assert len(backbones) > 25
-    hidden = {name: keys[name] & set(options.RETRIEVAL) for name in backbones}
+    hidden = {name: keys[name] & set(RaSeRecOptions.model_fields) for name in backbones}
     # Known: these two keep their own default in a RaSeRec run. Any other would need a new name here.
     assert {name: set(names) for name, names in hidden.items() if names} == {"DIEN": {"alpha"}, "FOSSIL": {"alpha"}}
     assert Config("RaSeRec", "ml-100k", argv=["--backbone=FOSSIL", "--alpha=0.9"]).for_backbone()["alpha"] == 0.6
@@ -111,6 +117,94 @@ def test_yaml_reads_as_recbole_reads_it_but_safely(tmp_path):
     assert "not valid YAML" in only_problem(config_file_list=[evil])
 
 
+# ---------------------------------------------------------------------- declarations
+
+
+def test_the_written_files_are_those_of_the_declarations(tmp_path, capsys, monkeypatch):
+    assert properties.main(["--check"]) == 0, capsys.readouterr().out
+    stale = {tmp_path / "overall.yaml": "seed: 1\n", tmp_path / "X.yaml": "a: 1\n"}
+    monkeypatch.setattr(properties, "files", lambda: stale)
+    write(tmp_path, "seed: 1\n", "overall.yaml")
+    assert properties.main(["--check"]) == 1
+    assert capsys.readouterr().out == f"stale: {tmp_path}/X.yaml\n"
+    assert not (tmp_path / "X.yaml").exists()
+    assert properties.main([]) == 0
+    assert properties.main(["--check"]) == 0
+
+
+def test_written_yaml_holds_the_declared_defaults():
+    for path, text in properties.files().items():
+        if path.suffix == ".yaml":
+            name = path.stem
+            declared = (
+                options.overall_defaults() if name == "overall" else options.defaults(*sources.options_of(name, None))
+            )
+            assert yaml.safe_load(text) == declared
+            assert max(map(len, text.splitlines())) <= 128
+
+
+class WidenedOptions(SASRecOptions):
+    """A model of a user, with one option more."""
+
+    widening: Annotated[int, Field(ge=1, lt=9)] = options.option(3, "how much wider the last layer is")
+    shape: Optional[Literal["round", "square"]] = options.option(None, "of the last layer", training=False)
+    slack: options.Share = options.option(0, "of the widening", later=True)
+
+
+class Widened(SASRec):
+    options = WidenedOptions
+
+
+def test_a_new_option_of_a_model_is_written_in_one_place():
+    config = Config(Widened, "planted", argv=[])
+    assert (config["widening"], config["shape"], config["n_layers"]) == (3, None, 2)
+    assert Config(Widened, "planted", argv=["--widening=8", "--shape=round"])["widening"] == 8
+    given = {"widening": 9, "shape": "rund", "widenin": 1, "n_layers": 0}
+    with pytest.raises(ConfigError) as caught:
+        Config(Widened, "planted", config_dict=given, argv=[])
+    assert caught.value.problems == [
+        "widenin: 1 (in config_dict) is not an option; did you mean widening?",
+        "n_layers: 0 (in config_dict) is not an integer >= 1; write for example n_layers: 2",
+        "widening: 9 (in config_dict) is not an integer >= 1 and < 9; write for example widening: 3",
+        "shape: 'rund' (in config_dict) is not one of round, square, or null; did you mean round?",
+    ]
+    changed = Config(Widened, "planted", argv=["--widening=4"]).training_options()
+    assert {**changed, "widening": 3} == config.training_options()
+    assert Config(Widened, "planted", argv=["--shape=square"]).training_options() == config.training_options()
+    plain = Config(SASRec, "planted", argv=[]).training_options()
+    assert config.training_options() == {**plain, "model": "Widened", "widening": 3}
+    slack = Config(Widened, "planted", argv=["--slack=1"]).training_options()
+    assert slack == {**config.training_options(), "slack": 1.0}
+    assert "  # (int) how much wider the last layer is\n" in properties.yaml_of(WidenedOptions)
+    assert "| `shape` | | one of round, square, or null | of the last layer |" in properties.table(WidenedOptions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (int, "an integer"),
+        (Annotated[int, Field(ge=1)], "an integer >= 1"),
+        (Annotated[int, Field(gt=1, le=5)], "an integer > 1 and <= 5"),
+        (Annotated[float, Field(ge=0)], "a number >= 0"),
+        (Annotated[float, Field(le=0.5)], "a number <= 0.5"),
+        (Optional[Annotated[float, Field(gt=0, lt=1)]], "a number in (0, 1), or null"),
+        (options.Dropout, "a number in [0, 1)"),
+        (options.PositiveShare, "a number in (0, 1]"),
+        (Optional[options.Text], "a non-empty text, or null"),
+        (str, "a text"),
+        (bool, "true or false"),
+        (Optional[dict], "a mapping, or null"),
+        (list, "a list"),
+        (Literal["a", "b"], "one of a, b"),
+        (Optional[options.Names], "a list of names, or null"),
+    ],
+    ids=str,
+)
+def test_what_a_type_accepts_in_words(kind, words):
+    made = pydantic.create_model("Made", __base__=options.Options, option=(kind, options.option(sentence="x")))
+    assert options.in_words(made.model_fields["option"]).requirement == words
+
+
 # ---------------------------------------------------------------------- RecBole's models
 
 
@@ -126,7 +220,7 @@ def test_every_model_of_recbole_gets_a_configuration(name):
     assert config["eval_args"]["mode"] == {"valid": "full", "test": "full"}
     # All of its own options can be given by the user.
     path = RECBOLE / "properties" / "model" / f"{name}.yaml"
-    if path.is_file() and name not in registry.MODELS:
+    if path.is_file() and name not in sources.MODELS:
         again = Config(name, "ml-100k", config_file_list=[path], argv=[])
         assert again.training_options() == config.training_options()
 
@@ -166,7 +260,7 @@ def test_model_class_and_context_model():
 
 
 def test_keys_that_recbole_reads_are_all_known():
-    known = sources.all_keys() | key_sets.COMPUTED_KEYS | {"full"}  # "full" is an evaluation mode
+    known = sources.all_keys() | options.COMPUTED_KEYS | {"full"}  # "full" is an evaluation mode
     missing = {}
     for path in RECBOLE.rglob("*.py"):
         for key in sources.keys_in_source(path.read_text(encoding="utf-8")) - known:
@@ -229,3 +323,10 @@ def test_recbole_lists_of_arguments_do_not_grow():
     before = list(dataset_arguments)
     Config("SASRec", "ml-100k", argv=[])
     assert dataset_arguments == before
+
+
+def test_weight_decay_of_the_retrieval_stage(tiny_run):
+    plain, decayed = (tiny_run(ram_weight_decay=value, ram_learning_rate=0.1) for value in (None, 10.0))
+    assert decayed.trained == [("RaSeRec", 0)]  # the backbone was found
+    assert figures(plain.record)["base"] == figures(decayed.record)["base"]
+    assert figures(plain.record)["ours"] != figures(decayed.record)["ours"]

@@ -231,7 +231,9 @@ def test_name_that_is_no_model(model):
 
 
 def test_model_that_cannot_be_imported(monkeypatch):
-    def broken(name):
+    def broken(name, find=sources.get_model):
+        if name in sources.MODELS:
+            return find(name)
         raise ImportError("No module named 'boosting'")
 
     monkeypatch.setattr(sources, "get_model", broken)

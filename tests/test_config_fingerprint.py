@@ -12,8 +12,9 @@ import recbole.model.sequential_recommender
 from recbole.model.abstract_recommender import GeneralRecommender, SequentialRecommender
 from recbole.utils import ModelType
 
-from recbole_raserec.config import options, sources
+from recbole_raserec.config import sources
 from recbole_raserec.config.config import Config
+from recbole_raserec.retrieval.raserec import RaSeRecOptions
 
 RECBOLE = Path(recbole.__file__).parent
 SHIPPED = sorted(path for path in sources.PROPERTIES.rglob("*.yaml") if path.parent.name != "tune")
@@ -35,7 +36,7 @@ def test_configuration_of_the_backbone_is_that_of_a_run_of_its_own(backbone):
     alone = Config(backbone, "amazon-beauty", argv=shared)
     assert config.for_backbone().explain() == alone.explain()
     assert config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-    assert not set(options.RETRIEVAL) & set(config.for_backbone().explain())
+    assert not set(RaSeRecOptions.model_fields) & set(config.for_backbone().explain())
 
 
 def test_backbone_may_learn_by_another_loss_than_the_retrieval_stage():
@@ -81,6 +82,7 @@ CHANGES = {
     "ram_dropout": 0.1,
     "ram_learning_rate": 0.01,
     "ram_weight_averaging": 0.9,
+    "ram_weight_decay": 0.01,
     "ram_train_batch_size": 8,
     "ram_epochs": 3,
     "ram_stopping_step": 1,
@@ -89,7 +91,7 @@ CHANGES = {
 
 
 def test_every_option_of_the_retrieval_stage_is_tried_below():
-    assert set(CHANGES) == set(options.RETRIEVAL) - {"backbone"}
+    assert set(CHANGES) == set(RaSeRecOptions.model_fields) - {"backbone"}
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -31,7 +31,7 @@ def test_dataset_file_is_over_overall_file_and_under_the_user(tmp_path, monkeypa
     write(tmp_path / "dataset", "eval_batch_size: 7\nMAX_ITEM_LIST_LENGTH: 9\n", "mine.yaml")
     write(tmp_path, "eval_batch_size: 5\ntopk: [10]\n", "overall.yaml")
     monkeypatch.setattr("recbole_raserec.config.config.PROPERTIES", tmp_path)
-    config = Config("GRU4Rec", "mine", argv=["--MAX_ITEM_LIST_LENGTH=3", "--valid_metric=MRR@10"])
+    config = Config("GRU4Rec", "mine", argv=["--MAX_ITEM_LIST_LENGTH=3"])
     assert [config[name] for name in ("eval_batch_size", "MAX_ITEM_LIST_LENGTH", "topk")] == [7, 3, [10]]
 
 

@@ -76,8 +76,8 @@ def test_options_that_do_not_fit_are_said(workdir):
         run(workdir, hard_similarity="collaborative")
     with pytest.raises(ConfigError, match="adapter_sizes"):
         run(workdir, adapter_sizes=[-1, 2])
-    with pytest.raises(ConfigError, match=r"collaborative: nobody is neither"):
-        run(workdir, collaborative="nobody")
+    with pytest.raises(ConfigError, match=r"collaborative: nothing is neither"):
+        run(workdir, collaborative="nothing")
     for name in ("RaSeRec", "DARec", "STAMP"):
         with pytest.raises(ConfigError, match=rf"collaborative: {name} is neither .* SASRec"):
             run(workdir, collaborative=name)

@@ -58,7 +58,7 @@ JOBS = {
     "RaSeRec, all of it": ("RaSeRec", {**STILL, **RETRIEVAL, "freeze_backbone": False}),
     "BPR": ("BPR", {"embedding_size": 16}),
 }
-#: Dropout is on: what two processes draw is what they draw again when they are started anew.
+#: Dropout is on: what two processes draw is what they draw again when they are started again.
 LONG = {**DROPPING, "epochs": 12, "stopping_step": 20, "nproc": 2}
 
 

@@ -241,7 +241,7 @@ def test_an_empty_evaluation_set_is_an_error(data_path):
 def test_queries_encoded_by_length_rank_alike(small_config, monkeypatch, model_name):
     from conftest import random_log
 
-    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.config import get_model
     from recbole_raserec.data.splits import prepare_data
     from recbole_raserec.evaluation import ranking as scoring
 

@@ -14,7 +14,7 @@ from recbole.data.interaction import Interaction
 from recbole.model.sequential_recommender.fearec import FEARec as RecBoleFEARec
 from tiny_models import disturb
 
-from recbole_raserec.config.registry import get_model
+from recbole_raserec.config import get_model
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.recommendation.fearec import FEARec
 

@@ -161,7 +161,7 @@ def test_copies_spread_a_sequence_over_the_epoch(small_config):
             plans.append(loader._plan.slots)
         if copies > 1:
             next(iter(loader.batches()))
-            assert not np.array_equal(loader._plan.slots, plans[0])  # dealt out anew
+            assert not np.array_equal(loader._plan.slots, plans[0])  # dealt out again
     assert np.mean(users_per_batch[8][:-1]) > 2 * np.mean(users_per_batch[1][:-1])
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from recbole_raserec.config.registry import get_model
+from recbole_raserec.config import get_model
 from recbole_raserec.data.dataset import WEIGHT
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined
 from recbole_raserec.data.splits import prepare_data

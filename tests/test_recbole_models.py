@@ -95,7 +95,7 @@ def test_the_page_lists_every_model(script):
 def test_a_resumed_graph_model_forgets_the_embeddings_of_its_last_epoch(small_config):
     import torch
 
-    from recbole_raserec.config.registry import get_model
+    from recbole_raserec.config import get_model
     from recbole_raserec.evaluation.protocols import evaluate
     from recbole_raserec.recommendation.stage import train_model
     from recbole_raserec.training.trainer import ResumableTrainer

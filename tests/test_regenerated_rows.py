@@ -124,7 +124,7 @@ def test_the_same_rows_in_another_numbering():
     assert data.with_ids_of(dict(old)) is data
     found = data.with_ids_of(new)
     assert as_rows(found) == [(2, 1), (1, 2)]  # the row with y is gone
-    assert found.users.tolist() == [0, 1]  # a is nobody
+    assert found.users.tolist() == [0, 1]  # a is no user
     assert found.origin.tolist() == [2, 2]
     assert found.weights.tolist() == [0, 1, 4, 5]
     assert found.vocabulary == new
@@ -136,7 +136,7 @@ def test_a_model_with_item_features_gets_its_own_numbers(small_config):
         "inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "kind"],
     }, **options)  # fmt: skip
     folder = Path(config["data_path"])
-    rows = "".join(f"i{item}\tk{item % 3}\n" for item in [77, *reversed(range(25))])  # one that nobody had
+    rows = "".join(f"i{item}\tk{item % 3}\n" for item in [77, *reversed(range(25))])  # one without interactions
     (folder / "tiny.item").write_text("item_id:token\tkind:token\n" + rows)
     regenerate(config)
     made = regenerate(config)  # found again

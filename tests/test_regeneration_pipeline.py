@@ -27,7 +27,7 @@ def test_one_origin_alone(tiny):
         ]
         assert as_rows(part.data.data) == wanted != []
         if rows == "generated":
-            assert part.data.directory == whole.data.directory  # nothing was made anew
+            assert part.data.directory == whole.data.directory  # nothing was made again
         assert part.record["metrics"]["ours"] != whole.record["metrics"]["ours"]
         assert len(part.stages["base + (i)"].splits.train._dataset) < len(
             whole.stages["base + (i)"].splits.train._dataset

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again end with the figures of a run nobody disturbed."""
+"""Runs that are killed and started again end with the figures of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Command:
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def start(self):
-        # To a file: a pipe nobody empties would stop the program.
+        # To a file: a pipe that is not emptied would stop the program.
         with (self.directory / "output.txt").open("w") as output:
             return subprocess.Popen(
                 self.words, cwd=self.directory, env=self.environment, stdout=output, stderr=subprocess.STDOUT

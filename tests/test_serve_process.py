@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import signal
@@ -53,7 +54,7 @@ def test_killed_while_it_is_updated(planted_run, tmp_path, start):
                 status, _ = first.post("/update", {"events": events}, connection=connection)
                 assert status == 200
                 acknowledged.setdefault(f"w{user}", []).extend(chosen)
-        except (OSError, ConnectionError, ValueError) as error:  # it is dead
+        except (OSError, http.client.HTTPException, ValueError) as error:  # it is dead
             if not stop.is_set():
                 problems.append(error)
         except Exception as error:

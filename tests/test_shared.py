@@ -50,7 +50,8 @@ def test_values_and_gradients_are_those_of_the_mixture(seed, owners, length):
 def test_logits_are_products_with_the_vectors_of_the_sequence():
     _, hidden, filled, owner, shares, projections, x = case(0, [3, 0, 3, 1], 4, 5)
     pairs = PairsOfSources.of(hidden, filled, owner, shares, projections)
-    torch.testing.assert_close(pairs.logits(x, hidden), torch.einsum("pth,psh->pts", x, hidden[owner]))
+    logits = pairs.take_up(pairs.lay_out(x) @ hidden.transpose(1, 2))
+    torch.testing.assert_close(logits, torch.einsum("pth,psh->pts", x, hidden[owner]))
 
 
 def test_rows_are_taken_up_where_they_were_laid_out():

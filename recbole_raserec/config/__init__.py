@@ -1,43 +1,62 @@
-"""Options: where they come from, what they may be, and which classes they name."""
+"""Options: how they are declared, where they come from, what they may be, and which classes they name."""
 
-from recbole_raserec.config.checks import check_run, evaluation_problems, selection_protocol
-from recbole_raserec.config.config import Config
+from recbole_raserec.config.checks import (
+    check_run,
+    evaluation_problems,
+    selection_protocol,
+)
+from recbole_raserec.config.config import (
+    Config,
+)
 from recbole_raserec.config.options import (
     ENCODERS,
     MINING,
-    NOT_TRAINING,
     REGENERATION,
     RETRIEVAL_MODEL,
     SEEN_KEPT,
     SEEN_REMOVED,
+    Count,
+    Dropout,
+    Dropouts,
+    EncoderOptions,
+    LearningOptions,
+    Loss,
+    ModelName,
+    Names,
+    Natural,
+    Numbers,
+    Options,
+    Positive,
+    PositiveShare,
+    Precision,
+    SequentialOptions,
+    Several,
+    Share,
+    Sizes,
+    Text,
+    Weight,
+    option,
     regeneration_options,
     trains_regenerator,
 )
-from recbole_raserec.config.registry import MODELS, REFUSED, SUPPORTED, TRIMMABLE, get_model, get_trainer_class, trims
-from recbole_raserec.config.sources import PROPERTIES, parse_value, read_yaml
+from recbole_raserec.config.sources import (
+    MODELS,
+    PROPERTIES,
+    REFUSED,
+    SUPPORTED,
+    TRIMMABLE,
+    get_model,
+    get_trainer_class,
+    parse_value,
+    read_yaml,
+    trims,
+)
 
 __all__ = [
-    "ENCODERS",
-    "MINING",
-    "MODELS",
-    "NOT_TRAINING",
-    "PROPERTIES",
-    "REFUSED",
-    "REGENERATION",
-    "RETRIEVAL_MODEL",
-    "SEEN_KEPT",
-    "SEEN_REMOVED",
-    "SUPPORTED",
-    "TRIMMABLE",
-    "Config",
-    "check_run",
-    "evaluation_problems",
-    "get_model",
-    "get_trainer_class",
-    "parse_value",
-    "read_yaml",
-    "regeneration_options",
-    "selection_protocol",
-    "trains_regenerator",
-    "trims",
-]
+    "ENCODERS", "MINING", "MODELS", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
+    "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
+    "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
+    "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
+    "get_model", "get_trainer_class", "option", "parse_value", "read_yaml", "regeneration_options",
+    "selection_protocol", "trains_regenerator", "trims",
+]  # fmt: skip

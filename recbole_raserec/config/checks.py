@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
+from recbole.config import Config as RecBoleConfig  # ours, a subclass, imports this module
 from recbole.evaluator import metric_types
 from recbole.evaluator.register import metric_information
 from recbole.utils import EvaluatorType, ModelType
@@ -18,16 +19,17 @@ from recbole_raserec.config.options import (
     ENCODERS,
     NESTED,
     REMEDIES,
+    RETRIEVAL_MODEL,
     SEEN_KEPT,
     SEEN_REMOVED,
-    Rule,
-    number,
+    Options,
+    accepted,
+    in_words,
+    is_number,
 )
-from recbole_raserec.config.registry import REFUSED, SUPPORTED, get_model
-from recbole_raserec.config.sources import all_keys, model_keys
+from recbole_raserec.config.sources import REFUSED, SUPPORTED, all_keys, get_model, get_trainer_class, model_keys
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
-from recbole_raserec.storage import read_manifest
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
@@ -60,25 +62,32 @@ def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins:
 
 
 def check_values(
-    options: dict[str, Any], rules: Mapping[str, Rule], origins: Mapping[str, str], defaults: Mapping[str, Any]
+    values: dict[str, Any], options: type[Options], origins: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> list[str]:
-    """Problems of the values that `rules` refuse; those accepted take their rule's type, in place."""
+    """Problems of the values that their options refuse; those accepted take their option's type, in place.
+
+    Args:
+        values: by name; those that `options` does not declare are left alone.
+        options: what the run checks.
+        origins: where each was given, as the message shows it.
+        defaults: values to suggest.
+    """
+    given = {name: values[name] for name in options.model_fields if name in values}
+    right = accepted(options, given)
+    values.update(right)
     problems = []
-    for name, rule in rules.items():
-        if name not in options:
+    for name in given:
+        if name in right:
             continue
-        value = options[name]
-        if rule.accepts(value):
-            options[name] = value if rule.kind is None else rule.kind(value)
-            continue
-        guess = nearest(value, rule.choices) if isinstance(value, str) else None
+        value, words = values[name], in_words(options.model_fields[name])
+        guess = nearest(value, words.choices) if isinstance(value, str) else None
         if guess is not None:
             remedy = f"did you mean {guess}?"
-        elif rule.accepts(defaults.get(name)):
+        elif accepted(options, {name: defaults.get(name)}):
             remedy = f"write for example {name}: {defaults[name]}"
         else:
             remedy = "change or remove it"
-        problems.append(f"{name}: {shown(value)}{origins.get(name, '')} is not {rule.requirement}; {remedy}")
+        problems.append(f"{name}: {shown(value)}{origins.get(name, '')} is not {words.requirement}; {remedy}")
     return problems
 
 
@@ -153,7 +162,7 @@ def _check_windows(options: Mapping[str, Any], reads: Callable[[str], bool]) -> 
                 f"MAX_ITEM_LIST_LENGTH: {length}; set it so that they are at least 1 and at most {most}"
             )
         if options.get("n_layers") == 1:
-            problems.append("n_layers: 1: FEARec deals its frequencies out to several layers; set n_layers: 2 or more")
+            problems.append("n_layers: 1: FEARec shares its frequencies among several layers; set n_layers: 2 or more")
         if options.get("use_filter"):
             problems.append("use_filter: true needs weights that RecBole's FEARec does not have; leave it out")
     if options.get("transform") == "mask_itemseq" and isinstance(ratio, (int, float)) and int(ratio * length) < 1:
@@ -207,7 +216,7 @@ def _check_eval_args(options: Mapping[str, Any]) -> list[str]:
     share: Any = parts[0][1] if len(parts) == 1 else None
     held_out = kind == "LS" and share in ("valid_and_test", "valid_only", "test_only")
     ratio = kind == "RS" and isinstance(share, (list, tuple)) and len(share) > 0
-    if not held_out and not (ratio and all(number(0).accepts(part) for part in share) and sum(share) > 0):
+    if not held_out and not (ratio and all(is_number(part) and part >= 0 for part in share) and sum(share) > 0):
         problems.append(
             f"eval_args: split {shown(split)} is neither {{LS: valid_and_test | valid_only | test_only}} nor "
             "{RS: [0.8, 0.1, 0.1]}; write split: {LS: valid_and_test}"
@@ -248,129 +257,118 @@ def _check_nested(name: str, given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def check_run(config: Any) -> None:
+def check_run(config: RecBoleConfig) -> None:
     """What only the runner can refuse, still before any data is read.
 
     Raises:
         ConfigError: with all of it.
+        MissingExtraError: the model needs an extra of this package.
     """
+    retrieval = config["model"] == RETRIEVAL_MODEL
+    name = config["backbone"] if retrieval else config["model"]
     problems = evaluation_problems(config)
-    if config["model"] == "RaSeRec" and config["backbone"] in REFUSED:
-        problems.append(
-            f"backbone: {config['backbone']} {REFUSED[config['backbone']]}; choose one of {', '.join(SUPPORTED)}."
-        )
-    target = config["backbone"] if config["model"] == "RaSeRec" else config["model"]
-    if config["regeneration"] == "personalised" and not hasattr(get_model(target), "weighted_loss"):
-        problems.append(
-            f"regeneration: personalised weighs rows in the loss of {', '.join(sorted(ENCODERS))}, not in that of "
-            f"{target}; write regeneration: true, or choose one of these."
-        )
-    elif config["regeneration"] == "personalised":
-        loss = (config.for_backbone() if config["model"] == "RaSeRec" else config).final_config_dict.get("loss_type")
-        if loss != "CE":
-            problems.append(f"regeneration: personalised weighs rows of loss_type: CE; it is {loss}.")
-    if config["regeneration"] and config["regenerated_data"] and not Path(config["regenerated_data"]).is_dir():
-        problems.append(
-            f"regenerated_data: {config['regenerated_data']} is no directory; name the one of a run with regeneration, "
-            "regeneration-... below its checkpoint_dir."
-        )
-    if config["regeneration"] and config["benchmark_filename"]:
-        problems.append("regeneration: benchmark files have no histories to regenerate; leave one of the two out.")
-    if config["regeneration"] and config["pre_model_path"]:
-        options = read_manifest(config["pre_model_path"])["options"]
-        if options.get("regeneration"):
-            problems.append(
-                f"pre_model_path: {config['pre_model_path']} was pre-trained on regenerated data, which the base must "
-                "not have seen; name the directory of the run without."
-            )
-    if config["regeneration"] and config["backbone_checkpoint"]:
-        problems.append(
-            f"backbone_checkpoint: {config['backbone_checkpoint']} was trained already, and regeneration trains anew; "
-            "leave one of the two out."
-        )
-    if not problems and any(config[name] for name in ("nproc", "world_size", "group_offset")):
-        problems = layout_problems(config, config.for_backbone() if config["model"] == "RaSeRec" else config)
+    if retrieval and name in REFUSED:
+        problems.append(f"backbone: {name} {REFUSED[name]}; choose one of {', '.join(SUPPORTED)}.")
+    if config["regeneration"]:
+        problems += _regeneration_problems(config, name)
+    if not problems and any(config[option] for option in ("nproc", "world_size", "group_offset")):
+        problems = layout_problems(config, config.for_backbone() if retrieval else config)
     if problems:
         raise ConfigError(problems)
-    installed = getattr(get_model(target), "check_installed", None)
+    installed = getattr(get_model(name), "check_installed", None)
     if installed is not None:
         installed(config)
 
 
-def layout_problems(config: Any, target: Any) -> list[str]:
-    """What of a configuration cannot run in the processes it asks for, one sentence each; empty if all is well.
-
-    Args:
-        config: of the run. target: of the model that stage ii trains.
-    """
-    layout = layout_of(config.final_config_dict)
+def _regeneration_problems(config: RecBoleConfig, name: str) -> list[str]:
+    """What of a run that trains the model `name` cannot be regenerated."""
+    data, checkpoint, pretrained = (
+        config[option] for option in ("regenerated_data", "backbone_checkpoint", "pre_model_path")
+    )
     problems = []
-    if layout.offset + layout.nproc > layout.size:
+    if config["regeneration"] == "personalised" and not hasattr(get_model(name), "weighted_loss"):
         problems.append(
-            f"world_size: {layout.size} processes are fewer than group_offset: {layout.offset} and nproc: "
-            f"{layout.nproc} make; set world_size to the number of processes on all machines"
+            f"regeneration: personalised weighs rows in the loss of {', '.join(sorted(ENCODERS))}, not in that of "
+            f"{name}; write regeneration: true, or choose one of these."
         )
-    if layout.size <= 1 or problems:
-        return problems
-
-    asked, remedy = f"nproc: {layout.size} processes", "leave nproc and world_size out (threads: N)"
-    if not torch.distributed.is_available():
+    elif config["regeneration"] == "personalised":
+        target = config.for_backbone() if config["model"] == RETRIEVAL_MODEL else config
+        if target["loss_type"] != "CE":
+            problems.append(f"regeneration: personalised weighs rows of loss_type: CE; it is {target['loss_type']}.")
+    if data and not Path(data).is_dir():
         problems.append(
-            f"{asked} need torch.distributed, which this build of torch lacks; install another, or {remedy}"
+            f"regenerated_data: {data} is no directory; name the one of a run with regeneration, regeneration-... "
+            "below its checkpoint_dir."
         )
-    if config["device"].type == "cuda" and torch.cuda.device_count() < layout.nproc:
+    if config["benchmark_filename"]:
+        problems.append("regeneration: benchmark files have no histories to regenerate; leave one of the two out.")
+    if pretrained and config.options_of_checkpoint("pre_model_path").get("regeneration"):
         problems.append(
-            f"gpu_id: {config['gpu_id']} names {torch.cuda.device_count()} GPUs that are there, for nproc: "
-            f"{layout.nproc}; name one for each process, write use_gpu: false, or {remedy}"
+            f"pre_model_path: {pretrained} was pre-trained on regenerated data, which the base must not have seen; "
+            "name the directory of the run without."
         )
-    return problems + _training_problems(target, asked, remedy)
-
-
-def _training_problems(target: Any, asked: str, remedy: str) -> list[str]:
-    """What of a model's training cannot be split into shares of each batch."""
-    from recbole.trainer import Trainer
-
-    from recbole_raserec.config.registry import get_trainer_class
-
-    model, trainer, problems = target["model"], get_trainer_class(target), []
-    if model == "DARec":
+    if checkpoint:
         problems.append(
-            f"{asked} share the rows of a batch, but DARec's losses compare the rows with each other; {remedy}"
+            f"backbone_checkpoint: {checkpoint} was trained already, and regeneration trains again; leave one of the "
+            "two out."
         )
-    elif model == "FEARec":
-        problems.append(
-            f"{asked} share the rows of a batch, but FEARec chooses its delays by the mean over all of them; {remedy}"
-        )
-    elif trainer is not Trainer:
-        problems.append(
-            f"{asked} share the steps of RecBole's Trainer, but {model} is trained by {trainer.__name__}, in another "
-            f"way; {remedy}"
-        )
-    if target["contrast"] not in (None, "none"):
-        problems.append(
-            f"{asked} share the rows of a batch, but contrast: {target['contrast']} compares each of them with all "
-            f"others; write contrast: none, or {remedy}"
-        )
-    if (target["train_neg_sample_args"] or {}).get("dynamic"):
-        problems.append(
-            f"{asked} draw the same negatives, but train_neg_sample_args: dynamic takes them from the model while it "
-            f"trains; write dynamic: false, or {remedy}"
-        )
-    if target["learner"] == "sparse_adam":
-        problems.append(f"{asked} add dense gradients up; write learner: adam instead of sparse_adam, or {remedy}")
-    if target["enable_scaler"]:
-        problems.append(f"{asked} do not scale the loss; leave enable_scaler: true out, or {remedy}")
     return problems
 
 
-def selection_protocol(config: Any) -> str:
+def layout_problems(config: RecBoleConfig, target: RecBoleConfig) -> list[str]:
+    """What of a configuration cannot run in the processes it asks for, one sentence each; empty if all is well.
+
+    Args:
+        config: of the run.
+        target: of the model that stage ii trains.
+    """
+    from recbole.trainer import Trainer  # loads much
+
+    layout = layout_of(config.final_config_dict)
+    if layout.offset + layout.nproc > layout.size:
+        return [
+            f"world_size: {layout.size} processes are fewer than group_offset: {layout.offset} and nproc: "
+            f"{layout.nproc} make; set world_size to the number of processes on all machines"
+        ]
+    if layout.size <= 1:
+        return []
+    asked, remedy = f"nproc: {layout.size} processes", "leave nproc and world_size out (threads: N)"
+    rows, model, trainer = f"{asked} share the rows of a batch, but", target["model"], get_trainer_class(target)
+    contrast, gpus = target["contrast"], torch.cuda.device_count()
+    problems = {
+        f"{asked} need torch.distributed, which this build of torch lacks; install another, or {remedy}":
+            not torch.distributed.is_available(),
+        f"gpu_id: {config['gpu_id']} names {gpus} GPUs that are there, for nproc: {layout.nproc}; name one for each "
+        f"process, write use_gpu: false, or {remedy}":
+            config["device"].type == "cuda" and gpus < layout.nproc,
+        f"{rows} DARec's losses compare the rows with each other; {remedy}":
+            model == "DARec",
+        f"{rows} FEARec chooses its delays by the mean over all of them; {remedy}":
+            model == "FEARec",
+        f"{asked} share the steps of RecBole's Trainer, but {model} is trained by {trainer.__name__}, in another way; "
+        f"{remedy}":
+            trainer is not Trainer and model not in ("DARec", "FEARec"),
+        f"{rows} contrast: {contrast} compares each of them with all others; write contrast: none, or {remedy}":
+            contrast not in (None, "none"),
+        f"{asked} draw the same negatives, but train_neg_sample_args: dynamic takes them from the model while it "
+        f"trains; write dynamic: false, or {remedy}":
+            (target["train_neg_sample_args"] or {}).get("dynamic"),
+        f"{asked} add dense gradients up; write learner: adam instead of sparse_adam, or {remedy}":
+            target["learner"] == "sparse_adam",
+        f"{asked} do not scale the loss; leave enable_scaler: true out, or {remedy}":
+            target["enable_scaler"],
+    }  # fmt: skip
+    return [problem for problem, found in problems.items() if found]
+
+
+def selection_protocol(config: RecBoleConfig) -> str:
     """The protocol whose validation figures stop a training early and choose among trials."""
     if config["valid_protocol"] != "auto":
         return config["valid_protocol"]
     return SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
 
 
-def evaluation_problems(config: Any) -> list[str]:
+def evaluation_problems(config: RecBoleConfig) -> list[str]:
     """What in the evaluation options cannot be honoured here, one sentence each; empty if all is well."""
     problems = []
     usable = sorted(name for name, needs in metric_information.items() if needs == ["rec.topk"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,22 @@ from recbole.utils import ModelType
 from recbole_raserec.config.checks import check_names, check_together, check_values
 from recbole_raserec.config.options import (
     COMPUTED_KEYS,
-    ENCODER,
     ENCODERS,
-    LANGUAGE,
     NESTED,
     NOT_TRAINING,
     RECURRENT,
     REGENERATION,
-    RETRIEVAL,
     RETRIEVAL_MODEL,
-    SEQUENTIAL,
     TRANSFORM_KEYS,
     WITHOUT_NEGATIVES,
-    rules_for,
+    Options,
+    SequentialOptions,
+    accepted,
+    defaults,
+    options_for,
+    overall_defaults,
+    unchanged_later,
+    without_training,
 )
 from recbole_raserec.config.sources import (
     LISTED_KEYS,
@@ -39,13 +42,14 @@ from recbole_raserec.config.sources import (
     find_model,
     keys_read_by,
     model_names,
+    options_of,
     parse_arguments,
     parse_value,
     read_yaml,
 )
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
-from recbole_raserec.storage import plain
+from recbole_raserec.storage import plain, read_manifest
 
 #: The devices visible when the program started. RecBole overwrites the variable with gpu_id at every configuration.
 _VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -56,6 +60,12 @@ _FEATURES = ("load_col", "threshold", "additional_feat_suffix")
 #: Models that score single interactions keep RecBole's protocol, made for labels.
 _LABELLED = (ModelType.CONTEXT, ModelType.DECISIONTREE)
 _PROTOCOL = ("eval_args", "metrics", "topk", "valid_metric")
+
+
+def _ours(name: str) -> dict[str, Any]:
+    """The options in a shipped YAML file; none if there is no such file."""
+    path = PROPERTIES / f"{name}.yaml"
+    return read_yaml(path) if path.is_file() else {}
 
 
 class Config(RecBoleConfig):
@@ -170,8 +180,9 @@ class Config(RecBoleConfig):
             )
         if model_class is None or not isinstance(dataset, str):
             self._problems += check_names(given, None, self._origins)
-            meant = model if model_class is not None else nearest(model, model_names())
-            self._problems += check_values(dict(given), rules_for([str(meant)], False), self._origins, {})
+            meant = str(model if model_class is not None else nearest(model, model_names()))
+            options = options_for(options_of(meant, model_class), False)
+            self._problems += check_values(dict(given), options, self._origins, {})
             raise ConfigError(self._problems)
         name = model_class.__name__ if isinstance(model, type) else model
         return name, model_class, dataset
@@ -185,7 +196,7 @@ class Config(RecBoleConfig):
             return None
 
     def _find_backbone(self) -> tuple[str | None, Any]:
-        name = self.external_config_dict.get("backbone", read_yaml(self._ours("model", self.model))["backbone"])
+        name = self.external_config_dict.get("backbone", self._shipped(self.model, self.model_class)["backbone"])
         backbone = self._find_model("backbone", name)
         if backbone is not None and (name == RETRIEVAL_MODEL or backbone.type != ModelType.SEQUENTIAL):
             where = self._origins.get("backbone", "")
@@ -197,8 +208,10 @@ class Config(RecBoleConfig):
         return (name, backbone) if backbone is not None else (None, None)
 
     @staticmethod
-    def _ours(*parts: str) -> Path:
-        return PROPERTIES.joinpath(*parts[:-1], parts[-1] + ".yaml")
+    def _shipped(name: str, model_class: Any) -> dict[str, Any]:
+        """The defaults of a model: declared beside it, or changed in its YAML file."""
+        declared = {key: value for options in options_of(name, model_class) for key, value in defaults(options).items()}
+        return {**declared, **_ours(f"model/{name}")}
 
     def _update_internal_config_dict(self, file: str | os.PathLike) -> dict[str, Any]:
         content = read_yaml(file)
@@ -208,19 +221,19 @@ class Config(RecBoleConfig):
         return content
 
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
-        names = [model]
+        models = {model: model_class}
         if model == RETRIEVAL_MODEL:
             backbone, self._backbone_class = self._find_backbone()
-            names = [backbone, model] if backbone else [model]
-        self._names = names
+            models = {backbone: self._backbone_class, **models} if backbone else models
+        self._models = models
         self._features: dict[str, Any] = {}
-        super()._load_internal_config_dict(names[0], self._backbone_class or model_class, dataset)
+        super()._load_internal_config_dict(next(iter(models)), self._backbone_class or model_class, dataset)
         self.internal_config_dict["MODEL_TYPE"] = model_class.type
         protocol = {key: self.internal_config_dict[key] for key in _PROTOCOL}
-        ours = [self._ours("overall"), *(self._ours("model", name) for name in names), self._ours("dataset", dataset)]
-        for path in ours:
-            if path.is_file():
-                self._update_internal_config_dict(path)
+        self.internal_config_dict.update({**overall_defaults(), **_ours("overall")})
+        for name, kind in models.items():
+            self.internal_config_dict.update(self._shipped(name, kind))
+        self.internal_config_dict.update(_ours(f"dataset/{dataset}"))
         if model_class.type in _LABELLED:
             self.internal_config_dict.update(protocol)
         # The columns RecBole lists for a model that reads features; our data set files name only those of a sequence.
@@ -229,15 +242,15 @@ class Config(RecBoleConfig):
     # ------------------------------------------------------------------ the final options, checked
 
     def _get_final_config_dict(self) -> dict[str, Any]:
-        given, defaults = self.external_config_dict, self.internal_config_dict
-        final = {**copy.deepcopy(defaults), **copy.deepcopy(given)}
+        given, shipped = self.external_config_dict, self.internal_config_dict
+        final = {**copy.deepcopy(shipped), **copy.deepcopy(given)}
         if final.get("training") == "packed" and final.get("loss_type", "CE") != "CE" and "training" not in given:
             final["training"] = "prefix"  # a data set's file asks for packed where the loss allows it
         if "train_neg_sample_args" not in given and self._needs_no_negatives(final):
             final["train_neg_sample_args"] = None
         for name in NESTED:
-            if isinstance(given.get(name), dict) and isinstance(defaults.get(name), dict):
-                final[name] = {**copy.deepcopy(defaults[name]), **final[name]}
+            if isinstance(given.get(name), dict) and isinstance(shipped.get(name), dict):
+                final[name] = {**copy.deepcopy(shipped[name]), **final[name]}
         if isinstance(final.get("gpu_id"), list):
             final["gpu_id"] = tuple(final["gpu_id"])
         if isinstance(final.get("topk"), tuple):
@@ -246,7 +259,7 @@ class Config(RecBoleConfig):
         keys = self._known_keys()
         self._problems += check_names(given, keys, self._origins)
         sequential = self.model_class.type == ModelType.SEQUENTIAL
-        self._problems += check_values(final, rules_for(self._names, sequential), self._origins, defaults)
+        self._problems += check_values(final, self._options(), self._origins, shipped)
         retrieval = self.model == RETRIEVAL_MODEL
         if not sequential and final.get("regeneration"):
             self._problems.append(
@@ -268,13 +281,21 @@ class Config(RecBoleConfig):
             final["loss_type"], final["train_neg_sample_args"] = "CE", None
         return final
 
+    def _own(self) -> list[type[Options]]:
+        """The classes that declare the options of the model and of its backbone."""
+        return [options for name, kind in self._models.items() for options in options_of(name, kind)]
+
+    def _options(self) -> type[Options]:
+        """What this run checks: the options of its models, and those of every run."""
+        return options_for(reversed(self._own()), self.model_class.type == ModelType.SEQUENTIAL)
+
     def _learns_by_softmax(self, final: Mapping[str, Any]) -> bool:
         trained = self._backbone_class or self.model_class
         return not hasattr(trained, "input_type") and final.get("loss_type") == "CE"
 
     def _needs_no_negatives(self, final: Mapping[str, Any]) -> bool:
         sequential = self.model_class.type == ModelType.SEQUENTIAL
-        return sequential and (self._learns_by_softmax(final) or not WITHOUT_NEGATIVES.isdisjoint(self._names))
+        return sequential and (self._learns_by_softmax(final) or not WITHOUT_NEGATIVES.isdisjoint(self._models))
 
     def _known_keys(self) -> frozenset[str] | None:
         """Options this run reads; None when that cannot be told (unknown backbone, model without source)."""
@@ -308,7 +329,7 @@ class Config(RecBoleConfig):
 
     # -- what the pipeline asks of it: the configurations of its other stages, and the options that decide a result
 
-    def for_backbone(self) -> Any:
+    def for_backbone(self) -> Config:
         """The configuration of the backbone of a RaSeRec run, the same as of a run of that model alone.
 
         It is made from the options as they were given, without those of the retrieval stage: changing one of these
@@ -321,9 +342,21 @@ class Config(RecBoleConfig):
         """
         if self.model != RETRIEVAL_MODEL:
             raise ValueError(f"{self.model} has no backbone; only {RETRIEVAL_MODEL} has one.")
-        dropped = {"model", "dataset", "config_files", *RETRIEVAL}
-        options = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
-        return type(self)(self.final_config_dict["backbone"], self.dataset, config_dict=Parsed(options), argv=[])
+        return self._derived(self.final_config_dict["backbone"], self._given(self.model_class.options.model_fields))
+
+    def _given(self, dropped: Iterable[str] = ()) -> dict[str, Any]:
+        """The options that were given, without those of the run and those `dropped`."""
+        without = {"model", "dataset", "config_files", *dropped}
+        return {name: value for name, value in self.external_config_dict.items() if name not in without}
+
+    def _known(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the options that this run reads."""
+        known = self._known_keys()
+        return {name: value for name, value in options.items() if known is None or name in known}
+
+    def _derived(self, model: str, options: Mapping[str, Any]) -> Config:
+        """The configuration of a model on the same data set with these options alone."""
+        return type(self)(model, self.dataset, config_dict=Parsed(options), argv=[])
 
     def reads(self, name: str) -> bool:
         """Whether this run reads an option of that name; True where that cannot be told."""
@@ -331,87 +364,79 @@ class Config(RecBoleConfig):
 
     def never_takes(self, name: str, value: Any) -> bool:
         """Whether an option is not read, or refuses a value whatever the others are."""
-        rule = rules_for(self._names, self.model_class.type == ModelType.SEQUENTIAL).get(name)
-        return not self.reads(name) or (rule is not None and not rule.accepts(value))
+        options = self._options()
+        return not self.reads(name) or (name in options.model_fields and not accepted(options, {name: value}))
 
-    def with_options(self, options: dict[str, Any]) -> Any:
+    def with_options(self, options: dict[str, Any]) -> Config:
         """The same configuration, in which `options` take the place of what was given.
 
         Raises:
             ConfigError: with every problem of the new configuration.
         """
-        dropped = ("model", "dataset", "config_files")
-        given = {name: value for name, value in self.external_config_dict.items() if name not in dropped}
-        return type(self)(self.model, self.dataset, config_dict=Parsed({**given, **options}), argv=[])
+        return self._derived(self.model, {**self._given(), **options})
 
-    def without_regeneration(self) -> Any:
+    def without_regeneration(self) -> Config:
         """The same configuration with `regeneration: false`."""
-        options = {name: value for name, value in self.external_config_dict.items() if name not in REGENERATION}
-        options = {name: value for name, value in options.items() if name not in ("model", "dataset", "config_files")}
-        return type(self)(self.model, self.dataset, config_dict=Parsed(options), argv=[])
+        return self._derived(self.model, self._given(REGENERATION))
 
-    def for_collaborator(self) -> Any:
+    def for_collaborator(self) -> Config:
         """The configuration of the model that the option `collaborative` of DARec names, the same as of a run of it.
 
         Of the options given, those hold that the model and DARec have in common and that do not describe the training
         or the size of DARec itself: the data, the split, the seed, the place of the checkpoints.
         """
         name = self.final_config_dict["collaborative"]
-        model = type(self)(name, self.dataset, config_dict=Parsed({}), argv=[])
-        own = {"model", "dataset", "config_files", "loss_type", "training", "packed_copies", *LANGUAGE, *REGENERATION}
-        own |= {"epochs", "stopping_step", "learning_rate", "train_batch_size", "weight_averaging", "initializer_range"}
-        own |= {"MAX_ITEM_LIST_LENGTH", "eval_batch_size", *RETRIEVAL}
-        known = model._known_keys()
-        options = {
-            option: value
-            for option, value in self.external_config_dict.items()
-            if option not in own and (known is None or option in known)
-        }
-        return type(self)(name, self.dataset, config_dict=Parsed(options), argv=[])
+        own = {option for options in self._own() for option in options.model_fields}
+        given = self._given({*own, *REGENERATION, "weight_averaging"})
+        return self._derived(name, self._derived(name, {})._known(given))
 
-    def for_embeddings(self) -> Any:
+    def for_embeddings(self) -> Config:
         """The configuration of the SASRec whose item vectors the regenerator starts from.
 
         The options that were given hold for it too, where SASRec knows them; without any for another model, it is a
-        run of ``--model=SASRec`` of the same data, and its checkpoint is shared with that.
+        run of `--model=SASRec` of the same data, and its checkpoint is shared with that.
         """
         if self.model == "SASRec":
             return self.without_regeneration()
-        known = type(self)("SASRec", self.dataset, config_dict=Parsed({}), argv=[])
-        dropped = {"model", "dataset", "config_files", "loss_type", "train_neg_sample_args", *RETRIEVAL, *REGENERATION}
-        dropped |= {"additional_feat_suffix", "preload_weight"}
-        if not ENCODERS & set(self._names):
-            dropped |= set(ENCODER)
-        if not (ENCODERS - RECURRENT) & set(self._names):  # sizes of another kind of model
-            dropped |= {*SEQUENTIAL, "hidden_dropout_prob", "attn_dropout_prob", "embedding_size"}
-        columns = self.final_config_dict.get("load_col")
-        interactions = {"load_col": {"inter": columns["inter"]}} if columns and "inter" in columns else {}
-        options = {
-            name: value
-            for name, value in self.external_config_dict.items()
-            if name not in dropped and (known._known_keys() is None or name in (known._known_keys() or ()))
-        }
+        dropped = {"loss_type", "train_neg_sample_args", "additional_feat_suffix", "preload_weight", *REGENERATION}
+        if self.model == RETRIEVAL_MODEL:
+            dropped.update(self.model_class.options.model_fields)
+        if not ENCODERS & set(self._models):
+            dropped.update(("training", "packed_copies"))
+        if not (ENCODERS - RECURRENT) & set(self._models):  # sizes of another kind of model
+            dropped.update(SequentialOptions.model_fields, ("embedding_size",))
+        options = self._derived("SASRec", {})._known(self._given(dropped))
         if "load_col" in options:  # item features, knowledge graphs: not for SASRec
-            options.update(interactions)
-        return type(self)("SASRec", self.dataset, config_dict=Parsed(options), argv=[])
+            columns = self.final_config_dict.get("load_col")
+            options.update({"load_col": {"inter": columns["inter"]}} if columns and "inter" in columns else {})
+        return self._derived("SASRec", options)
 
     def training_options(self) -> dict[str, Any]:
         """The options that decide what the trained weights are, JSON-able, sorted by name: for fingerprints.
 
         Paths are left out, `backbone_checkpoint` too: a fingerprint of the retrieval stage has to hold the backbone's.
         """
-        options = {name: value for name, value in self.explain().items() if name not in NOT_TRAINING}
+        options = self.explain()
+        without = self.not_training | unchanged_later(self._options(), options)
+        options = {name: value for name, value in options.items() if name not in without}
         # Regenerated data have a fingerprint of their own, which the run's holds where there are any.
         unread = set(REGENERATION) if options.get("regeneration") else {*REGENERATION, "memory_regenerated"}
         options = {name: value for name, value in options.items() if name not in unread}
         processes = layout_of(self.final_config_dict).size
         if processes > 1:  # dropout masks are drawn by each for its rows
             options["world_size"] = processes
-        if options["valid_protocol"] == "auto":  # what it was before there was the option
-            del options["valid_protocol"]
         protocol = dict(options["eval_args"])
         protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
         return {**options, "eval_args": protocol}
+
+    @property
+    def not_training(self) -> frozenset[str]:
+        """Names of options that leave the trained weights as they are."""
+        return NOT_TRAINING | without_training(self._options())
+
+    def options_of_checkpoint(self, name: str) -> dict[str, Any]:
+        """The options of the run whose checkpoint directory the option `name` names."""
+        return read_manifest(self.final_config_dict[name])["options"]
 
     def explain(self) -> dict[str, Any]:
         """All final options, JSON-able, sorted by name."""

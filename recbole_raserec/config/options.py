@@ -1,64 +1,199 @@
-"""The options: which names exist, what each accepts, which belong together."""
+"""The options: each is one field of a pydantic class, with its type and range, its default and one sentence.
+
+Options of every run stand here; those of a model stand beside it, in the class that its attribute `options` names. A
+user's own model can have such a class, too. The checks, `properties/*.yaml` and the tables of
+`docs/reference/options.md` come from the declarations (`python -m recbole_raserec.config.properties` writes them). To
+add an option, write one field:
+
+    top_k: Count = option(20, "neighbours per query")
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Annotated, Any, Callable, Literal, NamedTuple, Optional, Union, get_args, get_origin
 
-# What an option accepts: a rule in words and as a test, and the rules that several options share.
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
+
+
+class Options(BaseModel):
+    """Base of the classes that declare options. The docstring of such a class heads its part of the YAML file.
+
+    Options of several classes are checked together, field by field: validators belong into their types (`Annotated`).
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+_RECBOLE: Any = object()
+
+
+def option(
+    default: Any = _RECBOLE, sentence: str = "", *, heading: Optional[str] = None, training: bool = True,
+    later: bool = False,
+) -> Any:  # fmt: skip
+    """Declare an option.
+
+    Args:
+        default: its value unless another is given; left out: RecBole's files have it, or it needs none.
+        sentence: what it does.
+        heading: the comment above it in the YAML file, where it starts a paragraph; empty: a blank line alone.
+        training: whether it decides what the trained weights are, and with that a run's fingerprint.
+        later: added after version 0.1.0 with a default that changes nothing. The fingerprint holds other values alone,
+            so that what older versions trained is found.
+    """
+    more = {"heading": heading, "training": training, "later": later, "shipped": default is not _RECBOLE}
+    return Field(default if more["shipped"] else None, description=sentence or None, json_schema_extra=more)
+
+
+def told(field: FieldInfo, name: str, otherwise: Any = True) -> Any:
+    """What `option` was told of a field: `heading`, `training`, `later`; or whether it is `shipped`, with a default."""
+    extra = field.json_schema_extra
+    return extra.get(name, otherwise) if isinstance(extra, dict) else otherwise
+
+
+def shipped(options: type[Options]) -> dict[str, FieldInfo]:
+    """The options of a class that have a default of this package, in the order of their declaration."""
+    return {name: field for name, field in options.model_fields.items() if told(field, "shipped")}
+
+
+def defaults(options: type[Options]) -> dict[str, Any]:
+    """The defaults that a class declares, by name."""
+    return {name: copy.deepcopy(field.default) for name, field in shipped(options).items()}
+
+
+def without_training(options: type[Options]) -> frozenset[str]:
+    """Options of a class that leave the trained weights as they are."""
+    return frozenset(name for name, field in options.model_fields.items() if not told(field, "training"))
+
+
+def unchanged_later(options: type[Options], values: Mapping[str, Any]) -> frozenset[str]:
+    """The later options of a class that have their default in `values`."""
+    later = {name: field for name, field in options.model_fields.items() if told(field, "later", False)}
+    return frozenset(name for name, field in later.items() if values.get(name) == field.default)
+
+
+def accepted(options: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that their options accept, converted: 1 and 1.0 are one configuration."""
+    try:
+        valid = options.model_validate(dict(values))
+    except ValidationError as error:
+        refused = {problem["loc"][0] for problem in error.errors()}
+        return accepted(options, {name: value for name, value in values.items() if name not in refused})
+    return {name: getattr(valid, name) for name in values}
+
+
+@functools.cache
+def combined(classes: tuple[type[Options], ...]) -> type[Options]:
+    """One class with the options of several; of those of one name the first counts."""
+    fields: dict[str, FieldInfo] = {}
+    for options in reversed(classes):
+        fields.update(options.model_fields)
+    pairs: dict[str, Any] = {name: (field.annotation, field) for name, field in fields.items()}
+    return create_model("RunOptions", __base__=Options, **pairs)
+
+
+# Types, and what they accept in words.
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What one option accepts. `kind` converts an accepted value, so that 1 and 1.0 are one configuration."""
+class Accepts:
+    """A type for what Python's types cannot say: `Annotated[Any, Accepts(...)]`.
+
+    Attributes:
+        requirement: what it accepts, in words.
+        test: whether it accepts a value.
+        kind: its name in a YAML comment.
+        convert: makes one value of those that mean the same.
+    """
 
     requirement: str
-    accepts: Callable[[Any], bool]
+    test: Callable[[Any], bool]
+    kind: str = "str"
+    convert: Callable[[Any], Any] = lambda value: value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_plain_validator_function(self._validated)
+
+    def _validated(self, value: Any) -> Any:
+        if not self.test(value):
+            raise ValueError(self.requirement)
+        return self.convert(value)
+
+
+class Words(NamedTuple):
+    """A type in words: what it accepts, its name in a YAML comment, and the names to choose among."""
+
+    requirement: str
+    kind: str
     choices: tuple[str, ...] = ()
-    kind: Callable[[Any], Any] | None = None
 
 
-def number(low: float = -math.inf, high: float = math.inf, *, open_low: bool = False, open_high: bool = False) -> Rule:
-    """A number between the bounds, which count as inside unless they are open."""
-
-    def accepts(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return False
-        return (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-
-    if math.isinf(high):
-        requirement = f"a number {'>' if open_low else '>='} {low:g}"
-    else:
-        requirement = f"a number in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-    return Rule(requirement, accepts, kind=float)
+def in_words(field: FieldInfo) -> Words:
+    """What an option accepts."""
+    return _words(field.annotation, field.metadata)
 
 
-def integer(low: int, high: int | None = None) -> Rule:
-    """An integer between the bounds, both inside."""
+def _words(kind: Any, metadata: Iterable[Any]) -> Words:
+    marks = [mark for item in metadata for mark in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    for mark in marks:
+        if isinstance(mark, Accepts):
+            return Words(mark.requirement, mark.kind)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _words(parts[0], [*parts[1:], *marks])
+    if origin is Literal:
+        return Words("one of " + ", ".join(map(str, parts)), "str", tuple(map(str, parts)))
+    if type(None) in parts:
+        words = _words(Union[tuple(part for part in parts if part is not type(None))], marks)
+        return words._replace(requirement=f"{words.requirement}, or null")
+    if kind is str:
+        return Words("a non-empty text" if any(isinstance(mark, MinLen) for mark in marks) else "a text", "str")
+    if kind in (int, float):
+        return Words(_range(kind, marks), kind.__name__)
+    names = {bool: "true or false", dict: "a mapping", list: "a list"}
+    plain = origin or kind
+    return Words(names.get(plain, "another value"), getattr(plain, "__name__", ""))
 
-    def accepts(value: Any) -> bool:
-        return type(value) is int and low <= value and (high is None or value <= high)
 
-    return Rule(f"an integer >= {low}" + ("" if high is None else f" and <= {high}"), accepts)
+def _range(kind: type, marks: Iterable[Any]) -> str:
+    """A number's bounds: `an integer >= 1`, `a number in [0, 1)`."""
+    low = high = None
+    for mark in marks:
+        low = mark if isinstance(mark, (Ge, Gt)) else low
+        high = mark if isinstance(mark, (Le, Lt)) else high
+    above = "" if low is None else f">= {low.ge}" if isinstance(low, Ge) else f"> {low.gt}"
+    below = "" if high is None else f"<= {high.le}" if isinstance(high, Le) else f"< {high.lt}"
+    if kind is float and above and below:
+        return f"a number in {'[('[above[1] == ' ']}{above.split()[1]}, {below.split()[1]}{'])'[below[1] == ' ']}"
+    bounds = " and ".join(filter(None, (above, below)))
+    return f"{'an integer' if kind is int else 'a number'} {bounds}".rstrip()
 
 
-def choice(*names: str) -> Rule:
-    """One of these names."""
-    return Rule("one of " + ", ".join(names), lambda value: isinstance(value, str) and value in names, names)
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def optional(rule: Rule) -> Rule:
-    """What `rule` accepts, or nothing."""
-    kind = rule.kind
-    return Rule(
-        f"{rule.requirement}, or null",
-        lambda value: value is None or rule.accepts(value),
-        rule.choices,
-        None if kind is None else lambda value: None if value is None else kind(value),
-    )
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _all(test: Callable[[Any], bool], length: Optional[int] = None) -> Callable[[Any], bool]:
+    """A test for lists whose parts all pass `test`."""
+    return lambda value: isinstance(value, (list, tuple)) and length in (None, len(value)) and all(map(test, value))
+
+
+def _sizes(value: Any) -> bool:
+    return _count(value) or (bool(value) and _all(lambda part: _count(part) or _all(_count, 2)(part))(value))
 
 
 def _devices(value: Any) -> bool:
@@ -66,248 +201,285 @@ def _devices(value: Any) -> bool:
     return not isinstance(value, bool) and re.fullmatch(r"(\d+(,\d+)*)?", text.replace(" ", "")) is not None
 
 
-def _level(value: Any) -> bool:
-    return isinstance(value, str) and value.lower() in ("debug", "info", "warning", "error", "critical")
-
-
-def _sizes(value: Any) -> bool:
-    def size(x: Any) -> bool:
-        return type(x) is int and x >= 0
-
-    def pair(x: Any) -> bool:
-        return isinstance(x, (list, tuple)) and len(x) == 2 and all(map(size, x))
-
-    return size(value) or (isinstance(value, (list, tuple)) and bool(value) and all(size(x) or pair(x) for x in value))
-
-
-_INTERVALS = re.compile(r"[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])](;[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])])*")
-
-
-def _interval(value: Any) -> bool:
-    return _INTERVALS.fullmatch(_interval_text(value)) is not None
-
-
-def _interval_text(value: Any) -> str:
+def _interval(value: Any) -> str:
     """As RecBole reads it; "[5,60]" arrives as a list, which its command line and YAML make of it."""
-    if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(number().accepts, value)):
+    if _all(is_number, 2)(value):
         return f"[{value[0]},{value[1]}]"
     return value if isinstance(value, str) else ""
 
 
-FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-TEXT = Rule("a non-empty text", lambda value: isinstance(value, str) and bool(value))
-TABLE = Rule("a mapping", lambda value: isinstance(value, dict))
-INTERVAL = Rule('an interval such as "[5,inf)" (in quotes)', _interval, kind=_interval_text)
-DEVICES = Rule("a GPU number, several joined by commas, or empty for the CPU", _devices)
-LEVEL = Rule("one of debug, info, warning, error, critical", _level)
-DROPOUT = number(0, 1, open_high=True)
-DROPOUTS = Rule(
-    "a list of two numbers in [0, 1)",
-    lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(DROPOUT.accepts, value)),
-    kind=list,
-)
-NAMES = Rule(
-    "a list of names",
-    lambda value: isinstance(value, (list, tuple)) and all(isinstance(name, str) and name for name in value),
-    kind=list,
-)
-NUMBERS = Rule(
-    "a list of integers >= 0",
-    lambda value: isinstance(value, (list, tuple)) and all(type(n) is int and n >= 0 for n in value),
-    kind=list,
-)
-SIZES = Rule("a size >= 0, or a list with a size or a pair of sizes for each layer", _sizes)
+def _is_interval(value: Any) -> bool:
+    one = r"[\[(]\s*[^,;\s]+\s*,\s*[^,;\s]+\s*[\])]"
+    return re.fullmatch(f"{one}(;{one})*", _interval(value)) is not None
 
+
+def _anything(value: Any) -> bool:
+    """For an option that is looked up, or that `config.checks` judges beside others."""
+    return True
+
+
+_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+Natural = Annotated[int, Ge(0)]
+Count = Annotated[int, Ge(1)]
+Several = Annotated[int, Ge(2)]
+Weight = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+Dropout = Annotated[float, Ge(0), Lt(1)]
+Text = Annotated[str, MinLen(1)]
+Precision = Literal["auto", "float32", "bfloat16"]
+Loss = Annotated[Literal["CE", "BPR"], Field(description="CE (softmax over all items) or BPR (one sampled negative)")]
+# fmt: off
+Names = Annotated[Any, Accepts(
+    "a list of names", _all(lambda part: isinstance(part, str) and bool(part)), "list", list)]
+Numbers = Annotated[Any, Accepts("a list of integers >= 0", _all(_count), "list", list)]
+Dropouts = Annotated[Any, Accepts(
+    "a list of two numbers in [0, 1)", _all(lambda part: is_number(part) and 0 <= part < 1, 2), "list", list)]
+Sizes = Annotated[Any, Accepts(
+    "a size >= 0, or a list with a size or a pair of sizes for each layer", _sizes, "int or list")]
+Devices = Annotated[Any, Accepts("a GPU number, several joined by commas, or empty for the CPU", _devices)]
+Interval = Annotated[Any, Accepts('an interval such as "[5,inf)" (in quotes)', _is_interval, "str", _interval)]
+Level = Annotated[Any, Accepts(
+    f"one of {', '.join(_LEVELS)}", lambda value: isinstance(value, str) and value.lower() in _LEVELS)]
+Port = Annotated[Any, Accepts("a port, 1 to 65535", lambda value: str(value) in map(str, range(1, 1 << 16)), "int")]
+Processes = Annotated[Any, Accepts(
+    "-1 or an integer >= 1", lambda value: type(value) is int and (value == -1 or value >= 1), "int")]
+Regenerates = Annotated[Any, Accepts(
+    "true, false or personalised", lambda value: value in (True, False, "personalised"), "bool or str")]
+EvalArgs = Annotated[Any, Accepts("a mapping with split, order, group_by, mode", _anything, "dict")]
+Metrics = Annotated[Any, Accepts("a list of names", _anything, "list")]
+Cutoffs = Annotated[Any, Accepts("a list of integers > 0", _anything, "list")]
+Metric = Annotated[Any, Accepts("one of metrics at one of topk", _anything)]
+ModelName = Annotated[Any, Accepts("a model", _anything)]
+# fmt: on
+
+# Options of every run, by section of `properties/overall.yaml`.
 
 #: The two protocols of evaluation: items of the history stay in the ranking (RecBole's way), or are taken out.
 SEEN_KEPT, SEEN_REMOVED = "seen_kept", "seen_removed"
 
 
+class RunOptions(Options):
+    """Environment"""
+
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = option(2020, "random seed, RecBole's")
+    reproducibility: bool = option(True, "deterministic kernels where the library has them")
+    data_path: Text = option("dataset/", "directory that contains NAME/NAME.inter of a data set NAME", training=False)
+    checkpoint_dir: Text = option("saved", "directory of the checkpoints", training=False)
+    show_progress: bool = option(True, "progress bars with the time left", training=False)
+    result_file: Optional[Text] = option(None, "write the final figures to this JSON file", training=False)
+    ranks_file: Optional[Text] = option(None, "write the rank of every test target to this .npz file", training=False)
+    threads: Optional[Count] = option(None, "CPU threads; null leaves it to the library", training=False)
+    resume: bool = option(True, "continue an interrupted run of the same configuration and data", training=False)
+    use_gpu: bool = option(sentence="a GPU, where torch sees one; the compiled kernels are for the CPU", training=False)
+    gpu_id: Devices = option(sentence="which GPU", training=False)
+    worker: Natural = option(training=False)
+    state: Level = option(training=False)
+    log_wandb: bool = option(training=False)
+    save_dataset: bool = option(training=False)
+    dataset_save_path: Optional[Text] = option(training=False)
+    save_dataloaders: bool = option(training=False)
+    dataloaders_save_path: Optional[Text] = option(training=False)
+
+
+class ProcessOptions(Options):
+    """Processes"""
+
+    nproc: Count = option(sentence="processes that share every batch, on CPUs or GPUs", training=False)
+    world_size: Processes = option(sentence="processes on all machines", training=False)
+    group_offset: Natural = option(sentence="processes on the machines before this one", training=False)
+    ip: Text = option(sentence="address of the first machine", training=False)
+    port: Port = option(sentence="port of the first machine", training=False)
+
+
+class DataOptions(Options):
+    """Data: what a sequence needs, and nothing else"""
+
+    load_col: Optional[dict] = option(
+        {"inter": ["user_id", "item_id", "timestamp"]}, "suffix of the atomic file: columns to load"
+    )
+    MAX_ITEM_LIST_LENGTH: Count = option(50, "the model sees the last that many items of a history")
+    bucket_batches: bool = option(True, "batch windows of similar length together, so that less of a batch is padding")
+    unload_col: Optional[dict] = option()
+    val_interval: Optional[dict] = option()
+    user_inter_num_interval: Optional[Interval] = option()
+    item_inter_num_interval: Optional[Interval] = option()
+    USER_ID_FIELD: Text = option()
+    ITEM_ID_FIELD: Text = option()
+    TIME_FIELD: Text = option()
+    transform: Optional[
+        Literal["mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined"]
+    ] = option()
+
+
+class TrainingOptions(Options):
+    """Training"""
+
+    weight_averaging: Dropout = option(
+        0,
+        "in [0, 1): validate and keep a moving average of the weights with this decay a step (0.999 reaches back over "
+        "a thousand steps); 0: the last step's weights",
+    )
+    native_kernels: bool = option(True, "SASRec and DuoRec: use the compiled kernels where the processor can run them")
+    softmax_precision: Precision = option(
+        "auto",
+        "loss of this package's models: float32; bfloat16: its products in bfloat16; auto: bfloat16 where the compiled "
+        "kernel for it is there, otherwise float32",
+    )
+    learner: Literal["adam", "sgd", "adagrad", "rmsprop", "sparse_adam"] = option()
+    weight_decay: Weight = option()
+    clip_grad_norm: Optional[dict] = option()
+    eval_step: Natural = option()
+    shuffle: bool = option()
+    repeatable: bool = option()
+    enable_amp: bool = option()
+    enable_scaler: bool = option()
+    require_pow: bool = option()
+    embedding_size: Count = option()
+    dropout_prob: Dropout = option()
+
+
+class RegenerationOptions(Options):
+    """Dataset regeneration (DR4SR, arXiv 2405.17795): sequential models train on mined and generated patterns too. The
+    names of the paper are in brackets; the options below the first count only where it is on."""
+
+    regeneration: Regenerates = option(
+        False,
+        "regenerate the training set first; personalised (DR4SR+; SASRec, DuoRec, BSARec, GRU4Rec, NARM): and weigh "
+        "each regenerated row by what it is worth to the model",
+    )
+    regenerated_data: Optional[Text] = option(None, "directory of a regenerated set to use instead of making one")
+    regen_rows: Literal["both", "patterns", "generated"] = option(
+        "both",
+        "what joins the training set: patterns (mined), generated (what is not among these), or both",
+    )
+    regen_pretrained: bool = option(True, "start from the item vectors of a trained SASRec (trained, or found, first)")
+    regen_span: Several = option(5, "items of a history that a pattern may span (the paper's alpha)")
+    regen_min_support: Count = option(2, "users whose histories must hold a pattern (the paper's beta)")
+    regen_pairs: Count = option(10, "patterns that the regenerator learns of one sequence, at most")
+    regen_pattern_length: Several = option(5, "items of a pattern, at most")
+    regen_hidden_size: Count = option(64, "of the regenerator, where regen_pretrained is false; otherwise SASRec's")
+    regen_layers: Count = option(2, "of its encoder, and of its decoder")
+    regen_heads: Count = option(2, "attention heads")
+    regen_inner_size: Count = option(256, "inner size of its feed-forward layers")
+    regen_dropout: Dropout = option(0.5, "in [0, 1)")
+    regen_conditions: Count = option(5, "latent spaces, and patterns generated for a sequence (K)")
+    regen_learning_rate: Positive = option(0.001, "Adam")
+    regen_epochs: Count = option(40, "at most")
+    regen_stopping_step: Count = option(
+        3, "stop after that many epochs without a better loss of held-out pairs (the paper: none)"
+    )
+    regen_held_out: Dropout = option(0.05, "share of the sequences whose pairs are held out, in [0, 1)")
+    regen_batch_pairs: Count = option(1024, "pairs in a batch, about")
+    regen_entropy: Weight = option(0.1, "weight of the entropy of the conditions' use")
+    regen_tau_decay: PositiveShare = option(0.995, "the Gumbel-softmax's temperature is multiplied by it every step")
+    regen_tau_least: PositiveShare = option(0.1, "down to this")
+    regen_gamma: Share = option(
+        0.1,
+        "share of restrictive steps when patterns are generated, in [0, 1]; the best of the paper's plot (its code "
+        "always takes 1)",
+    )
+    regen_temperature: Weight = option(0, "0: the best item at each step; above: drawn")
+    regen_personal_epochs: Count = option(5, "personalised: passes over all rows while the scores are learned")
+    regen_personal_every: Count = option(10, "steps of the model between two steps of the scores")
+    regen_personal_terms: Natural = option(3, "terms of the Neumann series for the inverse Hessian, beyond the first")
+    regen_personal_rate: Positive = option(0.1, "its rate")
+    regen_personal_learning_rate: Positive = option(0.001, "Adam, of the scores")
+
+
+class EvaluationOptions(Options):
+    """Evaluation: leave-one-out in time order, every item ranked"""
+
+    eval_args: EvalArgs = option(
+        {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user",
+         "mode": {"valid": "full", "test": "full"}}, "keys that are left out keep the value they have here",
+    )  # fmt: skip
+    metrics: Metrics = option(["Recall", "NDCG"], training=False)
+    topk: Cutoffs = option([5, 10, 20], training=False)
+    valid_metric: Metric = option("NDCG@10", "early stopping; one of metrics at one of topk")
+    valid_protocol: Literal["auto", "seen_kept", "seen_removed"] = option(
+        "auto",
+        "validation figures of which protocol stop a training and tune the kNN head: seen_kept, seen_removed; auto: "
+        "RecBole's, kept for sequential models, removed for general ones",
+        later=True,
+    )
+    eval_batch_size: Count = option(1024, training=False)
+    eval_memory_mb: Positive = option(
+        512, "MiB that the scores of an evaluation may take; they are computed in chunks", training=False
+    )
+    metric_decimal_place: Count = option(training=False)
+    loss_decimal_place: Count = option(training=False)
+
+
+# What models have in common: each chooses among these, and may set other defaults.
+
+
+class SequentialOptions(Options):
+    """Sizes of a transformer; the ranges hold for every sequential model that has an option of the name."""
+
+    n_layers: Count = option(2, "transformer layers")
+    n_heads: Count = option(2, "attention heads; must divide hidden_size")
+    hidden_size: Count = option(64, "length of an item's and a user's vector")
+    inner_size: Count = option(256, "inner size of the feed-forward layers")
+    hidden_dropout_prob: Dropout = option(0.5, "dropout of the hidden states, in [0, 1)")
+    attn_dropout_prob: Dropout = option(0.5, "dropout of the attention weights, in [0, 1)")
+    hidden_act: Literal["gelu", "relu", "swish", "tanh", "sigmoid"] = option(
+        "gelu", "gelu, relu, swish, tanh or sigmoid"
+    )
+    layer_norm_eps: Positive = option(1e-12)
+    initializer_range: Positive = option(0.02, "standard deviation of the initial weights")
+    num_layers: Count = option()
+
+
+class LearningOptions(Options):
+    """How a model is trained; the ranges hold for all models."""
+
+    learning_rate: Positive = option(0.001, "Adam", heading="")
+    train_batch_size: Count = option(512, "windows in a batch")
+    epochs: Count = option(100, "at most; early stopping usually ends sooner")
+    stopping_step: Natural = option(10, "stop after more than that many evaluations without a better valid_metric")
+
+
+class EncoderOptions(LearningOptions):
+    """How SASRec, DuoRec, BSARec, GRU4Rec and NARM are trained."""
+
+    training: Literal["prefix", "packed"] = option(
+        "prefix", "prefix: one window per target; packed: all targets of a sequence in one pass"
+    )
+    packed_copies: Count = option(1, "rows among which `packed` distributes a sequence's targets in each epoch")
+
+
+#: The sections of `properties/overall.yaml`.
+OVERALL = (RunOptions, DataOptions, TrainingOptions, RegenerationOptions, EvaluationOptions)
+
+
+def overall_defaults() -> dict[str, Any]:
+    """The defaults of every run."""
+    return {name: value for section in OVERALL for name, value in defaults(section).items()}
+
+
+def options_for(own: Iterable[type[Options]], sequential: bool) -> type[Options]:
+    """The options that a run checks.
+
+    Args:
+        own: those of its model and, if it has one, of its backbone; the first wins.
+        sequential: whether the model reads sequences.
+    """
+    shared = (SequentialOptions, RegenerationOptions) if sequential else ()
+    common = (RunOptions, ProcessOptions, DataOptions, TrainingOptions, LearningOptions, EvaluationOptions)
+    return combined((*own, *shared, *common))
+
+
+# Names of options by what they are for.
+
 #: The model whose configuration holds a second model's, its backbone.
 RETRIEVAL_MODEL = "RaSeRec"
 
-#: Options of every model.
-COMMON: dict[str, Rule] = {
-    "seed": integer(0, 2**32 - 1),
-    "gpu_id": DEVICES,
-    "worker": integer(0),
-    **dict.fromkeys(("use_gpu", "reproducibility", "show_progress", "shuffle", "repeatable", "log_wandb"), FLAG),
-    **dict.fromkeys(("save_dataset", "save_dataloaders", "enable_amp", "enable_scaler", "require_pow"), FLAG),
-    **dict.fromkeys(("resume", "bucket_batches", "native_kernels"), FLAG),
-    "softmax_precision": choice("auto", "float32", "bfloat16"),
-    "valid_protocol": choice("auto", "seen_kept", "seen_removed"),
-    **dict.fromkeys(("data_path", "checkpoint_dir", "USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"), TEXT),
-    **dict.fromkeys(("result_file", "ranks_file", "dataset_save_path", "dataloaders_save_path"), optional(TEXT)),
-    **dict.fromkeys(("clip_grad_norm", "load_col", "unload_col", "val_interval"), optional(TABLE)),
-    **dict.fromkeys(("user_inter_num_interval", "item_inter_num_interval"), optional(INTERVAL)),
-    **dict.fromkeys(("hidden_dropout_prob", "attn_dropout_prob", "dropout_prob"), DROPOUT),
-    **dict.fromkeys(("epochs", "train_batch_size", "eval_batch_size", "MAX_ITEM_LIST_LENGTH"), integer(1)),
-    **dict.fromkeys(("eval_step", "stopping_step"), integer(0)),
-    **dict.fromkeys(("metric_decimal_place", "loss_decimal_place", "embedding_size"), integer(1)),
-    "state": LEVEL,
-    "threads": optional(integer(1)),
-    "nproc": integer(1),
-    "world_size": Rule("-1 or an integer >= 1", lambda value: type(value) is int and (value == -1 or value >= 1)),
-    "group_offset": integer(0),
-    "ip": TEXT,
-    "port": Rule("a port, 1 to 65535", lambda value: str(value) in map(str, range(1, 1 << 16))),
-    "learning_rate": number(0, open_low=True),
-    "weight_decay": number(0),
-    "eval_memory_mb": number(0, open_low=True),
-    "weight_averaging": number(0, 1, open_high=True),
-    "learner": choice("adam", "sgd", "adagrad", "rmsprop", "sparse_adam"),
-    "transform": optional(choice("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined")),
-}
-
-#: Options of sequential models; each has some of them.
-SEQUENTIAL: dict[str, Rule] = {
-    **dict.fromkeys(("n_layers", "n_heads", "num_layers", "hidden_size", "inner_size"), integer(1)),
-    "hidden_act": choice("gelu", "relu", "swish", "tanh", "sigmoid"),
-    "layer_norm_eps": number(0, open_low=True),
-    "initializer_range": number(0, open_low=True),
-}
-
-#: Options of SASRec, DuoRec, BSARec, GRU4Rec and NARM as this package trains them.
-ENCODER: dict[str, Rule] = {
-    "loss_type": choice("CE", "BPR"),
-    "training": choice("prefix", "packed"),
-    "packed_copies": integer(1),
-}
-
-#: Options of DuoRec's contrastive loss.
-CONTRAST: dict[str, Rule] = {
-    "contrast": choice("un", "su", "us", "us_x", "none"),
-    "lmd": number(0),
-    "lmd_sem": number(0),
-    "contrast_share": number(0, 1, open_low=True),
-    "tau": number(0, open_low=True),
-    "sim": choice("dot", "cos"),
-}
-
-#: Options of BSARec's filter.
-FILTER: dict[str, Rule] = {
-    "filter_weight": number(0, 1),
-    "filter_cutoff": integer(1),
-    "filter_scope": choice("causal", "window"),
-}
-
-#: Options of FEARec.
-FREQUENCY: dict[str, Rule] = {
-    **{name: rule for name, rule in CONTRAST.items() if name != "contrast_share"},
-    "loss_type": choice("CE", "BPR"),
-    "global_ratio": number(0, 1, open_low=True),
-    "topk_factor": number(0, open_low=True),
-    **dict.fromkeys(("dual_domain", "std", "fredom"), FLAG),
-    "spatial_ratio": number(0, 1),
-    "fredom_type": optional(choice("un", "su", "us", "us_x")),
-}
-
-#: Options of one model alone.
-OF_ONE: dict[str, dict[str, Rule]] = {
-    "BSARec": FILTER,
-    "FEARec": FREQUENCY,
-    "BERT4Rec": {
-        "loss_type": choice("CE", "BPR"),
-        "transform": choice("mask_itemseq"),
-        "mask_ratio": number(0, 1, open_low=True),
-        "ft_ratio": number(0, 1),
-    },
-    "NARM": {"dropout_probs": DROPOUTS},
-}
-
-#: Models that train as SASRec of this package does, those of them whose sizes mean something else, and those that have
-#: DuoRec's contrast.
+#: Models that train as SASRec of this package does, and those of them whose sizes mean something else.
 RECURRENT = frozenset({"GRU4Rec", "NARM"})
 ENCODERS = frozenset({"SASRec", "DuoRec", "BSARec"}) | RECURRENT
-CONTRASTED = frozenset({"DuoRec", "BSARec"})
-
-#: Options of DARec: the language model, its texts, adapters, tasks, and what is put into its attention.
-LANGUAGE: dict[str, Rule] = {
-    "loss_type": choice("CE"),
-    "training": choice("packed"),
-    "packed_copies": integer(1),
-    "llm": optional(TEXT),
-    "llm_precision": choice("auto", "float32", "bfloat16"),
-    "item_text_fields": optional(NAMES),
-    "item_text_length": integer(1),
-    "history": choice("items", "tokens"),
-    "text_items": integer(2),
-    "token_budget": integer(1),
-    "adapter_sizes": SIZES,
-    **dict.fromkeys(("adapter_dropout", "head_dropout"), DROPOUT),
-    "item_head": choice("table", "text"),
-    "head_from_text": FLAG,
-    "head_min_interactions": integer(0),
-    "context_mask": choice("off", "bias", "dual"),
-    **dict.fromkeys(("align_weight", "hard_weight"), number(0)),
-    "hard_similarity": choice("text", "collaborative"),
-    "hard_negatives": integer(1),
-    "hard_tau": number(0, open_low=True),
-    "collaborative": optional(TEXT),
-    "collaborative_layers": optional(NUMBERS),
-}
-
-#: Options of the retrieval stage: changing one never changes the backbone.
-RETRIEVAL: dict[str, Rule] = {
-    "backbone": Rule("a model", lambda value: True),  # looked up by name before this
-    "backbone_checkpoint": optional(TEXT),
-    "freeze_backbone": FLAG,
-    "memory": choice("pairs", "patterns", "both"),
-    "memory_min_length": integer(1),
-    "memory_max_length": optional(integer(1)),
-    "memory_thin": number(0, 1),
-    "memory_span": integer(2),
-    "memory_min_support": integer(1),
-    "memory_frequency_weight": number(0),
-    "memory_scope": choice("history", "past"),
-    "retrieve_by": choice("sequence", "target"),
-    "memory_refresh": integer(1),
-    "memory_regenerated": FLAG,
-    "cache_neighbours": FLAG,
-    "top_k": integer(1),
-    "similarity": choice("cosine", "dot"),
-    "index": choice("auto", "flat", "ivf", "hnsw", "ivfpq"),
-    "ivf_lists": integer(1),
-    "ivf_probes": integer(1),
-    "head": choice("ram", "knn", "both"),
-    "ram": choice("dual", "single"),
-    "alpha": number(0, 1),
-    "learnable_alpha": FLAG,
-    "beta": number(0, 1),
-    "attn_tau": number(0, open_low=True),
-    "ram_heads": integer(1),
-    "ram_inner_size": integer(1),
-    "ram_dropout": DROPOUT,
-    "ram_learning_rate": number(0, open_low=True),
-    "ram_weight_averaging": number(0, 1, open_high=True),
-    "ram_train_batch_size": integer(1),
-    "ram_epochs": integer(1),
-    "ram_stopping_step": integer(0),
-    "ram_valid_metric": TEXT,
-}
-
-#: Options of dataset regeneration; all but the first count only where that is on.
-REGENERATION: dict[str, Rule] = {
-    "regeneration": Rule("true, false or personalised", lambda value: value in (True, False, "personalised")),
-    "regenerated_data": optional(TEXT),
-    "regen_pretrained": FLAG,
-    "regen_rows": choice("both", "patterns", "generated"),
-    **dict.fromkeys(("regen_span", "regen_pattern_length"), integer(2)),
-    **dict.fromkeys(
-        ("regen_min_support", "regen_pairs", "regen_hidden_size", "regen_layers", "regen_heads"), integer(1)
-    ),
-    **dict.fromkeys(("regen_inner_size", "regen_conditions", "regen_epochs", "regen_batch_pairs"), integer(1)),
-    "regen_stopping_step": integer(1),
-    "regen_dropout": DROPOUT,
-    "regen_learning_rate": number(0, open_low=True),
-    "regen_held_out": number(0, 1, open_high=True),
-    **dict.fromkeys(("regen_entropy", "regen_temperature"), number(0)),
-    **dict.fromkeys(("regen_tau_decay", "regen_tau_least"), number(0, 1, open_low=True)),
-    "regen_gamma": number(0, 1),
-    **dict.fromkeys(("regen_personal_epochs", "regen_personal_every"), integer(1)),
-    "regen_personal_terms": integer(0),
-    **dict.fromkeys(("regen_personal_rate", "regen_personal_learning_rate"), number(0, open_low=True)),
-}
 
 #: Options that hold options; a key left out keeps the value of the file below.
 NESTED: dict[str, tuple[str, ...]] = {
@@ -319,76 +491,27 @@ NESTED: dict[str, tuple[str, ...]] = {
 #: sampled items as if they were targets.
 WITHOUT_NEGATIVES = frozenset({"RepeatNet"})
 
-
-def rules_for(models: Iterable[str], sequential: bool) -> dict[str, Rule]:
-    """The rules that apply to a run of `models` (a model and, if it has one, its backbone)."""
-    models = set(models)
-    rules = dict(COMMON)
-    if sequential:
-        rules.update({**SEQUENTIAL, **REGENERATION})
-    if models & ENCODERS:
-        rules.update(ENCODER)
-    if models & CONTRASTED:
-        rules.update(CONTRAST)
-    for name in models & set(OF_ONE):
-        rules.update(OF_ONE[name])
-    if "DARec" in models:
-        rules.update(LANGUAGE)
-    if RETRIEVAL_MODEL in models:
-        rules.update(RETRIEVAL)
-    return rules
-
-
-# Names of options by what they are for: of the run, of RecBole alone, computed, without a say in the training.
-
-
 #: Options of the run, not of a model: how it is started.
-RUN_KEYS = frozenset(
-    [
-        "model",
-        "dataset",
-        "config_files",
-        "nproc",
-        "ip",
-        "port",
-        "world_size",
-        "group_offset",
-        "verbose",
-    ]
-)
+RUN_KEYS = frozenset({"model", "dataset", "config_files", "verbose", *ProcessOptions.model_fields})
 
 #: Options that RecBole 1.2.1 reads, whatever the model, without listing them in a YAML file or argument list.
-UNLISTED_KEYS = frozenset(["encoding", "tail_ratio", "token_num_threshold", "xgb_early_stopping_rounds"])
+UNLISTED_KEYS = frozenset({"encoding", "tail_ratio", "token_num_threshold", "xgb_early_stopping_rounds"})
 
 #: The same, read by one model's code alone (or, eta, by one transform).
-UNLISTED_MODEL_KEYS = frozenset(["cin", "contrast", "eta", "feature_num", "has_residual", "norm", "sim", "use_filter"])
+UNLISTED_MODEL_KEYS = frozenset({"cin", "contrast", "eta", "feature_num", "has_residual", "norm", "sim", "use_filter"})
 
 #: Options of RecBole's sequence transforms; read when `transform` is set.
-TRANSFORM_KEYS = frozenset(["beta", "eta", "ft_ratio", "mask_ratio"])
+TRANSFORM_KEYS = frozenset({"beta", "eta", "ft_ratio", "mask_ratio"})
 
 #: Entries RecBole computes and overwrites; a value given for one would be lost in silence.
-COMPUTED_KEYS = frozenset(
-    [
-        "MODEL_TYPE",
-        "MODEL_INPUT_TYPE",
-        "collaborative_options",
-        "eval_type",
-        "device",
-        "local_rank",
-        "offset",
-        "single_spec",
-        "valid_neg_sample_args",
-        "test_neg_sample_args",
-        "CROP_ITEM_SEQ",
-        "CROP_ITEM_SEQ_LEN",
-        "INVERSE_ITEM_SEQ",
-        "MASK_INDEX",
-        "MASK_ITEM_SEQ",
-        "NEG_ITEMS",
-        "POS_ITEMS",
-        "REORDER_ITEM_SEQ",
-    ]
-)
+COMPUTED_KEYS = frozenset({
+    "MODEL_TYPE", "MODEL_INPUT_TYPE", "collaborative_options", "eval_type", "device", "local_rank", "offset",
+    "single_spec", "valid_neg_sample_args", "test_neg_sample_args", "CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN",
+    "INVERSE_ITEM_SEQ", "MASK_INDEX", "MASK_ITEM_SEQ", "NEG_ITEMS", "POS_ITEMS", "REORDER_ITEM_SEQ",
+})  # fmt: skip
+
+#: What leaves the trained weights as they are, beside the options declared so.
+NOT_TRAINING = (RUN_KEYS | COMPUTED_KEYS | {"wandb_project", "config_file"}) - {"model", "dataset"}
 
 #: What to write instead of a name that RecBole once had, or computes.
 REMEDIES = {
@@ -400,47 +523,13 @@ REMEDIES = {
     "eval_setting": "set eval_args",
 }
 
-#: Options that leave the trained weights as they are.
-NOT_TRAINING = (
-    RUN_KEYS
-    | COMPUTED_KEYS
-    | frozenset(
-        [
-            "cache_neighbours",
-            "data_path",
-            "checkpoint_dir",
-            "backbone_checkpoint",
-            "result_file",
-            "ranks_file",
-            "resume",
-            "threads",
-            "gpu_id",
-            "use_gpu",
-            "worker",
-            "show_progress",
-            "state",
-            "log_wandb",
-            "wandb_project",
-            "save_dataset",
-            "dataset_save_path",
-            "save_dataloaders",
-            "dataloaders_save_path",
-            "config_file",
-            "eval_batch_size",
-            "eval_memory_mb",
-            "topk",
-            "metrics",
-            "metric_decimal_place",
-            "loss_decimal_place",
-        ]
-    )
-) - {"model", "dataset"}
-
 
 # Which options of stage i a run reads: not all where patterns are mined alone, or the set was made before.
 
+#: Options of dataset regeneration; all but the first count only where that is on.
+REGENERATION = tuple(RegenerationOptions.model_fields)
 
-#: Options that mined patterns depend on.
+#: Those that mined patterns depend on.
 MINING = ("regen_span", "regen_min_support", "regen_pattern_length")
 
 

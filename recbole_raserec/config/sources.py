@@ -1,9 +1,10 @@
-"""Where options come from: YAML files, the command line, and the source of the models that read them."""
+"""Where options come from: YAML files, the command line, and the models, which are looked up by name."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import inspect
 import os
 import re
@@ -14,9 +15,10 @@ from typing import Any
 import recbole
 import yaml
 from recbole.utils import dataset_arguments, evaluation_arguments, general_arguments, training_arguments
+from recbole.utils import get_model as recbole_get_model
+from recbole.utils import get_trainer as recbole_get_trainer
 
-from recbole_raserec.config.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS
-from recbole_raserec.config.registry import get_model
+from recbole_raserec.config.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS, Options
 from recbole_raserec.errors import ConfigError, nearest, shown
 
 _HERE = Path(__file__).resolve().parents[1]
@@ -62,7 +64,7 @@ def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise ConfigError([f"config_files: '{path}' cannot be read ({error}); name a YAML text file"]) from None
     except (yaml.YAMLError, RecursionError) as error:
         line = " ".join(str(error).split())
-        raise ConfigError([f"config_files: '{path}' is not valid YAML ({line}); mend that place"]) from None
+        raise ConfigError([f"config_files: '{path}' is not valid YAML ({line}); correct it there"]) from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -110,6 +112,47 @@ def config_files_in(options: Mapping[str, Any]) -> list[str]:
     """The paths of a `config_files` option: a list, or one text with spaces between the paths."""
     given = options.get("config_files") or []
     return str(given).split() if not isinstance(given, (list, tuple)) else [str(path) for path in given]
+
+
+# Models: their classes, and the options that these read.
+
+#: Model name -> folder whose face has the class of that name.
+MODELS = {
+    **dict.fromkeys(
+        ("SASRec", "DuoRec", "BSARec", "GRU4Rec", "NARM", "FEARec", "BERT4Rec"), "recbole_raserec.recommendation"
+    ),
+    "DARec": "recbole_raserec.recommendation.darec",
+    "RaSeRec": "recbole_raserec.retrieval",
+}
+
+
+def get_model(name: str) -> Any:
+    """Model class by name.
+
+    Raises:
+        ValueError: neither this package nor RecBole has a model of that name.
+    """
+    if name in MODELS:
+        return getattr(importlib.import_module(MODELS[name]), name)
+    return recbole_get_model(name)
+
+
+def options_of(name: str, model_class: Any) -> list[type[Options]]:
+    """The class that declares the options of a model, in a list; an empty one if no class does.
+
+    Args:
+        name: of the model; one of RecBole with the name of one of ours has the options of ours.
+        model_class: its class.
+    """
+    options = getattr(model_class, "options", None)
+    if options is None and name in MODELS:
+        options = get_model(name).options
+    return [options] if isinstance(options, type) and issubclass(options, Options) else []
+
+
+def get_trainer_class(config: Any) -> Any:
+    """RecBole's trainer class for the configured model."""
+    return recbole_get_trainer(config["MODEL_TYPE"], config["model"])
 
 
 @functools.cache
@@ -188,3 +231,51 @@ def keys_read_by(model_class: type) -> frozenset[str] | None:
     except (OSError, TypeError):
         return None
     return frozenset(keys)
+
+
+# What is known of models: which batches may be cut, and what RaSeRec retrieves with.
+
+#: Models whose scores, loss and gradients stay the same when `item_seq` [B, L] is cut to the longest sequence of the
+#: batch: padding never enters them. (In RecBole the padding row of an embedding is initialised like any other, so that
+#: a model that sums over positions without a mask, STAMP for one, does depend on L.) A batch transform, such as the
+#: masking of BERT4Rec, has to come after the cut.
+TRIMMABLE = frozenset({
+    "BERT4Rec", "CORE", "FDSA", "FPMC", "GCSAN", "GRU4Rec", "GRU4RecF", "GRU4RecKG", "KSR", "NARM", "S3Rec", "SASRec",
+    "SASRecF", "SRGNN", "TransRec",
+})  # fmt: skip
+
+
+def trims(model: Any) -> bool:
+    """Whether batches for a model, or its class, may be cut to their longest sequence without a change of any result.
+
+    A model that `TRIMMABLE` does not know says so itself with a class attribute `trims = True`.
+    """
+    kind = model if isinstance(model, type) else type(model)
+    return bool(getattr(kind, "trims", kind.__name__ in TRIMMABLE))
+
+
+#: What the option `backbone` may name.
+SUPPORTED: tuple[str, ...] = (
+    "BERT4Rec", "BSARec", "CORE", "Caser", "DARec", "DuoRec", "FEARec", "FOSSIL", "FPMC", "GCSAN", "GRU4Rec",
+    "HGN", "HRM", "LightSANs", "NARM", "NPE", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP",
+)  # fmt: skip
+
+_FEATURES = "reads item features, which a checkpoint that reloads without the data set does not hold"
+_KNOWLEDGE = "reads pre-trained knowledge-graph vectors that come with the data set"
+_MIXTURE = "ranks by a mixture of probabilities (items seen, items near, all items), not by one dot product"
+
+#: RecBole 1.2.1's sequential models that do not, and why.
+REFUSED: dict[str, str] = {
+    "DIEN": "scores one (sequence, candidate) pair at a time; the user vector depends on the candidate",
+    "DIN": "scores one (sequence, candidate) pair at a time; the user vector depends on the candidate",
+    "FDSA": _FEATURES,
+    "GRU4RecCPR": _MIXTURE,
+    "GRU4RecF": _FEATURES,
+    "GRU4RecKG": _KNOWLEDGE,
+    "KSR": _KNOWLEDGE,
+    "RepeatNet": "ranks by a mixture of two probabilities (repeat, explore), not by one dot product",
+    "S3Rec": "reads item attributes, and is trained in two runs (pre-training, then fine-tuning)",
+    "SASRecCPR": _MIXTURE,
+    "SASRecF": _FEATURES,
+    "TransRec": "ranks by a Euclidean distance, not by a dot product",
+}

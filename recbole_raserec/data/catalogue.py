@@ -1,7 +1,6 @@
 """What a checkpoint knows beyond its weights: how popular each item is, what it is called, and what every user did.
 
-Histories end before the test targets, as the test itself sees them, so that a checkpoint recommends what its figures
-were measured on; what was held out can be brought in by an update.
+Histories end before the test targets, as the test itself sees them; what was held out can be brought in by an update.
 """
 
 from __future__ import annotations
@@ -25,15 +24,12 @@ _ARRAYS = {"offsets": "<i8", "items": "<i4"}
 class Histories:
     """Items of each user in the order of time, by internal ids; they grow and are forgotten while a checkpoint serves.
 
-    Args:
-        offsets: int64 [U + 1].
-        items: int [N]; user u has `items[offsets[u]:offsets[u + 1]]`.
+    User u has `items[offsets[u]:offsets[u + 1]]`; `offsets` are int64 [U + 1], `items` int [N].
     """
 
     def __init__(self, offsets: np.ndarray, items: np.ndarray):
-        self._offsets, self._items = offsets, items
+        self._offsets, self._items, self._users = offsets, items, len(offsets) - 1
         self._changed: dict[int, np.ndarray] = {}  # replaced as a whole: a reader keeps what it holds
-        self._users = len(offsets) - 1
 
     def __len__(self) -> int:
         """User ids in use, that of the padding included."""
@@ -41,12 +37,10 @@ class Histories:
 
     def of(self, user: int) -> np.ndarray:
         """A user's items, oldest first, int [n]; empty for one that nothing is known of."""
-        found = self._changed.get(user)
-        if found is not None:
-            return found
-        if not 0 <= user < len(self._offsets) - 1:
-            return np.empty(0, np.int32)
-        return self._items[self._offsets[user] : self._offsets[user + 1]]
+        if user in self._changed:
+            return self._changed[user]
+        known = 0 <= user < len(self._offsets) - 1
+        return self._items[self._offsets[user] : self._offsets[user + 1]] if known else np.empty(0, np.int32)
 
     def append(self, user: int, items: np.ndarray) -> None:
         """Add items to the end of a user's history; a new user's number is the next one."""
@@ -67,11 +61,7 @@ class Histories:
 
     @classmethod
     def load(cls, directory: Path, n_users: int, n_items: int) -> Histories:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: missing, damaged, or of other users or items.
-        """
+        """Read what `save` wrote; a `CheckpointError` where it is missing, damaged, or of other users or items."""
         arrays, _ = read_arrays(directory, _KIND, _VERSION, _ARRAYS)
         offsets, items = arrays["offsets"], arrays["items"]
         sound = len(offsets) >= 1 and offsets[0] == 0 and offsets[-1] == len(items) and (np.diff(offsets) >= 0).all()
@@ -86,8 +76,8 @@ class Catalogue:
 
     Attributes:
         counts: int64 [V], interactions of each item in the histories.
-        titles: [V], a name for people, or None where the data set has none.
-        histories: of the users; None where the data set does not keep them (benchmark files).
+        titles: [V], names for people; None where the data set has none.
+        histories: None where the data set does not keep them (benchmark files).
     """
 
     counts: np.ndarray
@@ -102,11 +92,7 @@ class Catalogue:
 
     @classmethod
     def load(cls, directory: Path, n_users: int, n_items: int) -> Catalogue:
-        """Read it; a checkpoint of before there was one gives counts of 0, no titles and no histories.
-
-        Raises:
-            CheckpointError: damaged, or of other items.
-        """
+        """Read it, or raise a `CheckpointError`; a checkpoint of before there was one: no counts, titles, histories."""
         path = directory / ITEMS
         if not path.is_file():
             return cls(np.zeros(n_items, np.int64), None, None)
@@ -117,8 +103,8 @@ class Catalogue:
         named = titles is None or (isinstance(titles, list) and all(isinstance(title, str) for title in titles))
         if not sound or not named or len(counts or ()) != n_items or (titles is not None and len(titles) != n_items):
             raise CheckpointError(f"{path} does not describe this checkpoint's items; it is damaged or of another one.")
-        kept = (directory / HISTORIES).is_dir()
-        histories = Histories.load(directory / HISTORIES, n_users, n_items) if kept else None
+        kept = directory / HISTORIES
+        histories = Histories.load(kept, n_users, n_items) if kept.is_dir() else None
         return cls(np.array(counts, dtype=np.int64), titles, histories)
 
 
@@ -126,15 +112,13 @@ def catalogue_of(splits: Any, config: Config) -> Catalogue:
     """The catalogue of a prepared data set, its `Splits`."""
     dataset = splits.train._dataset
     dataset = getattr(dataset, "original", None) or dataset  # regenerated rows are no user's history
-    parts = [dataset, splits.valid._dataset, splits.test._dataset]
-    tokens = splits.vocabulary()["items"]
+    parts, tokens = [dataset, splits.valid._dataset, splits.test._dataset], splits.vocabulary()["items"]
     titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", tokens)
     if not all(isinstance(part, SequenceDataset) and part.is_lazy for part in parts):
         targets = dataset.inter_feat[dataset.iid_field].numpy()
         return Catalogue(np.bincount(targets, minlength=len(tokens)), titles, None)
-    windows = [part.windows()[:2] for part in parts]
-    users = np.concatenate([users for users, _ in windows])
-    positions = np.concatenate([positions - (part is parts[-1]) for part, (_, positions) in zip(parts, windows)])
+    users, ends = zip(*(part.windows()[:2] for part in parts))
+    users, positions = np.concatenate(users), np.concatenate([*ends[:2], ends[2] - 1])
     items, offsets = parts[-1].store.until(users, positions)
     return Catalogue(np.bincount(items, minlength=len(tokens)), titles, Histories(offsets, items.astype(np.int32)))
 

@@ -1,8 +1,7 @@
 """The processes that run one command together: who this one is, and what they tell each other.
 
-Every process runs the same program on the same data. What costs time is shared out by rows (the rows of a training
-batch, the queries of an evaluation, the windows to encode and to search for) and joined again, so that all of them hold
-the same values afterwards; the first one decides the course of the program and tells the others; and the first one
+Every process runs the same program on the same data. What costs time is shared out by rows and joined again, so that
+all of them hold the same values afterwards; the first one decides the course of the program, tells the others, and
 alone writes files. Without a group (`current` outside of `joined`) each function here does the plain thing, at no cost.
 """
 
@@ -18,12 +17,10 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-#: How long a process waits for the others at a step of all of them, and for what the first one makes alone, such as
-#: regenerated data. (One that dies is noticed at once.)
+#: How long a process waits for the others at a step of all of them, and for what the first one makes alone.
 STEP_TIMEOUT, FIRST_TIMEOUT = datetime.timedelta(minutes=30), datetime.timedelta(days=30)
 
-#: Distance of the processes' seeds of torch (2^32 over the golden ratio).
-_STRIDE = 0x9E3779B1
+_STRIDE = 0x9E3779B1  # distance of the processes' seeds of torch (2^32 over the golden ratio)
 
 
 class Group:
@@ -33,17 +30,13 @@ class Group:
         rank: number of this process among all, from 0.
         size: of the group.
         local_rank: number of this process among those of its machine, from 0.
-        store: torch's, through which they found each other; None for a group of one.
+        store: torch's, through which they found each other.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, store: Any = None):
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.first = rank == 0  # whether this process is the one that decides, writes and prints
         self._store, self._turns = store, 0
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that decides, writes and prints."""
-        return self.rank == 0
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first process, on all of them; it may take long, and be anything that pickles."""
@@ -74,7 +67,7 @@ class Group:
         return found
 
     def gathered(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The named tensors of all processes: the first one's under their names, those of others under `own_name`."""
+        """The named tensors of all processes, each under its `own_name`."""
         own = {self.own_name(name): value.cpu() for name, value in values.items()}
         return {name: value for part in self._each(own) for name, value in part.items()}
 
@@ -104,13 +97,8 @@ class Group:
         return rows * self.rank // self.size, rows * (self.rank + 1) // self.size
 
     def every(self, rows: int) -> slice:
-        """This process's part of `rows` rows, every `size`-th of them: a fair one where they are sorted by length.
-
-        Few rows are the first one's, as in `span`.
-        """
-        if rows < 2 * self.size:
-            return slice(0, rows if self.first else 0)
-        return slice(self.rank, rows, self.size)
+        """The same, but every `size`-th row: a fair part where rows are sorted by length."""
+        return slice(*self.span(rows)) if rows < 2 * self.size else slice(self.rank, rows, self.size)
 
     def add_up(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of the processes' tensors, all of one shape, in place."""
@@ -123,15 +111,12 @@ class Group:
         if self.size == 1:
             return part
         counted = torch.uint8 if part.dtype == torch.bool else part.dtype
-        whole = torch.zeros((rows, *part.shape[1:]), dtype=counted, device=part.device)
+        whole = part.new_zeros((rows, *part.shape[1:]), dtype=counted)
         whole[where] = part.to(counted)
         return self.add_up(whole).to(part.dtype)
 
     def seed_torch(self, seed: int) -> None:
-        """Give the other processes torch random numbers of their own, such as dropout masks.
-
-        NumPy's and Python's, which draw negatives, stay the same on all.
-        """
+        """Give the others dropout masks of their own; NumPy's and Python's draws, such as negatives, stay the same."""
         if not self.first:
             torch.manual_seed((seed + _STRIDE * self.rank) % 2**32)
 
@@ -154,16 +139,11 @@ def current() -> Group:
 
 @contextlib.contextmanager
 def joined(rank: int, size: int, local_rank: int, store: Any, cuda: bool) -> Iterator[Group]:
-    """Belong to a group within: `gloo` between CPUs, and with `cuda` `nccl` between GPUs, one for each local rank.
-
-    `cuda` says whether tensors lie on GPUs; the other arguments are those of `Group`.
-    """
+    """Belong to a `Group` within: `gloo` between CPUs, and with `cuda` `nccl` between GPUs, one for each local rank."""
     global _current
-    backend = "gloo"
+    backend = "cpu:gloo,cuda:nccl" if cuda and dist.is_nccl_available() else "gloo"
     if cuda:
         torch.cuda.set_device(local_rank)
-        if dist.is_nccl_available():
-            backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT)
     _current = Group(rank, size, local_rank, dist.PrefixStore("recbole_raserec", store))
     try:

@@ -1,8 +1,5 @@
 """Starting a run in several processes, all of which end together.
 
-The options are those of RecBole's `run`: `nproc` processes on this machine, `world_size` on all machines together; `ip`
-and `port` of the machine whose first process is number 0; `group_offset`, the number of this machine's first process.
-
 `torch.multiprocessing` starts and watches the processes. By hand, because it offers neither: an error of this package
 comes back as the exception that it was (torch's launchers, the elastic one too, return its text), process 0 returns a
 result, and no process outlives the one that started it, however that ends.
@@ -37,35 +34,25 @@ from recbole_raserec.errors import ProcessError, RaSeRecError
 
 #: Seconds by which errors are held back: the death of another process may be their reason, and is told instead.
 _HOLD = 0.5
-
-_ERROR, _RESULT, _STORE = "error.pickle", "result.pickle", "store"
+_ERROR, _RESULT = "error.pickle", "result.pickle"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which processes run where.
+    """Which processes run where, as the options of RecBole's `run` say."""
 
-    Attributes:
-        nproc: on this machine.
-        size: on all of them.
-        offset: number of the first one here.
-        ip: where process 0 listens if there are several machines, as in RecBole.
-        port: of it.
-    """
-
-    nproc: int = 1
-    size: int = 1
-    offset: int = 0
-    ip: str = "localhost"
+    nproc: int = 1  # on this machine
+    size: int = 1  # on all machines: `world_size`
+    offset: int = 0  # number of the first one here: `group_offset`
+    ip: str = "localhost"  # where process 0 listens if there are several machines
     port: int = 5678
 
 
 def layout_of(options: Mapping[str, Any]) -> Layout:
     """The layout that options ask for, unchecked."""
     nproc, size = options.get("nproc") or 1, options.get("world_size") or -1
-    size = nproc if size <= 0 else size
     offset, ip, port = (options.get(name) for name in ("group_offset", "ip", "port"))
-    return Layout(nproc, size, offset or 0, ip or Layout.ip, int(port or Layout.port))
+    return Layout(nproc, nproc if size <= 0 else size, offset or 0, ip or Layout.ip, int(port or Layout.port))
 
 
 def start(
@@ -77,8 +64,7 @@ def start(
 
     Args:
         layout: which processes run.
-        do: a function of a module; it and its arguments are pickled.
-        arguments: of `do`.
+        do: a function of a module; it and its `arguments` are pickled.
         cuda: whether the processes compute on GPUs.
         threads: of each process, where the user chose a number; None: the cores are shared out.
 
@@ -111,13 +97,9 @@ def start(
 
 
 def _main(local_rank: int, folder: Path, *given: Any) -> None:
-    """A new process; it ends inside, without the destructors of C++ libraries.
-
-    They can abort a process that has done its work ("terminate called without an active exception") when threads of its
-    group are still there.
-    """
+    """A new process. It ends inside: destructors of C++ libraries can abort one while its group still has threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who started this process is interrupted too, and ends it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
     if local_rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
     try:
@@ -134,8 +116,8 @@ def _main(local_rank: int, folder: Path, *given: Any) -> None:
     if local_rank == 0:
         (folder / _RESULT).write_bytes(pickle.dumps(result))
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 
@@ -157,15 +139,13 @@ def _store(layout: Layout, rank: int, folder: Path) -> distributed.Store:
     if layout.size == layout.nproc:
         if sys.platform == "linux":  # what a machine's processes tell each other stays on it
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        return distributed.FileStore(str(folder / _STORE), layout.size)
+        return distributed.FileStore(str(folder / "store"), layout.size)
     return distributed.TCPStore(layout.ip, layout.port, layout.size, rank == 0)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _failure(found: ProcessExitedException, count: int, folder: Path) -> RaSeRecError:
@@ -181,8 +161,7 @@ def _failure(found: ProcessExitedException, count: int, folder: Path) -> RaSeRec
             "nproc is imported by each of them: call run_recbole_raserec below `if __name__ == '__main__':`."
         )
     kind, arguments, state = pickle.loads((folder / _ERROR).read_bytes())
-    error = kind.__new__(kind)  # not the constructor, which takes something else than the text
-    error.args = arguments
+    error = kind.__new__(kind, *arguments)  # not the constructor, which takes something else than the text
     vars(error).update(state)
     return error
 
@@ -197,8 +176,6 @@ def silence() -> None:
 
 
 class _NoBoard:
-    """A TensorBoard that forgets."""
-
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 

@@ -10,16 +10,6 @@ from recbole_raserec.recommendation.sasrec import SASRec
 from recbole_raserec.recommendation.stage import train_model
 
 __all__ = [
-    "NARM",
-    "BERT4Rec",
-    "BSARec",
-    "Backbone",
-    "DuoRec",
-    "FEARec",
-    "GRU4Rec",
-    "SASRec",
-    "batches_by_length",
-    "encode_in_batches",
-    "train_model",
-    "wrap_backbone",
-]
+    "NARM", "BERT4Rec", "BSARec", "Backbone", "DuoRec", "FEARec", "GRU4Rec", "SASRec", "batches_by_length",
+    "encode_in_batches", "train_model", "wrap_backbone",
+]  # fmt: skip

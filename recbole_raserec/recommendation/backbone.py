@@ -54,12 +54,10 @@ class Backbone(nn.Module):
     same object serves a frozen and a trained backbone.
 
     Args:
-        model: a RecBole sequential recommender.
+        model: a RecBole sequential recommender; becomes a sub-module.
         n_items: V.
 
     Attributes:
-        model: the wrapped model, a sub-module.
-        n_items: V.
         hidden_size: H, the size in which user and item vectors meet (not always the option `hidden_size`).
         needs_user: whether `encode` needs the users' ids.
         trims: whether a batch may be cut to its longest sequence.
@@ -69,8 +67,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, n_items: int):
         super().__init__()
-        self.model = model
-        self.n_items = n_items
+        self.model, self.n_items = model, n_items
         self.arguments = ARGUMENTS.get(type(model).__name__, ("item_seq", "item_seq_len"))
         self.item_table = ITEM_TABLES.get(type(model).__name__, "item_embedding")
         self.needs_user = "user" in self.arguments
@@ -79,16 +76,13 @@ class Backbone(nn.Module):
             self.hidden_size = int(self.item_vectors().shape[1])
 
     def encode(self, item_seq: Tensor, item_seq_len: Tensor, user: Tensor | None = None) -> Tensor:
-        """Gives the user vectors as they enter the dot product.
+        """Gives the user vectors as they enter the dot product, float [B, H].
 
         Args:
             item_seq: long [B, L], oldest item first, padded with 0 on the right. L is MAX_ITEM_LIST_LENGTH, or anything
                 from the longest sequence of the batch on if `trims`.
             item_seq_len: long [B], each at least 1.
             user: long [B]; needed if `needs_user`, otherwise ignored.
-
-        Returns:
-            float [B, H].
 
         Raises:
             ValueError: the model needs the users' ids and `user` is None.
@@ -176,7 +170,7 @@ ADAPTERS: dict[str, type[Backbone]] = {
 
 
 def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset: Any) -> Backbone:
-    """Wraps a RecBole sequential model, after a comparison of its scores with those of the wrapper.
+    """The adapter around a RecBole sequential model, after a comparison of the scores of both.
 
     Models are known by the name of their class. One that is in neither `ADAPTERS` nor `REFUSED` is taken for
     `forward(item_seq, item_seq_len) -> [B, H]` times `item_embedding`. The comparison needs no training data, draws
@@ -186,9 +180,6 @@ def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset:
         model: the model, trained or not.
         config: names of the user and item fields, MAX_ITEM_LIST_LENGTH; RecBole's Config works too.
         dataset: anything with `num(field)`, the number of users and of items including padding.
-
-    Returns:
-        The adapter around the same model object.
 
     Raises:
         ConfigError: naming `backbone`, the model and those that work, when the model does not score by a dot product
@@ -207,9 +198,8 @@ def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset:
         raise _refusal(name, f"scores have shape {tuple(ours.shape)} and the model's own {tuple(own.shape)}")
     gap, scale = float((ours - own).abs().max()), float(own.abs().max())
     if not gap <= TOLERANCE * scale:  # so written, NaN is refused too
-        raise _refusal(
-            name, f"user vectors times item vectors differ from its scores by {gap:.2g} (scores to {scale:.2g})"
-        )
+        what = "user vectors times item vectors differ from its scores"
+        raise _refusal(name, f"{what} by {gap:.2g} (scores to {scale:.2g})")
     return backbone
 
 
@@ -250,13 +240,8 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def batches_by_length(lengths: np.ndarray, rows: int = 4096, tokens: int = 1 << 16) -> list[np.ndarray]:
     """Puts rows of like length together, the shortest first; rows of one length stay in their order.
 
-    Args:
-        lengths: integers [N], of each row.
-        rows: most rows of a batch.
-        tokens: about the most tokens of a batch, padding included.
-
-    Returns:
-        the batches, row numbers int64 [B] each.
+    Of rows of `lengths` [N] come batches, row numbers int64 [B] each, of at most so many rows and about so many tokens,
+    padding included.
     """
     order = np.argsort(lengths, kind="stable")
     batches, start = [], 0
@@ -269,29 +254,15 @@ def batches_by_length(lengths: np.ndarray, rows: int = 4096, tokens: int = 1 << 
 
 @torch.no_grad()
 def encode_in_batches(
-    model: nn.Module,
-    encode: Callable[[np.ndarray], Tensor],
-    batches: Sequence[np.ndarray],
-    out: Tensor,
+    model: nn.Module, encode: Callable[[np.ndarray], Tensor], batches: Sequence[np.ndarray], out: Tensor,
     desc: str | None = None,
-) -> Tensor:
-    """Computes something of many rows, batch by batch, with the model in evaluation mode and without gradients.
+) -> Tensor:  # fmt: skip
+    """Writes what `encode` gives of each batch of row numbers, [B, ...], into `out`, [N, ...], and returns that.
 
-    Args:
-        model: its parts get back the mode they had.
-        encode: gives the vectors [B, ...] of a batch.
-        batches: row numbers int64 [B] each, see `batches_by_length`.
-        out: [N, ...], where the vectors of each row are written.
-        desc: label of a progress bar; None: no bar.
-
-    Returns:
-        `out`.
+    The model is in evaluation mode meanwhile, and no gradients are kept. `desc` labels a progress bar.
     """
-    total = sum(map(len, batches))
-    with (
-        _evaluating(model),
-        tqdm(total=total, desc=desc, disable=desc is None, unit="windows", dynamic_ncols=True) as bar,
-    ):
+    bar = tqdm(total=sum(map(len, batches)), desc=desc, disable=desc is None, unit="windows", dynamic_ncols=True)
+    with _evaluating(model), bar:
         for rows in batches:
             out[torch.from_numpy(rows).to(out.device)] = encode(rows).to(out.device)
             bar.update(len(rows))
@@ -299,10 +270,8 @@ def encode_in_batches(
 
 
 def _refusal(name: str, reason: str) -> ConfigError:
-    remedy = (
-        f"These work: {', '.join(SUPPORTED)}; and models of your own whose forward(item_seq, item_seq_len) gives one "
-        "vector that is scored against item_embedding."
-    )
+    own = "whose forward(item_seq, item_seq_len) gives one vector that is scored against item_embedding"
+    remedy = f"These work: {', '.join(SUPPORTED)}; and models of your own {own}."
     return ConfigError([f"backbone: {name} cannot be a backbone: {reason}. {remedy}"])
 
 

@@ -64,12 +64,7 @@ class SoftmaxOverItems(DotProduct):
         """Cross-entropy over all items times `weights`, as a mean over the rows.
 
         Not over the sum of the weights: batches hold windows of like length, and a factor that all short ones share
-        would be lost.
-
-        Args:
-            h: user vectors [N, H].
-            targets: int64 [N].
-            weights: [N], or None: 1.
+        would be lost. User vectors h are [N, H], targets int64 [N], weights [N], or None: 1.
         """
         loss = linear_cross_entropy(h, self.item_vectors(), targets, weights, self.softmax_precision)
         return loss if weights is None else loss * (weights.sum() / max(len(h), 1))

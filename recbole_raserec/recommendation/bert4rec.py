@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
 from torch import Tensor
 
+from recbole_raserec.config import Count, Dropout, LearningOptions, PositiveShare, SequentialOptions, Share, option
 from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.recommendation.base import DotProduct
 from recbole_raserec.recommendation.sasrec import attention_branch, feed_forward_branch
+
+
+class BERT4RecOptions(LearningOptions, SequentialOptions):
+    """BERT4Rec (arXiv 1904.06690), with RecBole's sizes."""
+
+    hidden_dropout_prob: Dropout = option(0.2, "dropout of the hidden states, in [0, 1)")
+    attn_dropout_prob: Dropout = option(0.2, "dropout of the attention weights, in [0, 1)")
+    loss_type: Literal["CE", "BPR"] = option(
+        "CE", "CE (softmax over all items) or BPR (one sampled negative for each masked item)"
+    )
+    mask_ratio: PositiveShare = option(0.2, "share of a window's items that are masked")
+    ft_ratio: Share = option(0.5, "share of the batches in which the last item alone is masked, as when ranking")
+    transform: Literal["mask_itemseq"] = option("mask_itemseq", "RecBole's name of the masking")
+    train_batch_size: Count = option(512, "windows in a batch, on average")
 
 
 class BERT4Rec(DotProduct, RecBoleBERT4Rec):
@@ -20,10 +35,9 @@ class BERT4Rec(DotProduct, RecBoleBERT4Rec):
     What differs is the cost. The last layer is evaluated at the masked positions alone; the positions that RecBole
     scores and multiplies by 0 (it pads each window to as many as the longest may have) are left out; the softmax over
     items runs in reused buffers. A batch without a masked position that counts has the loss 0 (RecBole: not a number).
-
-    Option beside those of RecBole's BERT4Rec: `softmax_precision`, see SASRec.
     """
 
+    options = BERT4RecOptions
     trims = True
 
     def forward(self, item_seq: Tensor) -> Tensor:

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import Config, Count, Options, Share, option
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import use_fast_dropout
-from recbole_raserec.recommendation.duorec import DuoRec
+from recbole_raserec.recommendation.duorec import ContrastOptions, DuoRec
+from recbole_raserec.recommendation.sasrec import SASRecOptions
+
+
+class FilterOptions(Options):
+    """BSARec's filter."""
+
+    filter_weight: Share = option(
+        0.7, "of the filter's output, the paper's alpha; the attention's has the rest; in [0, 1]", heading=""
+    )
+    filter_cutoff: Count = option(5, "the paper's c: the first c // 2 + 1 frequencies are the low ones")
+    filter_scope: Literal["causal", "window"] = option(
+        "causal",
+        "causal: the filter sees earlier positions; window: all of the window's (the paper's; training: prefix only)",
+    )
+
+
+class BSARecOptions(ContrastOptions, FilterOptions, SASRecOptions):
+    """BSARec (arXiv 2312.10325): SASRec's encoder with a frequency filter beside the attention; trained as SASRec is,
+    with DuoRec's contrast on top if asked for."""
+
+    n_heads: Count = option(1, "attention heads; must divide hidden_size")
+    contrast: Literal["un", "su", "us", "us_x", "none"] = option(
+        "none", "as of DuoRec: un, su, us, us_x or none", heading=""
+    )
 
 
 class BSARec(DuoRec):
@@ -28,9 +52,10 @@ class BSARec(DuoRec):
     - `filter_scope: causal` (ours): the mean stops at the position itself, so that one pass gives the states of all
       prefixes, in either form of training.
 
-    Options beside DuoRec's, whose contrast is off by default: `filter_weight` (the paper's alpha), `filter_cutoff` (its
-    c), `filter_scope`. The compiled encoder is not used.
+    DuoRec's contrast is off by default. The compiled encoder is not used.
     """
+
+    options = BSARecOptions
 
     mean: Tensor
 
@@ -38,10 +63,8 @@ class BSARec(DuoRec):
         super().__init__(config, dataset)
         self._compiled = False
         self.filter_weight, self.causal = config["filter_weight"], config["filter_scope"] == "causal"
-        self.filters = nn.ModuleList(
-            FrequencyFilter(self.hidden_size, self.hidden_dropout_prob, self.layer_norm_eps)
-            for _ in self.trm_encoder.layer
-        )
+        sizes = self.hidden_size, self.hidden_dropout_prob, self.layer_norm_eps
+        self.filters = nn.ModuleList(FrequencyFilter(*sizes) for _ in self.trm_encoder.layer)
         use_fast_dropout(self)
         mean = low_pass(self.max_seq_length, config["filter_cutoff"] // 2 + 1)
         self.register_buffer("mean", mean.tril() if self.causal else mean, persistent=False)

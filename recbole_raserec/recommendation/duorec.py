@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 import torch
 from torch import Tensor
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import Config, Dropout, Options, Positive, PositiveShare, Weight, option
 from recbole_raserec.data import PACKED_TARGETS, SAME_TARGET, SAME_TARGET_ROWS
 from recbole_raserec.kernels import info_nce
 from recbole_raserec.recommendation.base import row_weights
-from recbole_raserec.recommendation.sasrec import SASRec
+from recbole_raserec.recommendation.sasrec import SASRec, SASRecOptions
 
-#: Contrast forms that need the window of another row with the same target.
-SUPERVISED = ("su", "us", "us_x")
 
-#: Groups of like length in which an unsorted batch is encoded.
-GROUPS = 4
+class ContrastOptions(Options):
+    """DuoRec's contrastive loss."""
+
+    contrast: Literal["un", "su", "us", "us_x", "none"] = option(
+        "us_x",
+        "un: two dropout views; su: original and same-target sequence; us: both; us_x: dropout view against "
+        "same-target sequence (the paper's); none",
+        heading="",
+    )
+    lmd: Weight = option(0.1, "weight of the unsupervised contrast (two dropout views)")
+    lmd_sem: Weight = option(0.1, "weight of the supervised contrast (same target)")
+    contrast_share: PositiveShare = option(1.0, "share of a batch's rows in the supervised contrast, in (0, 1]")
+    tau: Positive = option(1.0, "temperature of the contrast, > 0")
+    sim: Literal["dot", "cos"] = option("dot", "similarity in the contrast: dot (the paper's) or cos")
+
+
+class DuoRecOptions(ContrastOptions, SASRecOptions):
+    """DuoRec (arXiv 2110.05730): SASRec's encoder, recommendation loss and a contrastive loss."""
+
+    weight_averaging: Dropout = option(
+        0.999, "moving average of the weights that is validated and kept; 0: the last ones"
+    )
+
+
+SUPERVISED = ("su", "us", "us_x")  # contrast forms that need the window of another row with the same target
+GROUPS = 4  # of like length, in which an unsorted batch is encoded
 
 
 class DuoRec(SASRec):
@@ -28,14 +50,9 @@ class DuoRec(SASRec):
     another training window with the same target item (drawn uniformly in each epoch). Rows of one batch that share a
     target count as negatives of each other, as in the paper's public implementation.
 
-    Options beside SASRec's:
-
-    - `contrast`: `un`: h against h', weight `lmd`; `su`: h against s, weight `lmd_sem`; `us`: both; `us_x` (default):
-      h' against s, weight `lmd_sem`; `none`.
-    - `lmd`, `lmd_sem`: weights of the losses.
-    - `contrast_share`: share of a batch's rows, drawn again each time, that the contrast against s is taken over (the
-      paper: all). The windows behind s cost more than the rest of a step where the rest is `packed`.
-    - `tau`: temperature. `sim`: `dot` or `cos`.
+    The option `contrast`: `un` is h against h', weight `lmd`; `su` is h against s, weight `lmd_sem`; `us` is both;
+    `us_x` is h' against s, weight `lmd_sem`. The rows of `contrast_share` (the paper: all) are drawn in each step:
+    the windows behind s cost more than the rest of a step where the rest is `packed`.
 
     The defaults are the paper's, `sim: dot` with `tau: 1`. They need patience: user vectors leave a layer norm with
     length 8, so that the contrast is 33 at the start (chance is 6.9) and the encoder first collapses to get rid of it.
@@ -43,12 +60,12 @@ class DuoRec(SASRec):
     .039 and .053, and .055 in the end; with `sim: cos, tau: 0.1` it is .043 and .051 after 6 and 20, and stays there.
     """
 
+    options = DuoRecOptions
     trims = True
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
-        self.contrast = config["contrast"]
-        self.lmd, self.lmd_sem = config["lmd"], config["lmd_sem"]
+        self.contrast, self.lmd, self.lmd_sem = config["contrast"], config["lmd"], config["lmd_sem"]
         self.tau, self.sim = config["tau"], config["sim"]
 
     @staticmethod

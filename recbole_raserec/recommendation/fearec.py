@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
@@ -14,9 +14,44 @@ import torch.nn.functional as F
 from recbole.model.sequential_recommender.fearec import FEARec as RecBoleFEARec
 from torch import Tensor
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import (
+    Config,
+    Dropout,
+    LearningOptions,
+    Loss,
+    Positive,
+    PositiveShare,
+    SequentialOptions,
+    Share,
+    Weight,
+    option,
+)
 from recbole_raserec.recommendation.base import SoftmaxOverItems
 from recbole_raserec.recommendation.sasrec import feed_forward_branch
+
+
+class FEARecOptions(LearningOptions, SequentialOptions):
+    """FEARec (arXiv 2304.09184), with RecBole's sizes and RecBole's defaults: the frequency domain alone, without
+    contrast."""
+
+    attn_dropout_prob: Dropout = option(0.5, "dropout of the attention weights (dual_domain: true), in [0, 1)")
+    loss_type: Loss = "CE"
+    global_ratio: PositiveShare = option(
+        1, "share of the frequencies that a layer reads, in (0, 1]; 1 / n_layers at least", heading=""
+    )
+    topk_factor: Positive = option(1, "each place takes from int(topk_factor * log(MAX_ITEM_LIST_LENGTH)) delays")
+    dual_domain: bool = option(False, "attention in the time domain beside that in the frequency domain")
+    spatial_ratio: Share = option(0, "share of the time domain's, in [0, 1]")
+    std: bool = option(False, "the time domain's reads the same frequencies as the other")
+    contrast: Literal["un", "su", "us", "us_x", "none"] = option(
+        "none", "as of DuoRec: un, su, us, us_x or none; RecBole's code, much slower"
+    )
+    lmd: Weight = option(0.1, "weight of the unsupervised contrast (two dropout views)")
+    lmd_sem: Weight = option(0.1, "weight of the supervised contrast (same target)")
+    tau: Positive = option(1.0, "temperature of the contrast, > 0")
+    sim: Literal["dot", "cos"] = option("dot", "similarity in the contrast: dot or cos")
+    fredom: bool = option(False, "contrast us_x: compare spectra too")
+    fredom_type: Optional[Literal["un", "su", "us", "us_x"]] = option(None, "of which views: un, su, us or us_x")
 
 
 class FEARec(SoftmaxOverItems, RecBoleFEARec):
@@ -35,10 +70,9 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
     for each batch and does not use, are not drawn, and the softmax over items runs in reused buffers.
 
     All positions of the padded window take part, so that windows are never cut; prefixes are encoded one by one.
-
-    Options beside those of RecBole's FEARec: `softmax_precision`, see SASRec; `contrast` may also be `none`.
     """
 
+    options = FEARecOptions
     trims = False
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
@@ -46,10 +80,8 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
             super().__init__(config, dataset)
         self.fast = not config["dual_domain"] and not config["use_filter"]
         if self.fast:
-            self.delays = [
-                Delays(self.max_seq_length, layer.hybrid_attention.q_index, layer.hybrid_attention.factor)
-                for layer in self.item_encoder.layer
-            ]
+            parts = [layer.hybrid_attention for layer in self.item_encoder.layer]
+            self.delays = [Delays(self.max_seq_length, part.q_index, part.factor) for part in parts]
 
     def get_same_item_index(self, dataset: Any) -> dict[int, np.ndarray]:
         """Rows of the training split by target item, in ascending order."""
@@ -67,8 +99,7 @@ class FEARec(SoftmaxOverItems, RecBoleFEARec):
         layers = self.item_encoder.layer
         for number, layer in enumerate(layers):
             last = item_seq_len - 1 if number == len(layers) - 1 else None
-            mixed = _attention(layer.hybrid_attention, self.delays[number], hidden, last)
-            hidden = feed_forward_branch(layer, mixed)
+            hidden = feed_forward_branch(layer, _attention(layer.hybrid_attention, self.delays[number], hidden, last))
         return hidden
 
     def calculate_loss(self, interaction: Any) -> Tensor:
@@ -116,15 +147,10 @@ class Delays:
         return product @ self.inverse
 
     def mixing(self, strengths: Tensor, shared: bool, last: Optional[Tensor]) -> Tensor:
-        """Weights by which positions take from positions.
+        """Weights by which positions take from positions, [B, L, L], or [B, 1, L] at the positions `last` [B] alone.
 
-        Args:
-            strengths: of the delays, [B, L].
-            shared: take the delays that are strongest in the mean of the batch, for all its windows (training).
-            last: int64 [B], the only positions wanted; None: all.
-
-        Returns:
-            [B, L, L], or [B, 1, L].
+        Of the delays' strengths [B, L] the strongest count; `shared`: those in the mean of the batch, for all its
+        windows (training).
         """
         if shared:
             index = torch.topk(strengths.mean(dim=0), self.count).indices  # [C]

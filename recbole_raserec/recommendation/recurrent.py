@@ -2,7 +2,7 @@
 
 A recurrent state knows nothing later than its item, so that one pass over a history gives the user vectors after all
 its prefixes (`training: packed`). Batches may be trimmed to their longest row, and the softmax over items runs in
-reused buffers. Options beside those of RecBole's models: `training`, `packed_copies`, `softmax_precision`, see SASRec.
+reused buffers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ from recbole.model.sequential_recommender.gru4rec import GRU4Rec as RecBoleGRU4R
 from recbole.model.sequential_recommender.narm import NARM as RecBoleNARM
 from torch import Tensor
 
+from recbole_raserec.config import Count, Dropout, Dropouts, EncoderOptions, Loss, option
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+
+
+class GRU4RecOptions(EncoderOptions):
+    """GRU4Rec (Tan, Xu and Liu, DLRS 2016), with RecBole's sizes."""
+
+    embedding_size: Count = option(64, "length of an item's and a user's vector")
+    hidden_size: Count = option(128, "length of the recurrent state")
+    num_layers: Count = option(1, "recurrent layers")
+    dropout_prob: Dropout = option(0.3, "dropout of the items' vectors, in [0, 1)")
+    loss_type: Loss = "CE"
 
 
 class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
@@ -21,6 +32,7 @@ class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
     Only the states that are scored go through the output layer.
     """
 
+    options = GRU4RecOptions
     trims = True
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
@@ -38,6 +50,18 @@ class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
         return self.gru_layers(self.emb_dropout(self.item_embedding(item_seq)))[0]  # [B, L, H]
 
 
+class NARMOptions(EncoderOptions):
+    """NARM (Li et al., CIKM 2017), with RecBole's sizes."""
+
+    embedding_size: Count = option(64, "length of an item's and a user's vector")
+    hidden_size: Count = option(128, "length of the recurrent state")
+    n_layers: Count = option(1, "recurrent layers")
+    dropout_probs: Dropouts = option(
+        [0.25, 0.5], "dropout of the items' vectors, and of what the user's vector is made of, in [0, 1)"
+    )
+    loss_type: Loss = "CE"
+
+
 class NARM(SoftmaxOverItems, RecBoleNARM):
     """RecBole's NARM: same parameters, same names, same initialisation, same scores and loss within 1e-5.
 
@@ -45,6 +69,7 @@ class NARM(SoftmaxOverItems, RecBoleNARM):
     go with the last one; one pass over a history serves the attention of all its prefixes.
     """
 
+    options = NARMOptions
     trims = True
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 from torch import Tensor
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import Config, EncoderOptions, Loss, SequentialOptions
 from recbole_raserec.kernels import Architecture, Ragged, encode
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+
+
+class SASRecOptions(EncoderOptions, SequentialOptions):
+    """SASRec (arXiv 1808.09781), with the sizes the RaSeRec and DuoRec papers use for it."""
+
+    loss_type: Loss = "CE"
 
 
 class SASRec(SoftmaxOverItems, RecBoleSASRec):
@@ -21,22 +27,16 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
     What differs is the cost. Batches may be trimmed to their longest row; the last layer is evaluated at the last
     position alone, the only one that reaches the loss; the softmax over items runs in reused buffers. On a CPU for
     which the compiled kernels were built sequences are encoded without padding.
-
-    Options beside those of RecBole's SASRec:
-
-    - `training`: `prefix` (windows with one target each) or `packed` (all positions of a history in one pass).
-    - `softmax_precision`: of the loss, see `recbole_raserec.kernels.linear_cross_entropy`.
-    - `native_kernels`: whether to use the compiled kernels where they can be.
     """
+
+    options = SASRecOptions
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
-        self._architecture = Architecture(
-            self.hidden_size, self.inner_size, self.n_heads, self.n_layers, float(self.layer_norm_eps)
-        )
-        self._compiled = (
-            config["native_kernels"] is not False and self.hidden_act == "gelu" and self._architecture.fits()
-        )
+        sizes = self.hidden_size, self.inner_size, self.n_heads, self.n_layers
+        self._architecture = Architecture(*sizes, float(self.layer_norm_eps))
+        wanted = config["native_kernels"] is not False
+        self._compiled = wanted and self.hidden_act == "gelu" and self._architecture.fits()
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors h [B, H] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""
@@ -87,7 +87,7 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
 
 
 def attention_branch(layer: Any, query: Tensor, hidden: Tensor, key_length: Optional[Tensor] = None) -> Tensor:
-    """The first half of a post-norm layer: attention, dropout, residual connection and layer norm.
+    """The first half of a post-norm layer, [B, Q, H]: attention, dropout, residual connection and layer norm.
 
     Args:
         layer: RecBole's `TransformerLayer`.
@@ -95,9 +95,6 @@ def attention_branch(layer: Any, query: Tensor, hidden: Tensor, key_length: Opti
         hidden: [B, L, H], what is attended to.
         key_length: int64 [B], each row sees its first so many positions. None: position i sees those up to i (Q = L),
             so that padding on the right needs no mask.
-
-    Returns:
-        [B, Q, H].
     """
     attention, (batch, length, size) = layer.multi_head_attention, hidden.shape
     heads, head_size = attention.num_attention_heads, attention.attention_head_size

@@ -3,8 +3,4 @@
 from recbole_raserec.regeneration.personaliser import personalise
 from recbole_raserec.regeneration.stage import regenerate, regenerate_dataset
 
-__all__ = [
-    "personalise",
-    "regenerate",
-    "regenerate_dataset",
-]
+__all__ = ["personalise", "regenerate", "regenerate_dataset"]

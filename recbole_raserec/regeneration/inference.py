@@ -3,20 +3,17 @@
 At each step a coin decides: with probability gamma the next item is chosen among the sequence's own (restrictive),
 otherwise among all (generative); never one that the pattern has already. The public code always tosses restrictive.
 
-All sequences of a batch and all K conditions are decoded together, on stored keys and values; greedily on a CPU by the
-compiled kernels. The last bits of a product depend on the size of the batch and on the kernel, and with them, in
-float32, now and then an item. So a pattern with any choice closer than float32 can tell is decoded again in float64
-(draws always are), and coins and draws are functions of (seed, sequence, condition, step): the patterns do not depend
-on the batch size.
-
-Mined and generated patterns, each once, then make the regenerated set.
+All sequences of a batch and all K conditions are decoded together; greedily on a CPU by the compiled kernels. The last
+bits of a product depend on the size of the batch and on the kernel, and with them, in float32, now and then an item. So
+a pattern with any choice closer than float32 can tell is decoded again in float64 (draws always are), and coins and
+draws are functions of (seed, sequence, condition, step): the patterns do not depend on the batch size.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -25,12 +22,10 @@ from tqdm import tqdm
 from recbole_raserec.data import ORIGINS, Patterns, Regenerated
 from recbole_raserec.kernels import Library, loaded, pointer
 from recbole_raserec.regeneration.pairs import Sequences
-from recbole_raserec.regeneration.regenerator import Attention, DecoderLayer, KeyValue, Regenerator, first_occurrences
+from recbole_raserec.regeneration.regenerator import KeyValue, Regenerator, first_occurrences
 
 #: Items a pattern has at least; a single one has no prefix.
 LEAST = 2
-
-_COIN, _DRAW = 0, 1
 
 _ROWS = 256  # rows whose logits over all items are held at a time
 _BLOCK = 128  # columns of a block of logits, see best_two
@@ -73,10 +68,8 @@ class Decoder:
             restrictive steps.
         """
         shape = len(items), self.exact.conditions, self.exact.pattern_length
-        coins, draws = (
-            torch.from_numpy(uniform(self.seed, numbers, *shape[1:], stream)).to(items.device)
-            for stream in (_COIN, _DRAW)
-        )
+        streams = (uniform(self.seed, numbers, *shape[1:], stream) for stream in (0, 1))
+        coins, draws = (torch.from_numpy(stream).to(items.device) for stream in streams)
         restrictive = coins < self.gamma
         if self._rough is None:
             return self._fine.run(items, restrictive, draws)[0].view(shape)
@@ -91,12 +84,9 @@ class Decoder:
 
 
 class TorchSteps:
-    """The decoding by torch, in the model's precision.
+    """The decoding by torch, in the precision of `model`, which is in evaluation mode.
 
-    Args:
-        model: regenerator in evaluation mode.
-        temperature: as in `Decoder`.
-        unsure: difference of two logits, per length of h, below which a choice is close: rounding of products and of h.
+    A choice is close where two logits differ by less than `unsure` times |h|: the rounding of products and of h.
     """
 
     def __init__(self, model: Regenerator, temperature: float, unsure: float = 0.0):
@@ -110,16 +100,11 @@ class TorchSteps:
     def run(
         self, items: torch.Tensor, restrictive: torch.Tensor, draws: torch.Tensor, wanted: Optional[torch.Tensor] = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patterns [N, length] of sequences [B, S], and bool [N] where a choice was too close to tell.
+        """Patterns [N, length] of sequences `items` int64 [B, S], and bool [N] where a choice was too close to tell.
 
-        Args:
-            items: int64 [B, S], padded with 0.
-            restrictive: bool [B, K, length].
-            draws: doubles in [0, 1) [B, K, length].
-            wanted: bool [B, K], the N that are decoded, in this order; all by default.
+        `wanted` bool [B, K] says which N are decoded, all by default; `restrictive` bool and `draws` [B, K, length].
         """
-        model, length = self.model, self.model.pattern_length
-        source = model.encode(items)
+        model, length, source = self.model, self.model.pattern_length, self.model.encode(items)
         if wanted is None:
             wanted = torch.ones(restrictive.shape[:2], dtype=torch.bool, device=items.device)
         owner = wanted.nonzero()[:, 0]
@@ -213,12 +198,7 @@ def compiled(model: Regenerator, unsure: float) -> Optional[CompiledSteps]:
 class CompiledSteps:
     """Greedy decoding by the compiled kernels: all steps of a few sequences at a time, all items in one sweep.
 
-    `kernels/src/decode.h` holds the loop; what it reads of the model is laid out here.
-
-    Args:
-        model: float32, in evaluation mode, on the CPU.
-        unsure: as in `TorchSteps`.
-        library: the compiled kernels.
+    `kernels/src/decode.h` holds the loop; what it reads of `model` (float32, on the CPU) is laid out here.
     """
 
     def __init__(self, model: Regenerator, unsure: float, library: Library):
@@ -252,12 +232,7 @@ class CompiledSteps:
     def run(self, items: torch.Tensor, restrictive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Patterns int64 [B, K, length] of sequences [B, S], and bool [B, K] where a choice was too close to tell.
 
-        Args:
-            items: int64, padded with 0, no row empty.
-            restrictive: bool [B, K, length].
-
-        Raises:
-            IndexError: an item is not one of the model's.
+        Arguments as of `TorchSteps.run`; no row of `items` is empty.
         """
         model = self._model
         shape = len(items), model.conditions, model.pattern_length
@@ -268,9 +243,7 @@ class CompiledSteps:
         source = model.read(items).contiguous()
         items, unused, own = items.contiguous(), first_occurrences(items), restrictive.contiguous()
         written, close = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[:2], dtype=torch.bool)
-        numbers = torch.tensor(
-            [len(items), model.conditions, model.pattern_length, items.shape[1], model.size, *self._numbers]
-        )
+        numbers = torch.tensor([*shape, items.shape[1], model.size, *self._numbers])
         failed = self._library.call.raserec_decode(
             *map(pointer, (numbers, source, items, unused, own, self._into, self._into_bias, self._weights)),
             *map(pointer, (self._positions, *self._norm, self._table, self._columns, self._errors, self._norms)),
@@ -290,28 +263,17 @@ def _bias(*linears: torch.nn.Linear) -> torch.Tensor:
     return torch.cat([linear.bias.detach() for linear in linears])
 
 
-def _inner(layer: DecoderLayer) -> int:
-    first = layer.feed_forward[0]
-    assert isinstance(first, torch.nn.Linear)
-    return first.out_features
+def _inner(layer: Any) -> int:
+    return layer.feed_forward[0].out_features
 
 
-def _parts(layer: DecoderLayer) -> list[torch.Tensor]:
-    """A layer's weights in the order of decode.h."""
-
-    def out(attention: Attention) -> list[torch.Tensor]:
-        return [_w(attention.out), attention.out.bias]
-
-    def norm(number: int) -> list[torch.Tensor]:
-        return list(layer.norms[number].parameters())  # gain, shift
-
-    own, source = layer.own, layer.source
-    wide, back = layer.feed_forward[0], layer.feed_forward[3]
-    assert isinstance(wide, torch.nn.Linear)
-    assert isinstance(back, torch.nn.Linear)
+def _parts(layer: Any) -> list[torch.Tensor]:
+    """The weights of a `DecoderLayer` in the order of decode.h."""
+    own, source, wide, back = layer.own, layer.source, layer.feed_forward[0], layer.feed_forward[3]
     parts = [torch.cat([_w(own.query), _w(own.key), _w(own.value)], 1), _bias(own.query, own.key, own.value)]
-    parts += [*out(own), *norm(0), _w(source.query), source.query.bias, *out(source), *norm(1)]
-    parts += [_w(wide), wide.bias, _w(back), back.bias, *norm(2)]
+    for linear, norm in ((own.out, 0), (source.query, None), (source.out, 1), (wide, None), (back, 2)):
+        parts += [_w(linear), linear.bias]
+        parts += [] if norm is None else [layer.norms[norm].weight, layer.norms[norm].bias]
     return [part.detach() for part in parts]
 
 
@@ -319,17 +281,12 @@ def generate(
     model: Regenerator, sequences: Sequences, gamma: float, temperature: float = 0.0, seed: int = 0,
     batch_size: int = 256, desc: Optional[str] = None, native_kernels: bool = True,
 ) -> np.ndarray:  # fmt: skip
-    """Patterns of all sequences: int64 [S, K, pattern_length], padded with 0.
+    """Patterns of all sequences: int64 [S, K, pattern_length], padded with 0. Arguments not named here: see `Decoder`.
 
     Args:
-        model: see `Decoder`.
         sequences: of at most `model.longest` items each.
-        gamma: see `Decoder`.
-        temperature: see `Decoder`.
-        seed: see `Decoder`.
         batch_size: sequences decoded at a time; it changes only speed and memory (K rows of V float64 each).
-        desc: show a progress bar with this label.
-        native_kernels: see `Decoder`.
+        desc: label of the progress bar.
     """
     decoder, device = Decoder(model, gamma, temperature, seed, native_kernels), model.projections.device
     found = np.zeros((len(sequences), model.conditions, model.pattern_length), dtype=np.int64)
@@ -363,42 +320,26 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def combine(original: Sequences, read: Sequences, patterns: Patterns, generated: np.ndarray) -> Regenerated:
-    """What joins the original sequences: every mined pattern, then every generated one, in the order of the sequences
-    and conditions; of equal ones the first, and none that is an original sequence.
-
-    Args:
-        original: the training sequences.
-        read: those the patterns were generated for.
-        patterns: mined ones.
-        generated: int64 [len(read), K, L], padded with 0.
-    """
-    ways = generated.shape[1]
+    """What joins the `original` sequences: every mined pattern, then every one `generated` int64 [len(read), K, L] for
+    those `read`, in their order; of equal ones the first, and none that is an original sequence."""
     rows = generated.reshape(-1, generated.shape[2])
     lengths = (rows > 0).sum(axis=1)
     kept = np.flatnonzero(lengths >= LEAST)
     items = np.concatenate([patterns.items, rows[kept][rows[kept] > 0]])
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([patterns.lengths(), lengths[kept]]))])
-    users = np.concatenate([np.zeros(len(patterns), np.int64), np.repeat(read.users, ways)[kept]])
-    numbers = np.array([ORIGINS.index("pattern"), ORIGINS.index("generated")], np.uint8)
-    origin = np.repeat(numbers, [len(patterns), len(kept)])
-    fresh = first_of_each(
-        np.concatenate([original.items, items]), np.concatenate([original.offsets, original.offsets[-1] + offsets[1:]])
-    )[len(original) :]
-    inside = np.repeat(fresh, np.diff(offsets))
-    sizes = np.diff(offsets)[fresh]
-    return Regenerated(
-        items[inside].astype(np.int64), np.concatenate([[0], np.cumsum(sizes)]), users[fresh], origin[fresh]
-    )
+    sizes = np.concatenate([patterns.lengths(), lengths[kept]])
+    offsets = np.concatenate([original.offsets, original.offsets[-1] + np.cumsum(sizes)])
+    users = np.concatenate([np.zeros(len(patterns), np.int64), np.repeat(read.users, generated.shape[1])[kept]])
+    numbers = [ORIGINS.index("pattern"), ORIGINS.index("generated")]
+    origin = np.repeat(np.array(numbers, np.uint8), [len(patterns), len(kept)])
+    fresh = first_of_each(np.concatenate([original.items, items]), offsets)[len(original) :]
+    items, offsets = items[np.repeat(fresh, sizes)].astype(np.int64), np.concatenate([[0], np.cumsum(sizes[fresh])])
+    return Regenerated(items, offsets, users[fresh], origin[fresh])
 
 
 def first_of_each(items: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """bool [S]: no earlier sequence has the same items. Compared by their bytes, not by a hash."""
     data = np.ascontiguousarray(items, dtype=np.int64).tobytes()
-    seen: set[bytes] = set()
-    fresh = np.zeros(len(offsets) - 1, dtype=bool)
+    first: dict[bytes, int] = {}
     for row, (start, stop) in enumerate(zip((8 * offsets[:-1]).tolist(), (8 * offsets[1:]).tolist())):
-        key = data[start:stop]
-        if key not in seen:
-            seen.add(key)
-            fresh[row] = True
-    return fresh
+        first.setdefault(data[start:stop], row)
+    return np.isin(np.arange(len(offsets) - 1), list(first.values()))

@@ -1,17 +1,16 @@
 """Pre-training pairs of the regenerator: a training sequence and a frequent pattern it contains (DR4SR, section 4.1).
 
 Sequences are histories up to the last training target: no item of validation or test enters one, and so no pattern and
-no pair. The regenerator reads them in pieces of a length it can take.
-
-A sequence contains a pattern if the pattern's items occur in it in that order, at any distance (the span bounds the
-mining, not this). All sequences are matched at once against a prefix tree of the patterns: what a sequence has matched
-so far is one row (sequence, node, earliest position where the match can end), grown by those of its later items that
-lead to a child of the node. The work depends on what the sequences contain, not on how many patterns there are.
+no pair. A sequence contains a pattern if the pattern's items occur in it in that order, at any distance (the span
+bounds the mining, not this). All sequences are matched at once against a prefix tree of the patterns: what a sequence
+has matched so far is one row (sequence, node, earliest position where the match can end), grown by those of its later
+items that lead to a child of the node. The work depends on what the sequences contain, not on the number of patterns.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import numpy as np
@@ -26,13 +25,7 @@ _ROWS = 1 << 21
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Sequences one after the other, each of a user.
-
-    Attributes:
-        items: int64 [N].
-        offsets: int64 [S + 1].
-        users: int64 [S].
-    """
+    """Sequence s, of the user `users[s]`, is `items[offsets[s]:offsets[s + 1]]`; int64 [S], [N], [S + 1]."""
 
     items: np.ndarray
     offsets: np.ndarray
@@ -67,18 +60,16 @@ def _from_windows(train: Any) -> Sequences:
     users, targets = rows[train.uid_field], rows[train.iid_field]
     order = np.argsort(users, kind="stable")
     users, targets = users[order], targets[order]
-    first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]]))
+    first = np.unique(users, return_index=True)[1]
     windows = rows[train.iid_field + config["LIST_SUFFIX"]][order[first]]
     lengths = rows[config["ITEM_LIST_LENGTH_FIELD"]][order[first]]
     counts = np.diff(np.concatenate([first, [len(users)]])) + lengths
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     items = np.empty(offsets[-1], np.int64)
     ahead = np.arange(windows.shape[1]) < lengths[:, None]  # of the first window
-    spots = offsets[:-1, None] + np.arange(windows.shape[1])
-    items[spots[ahead]] = windows[ahead]
-    behind = np.ones(len(items), dtype=bool)
-    behind[spots[ahead]] = False
-    items[behind] = targets
+    spots = (offsets[:-1, None] + np.arange(windows.shape[1]))[ahead]
+    items[spots] = windows[ahead]
+    items[np.setdiff1d(np.arange(len(items)), spots)] = targets
     return Sequences(items, offsets, users[first])
 
 
@@ -87,22 +78,16 @@ def pieces(sequences: Sequences, longest: int) -> Sequences:
 
     (The papers drop what is before the last 50 items; here all of a long history takes part.)
     """
-    lengths = sequences.lengths()
-    count = np.maximum(-(-lengths // longest), 1)
+    count = np.maximum(-(-sequences.lengths() // longest), 1)
     owner = np.repeat(np.arange(len(sequences)), count)
-    last = np.repeat(np.cumsum(count), count)  # pieces of a sequence are numbered forwards
-    behind = last - 1 - np.arange(len(owner))  # whole pieces after this one
+    behind = np.repeat(np.cumsum(count), count) - 1 - np.arange(len(owner))  # pieces of the sequence after this one
     ends = sequences.offsets[1:][owner] - behind * longest
     starts = np.maximum(ends - longest, sequences.offsets[:-1][owner])
     return Sequences(sequences.items, np.concatenate([starts, ends[-1:]]), sequences.users[owner])
 
 
 class PatternTree:
-    """Prefix tree of patterns; node 0 is the empty prefix.
-
-    Attributes:
-        pattern: int64 [nodes], the pattern that ends at each node, -1 where none does.
-    """
+    """Prefix tree of patterns; node 0 is the empty prefix. `pattern` int64 [nodes]: what ends at each node, or -1."""
 
     def __init__(self, patterns: Patterns):
         lengths = patterns.lengths()
@@ -117,7 +102,7 @@ class PatternTree:
             keys.append(fresh)
             nodes += len(fresh)
         # nodes are numbered level by level, and by key within a level, so the keys ascend as a whole
-        self._keys = np.concatenate(keys) if keys else np.zeros(0, dtype=np.int64)
+        self._keys = np.concatenate(keys) if keys else np.array([-1])
         self.pattern = np.full(nodes, -1, dtype=np.int64)
         self.pattern[at] = np.arange(len(patterns))
 
@@ -125,9 +110,8 @@ class PatternTree:
         """The node behind `nodes` [N] by `items` [N], -1 where there is none."""
         known = items < self._width
         keys = nodes * self._width + np.where(known, items, 0)
-        slot = np.minimum(np.searchsorted(self._keys, keys), max(len(self._keys) - 1, 0))
-        found = known & (self._keys[slot] == keys) if len(self._keys) else np.zeros(len(keys), dtype=bool)
-        return np.where(found, slot + 1, -1)
+        slot = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(known & (self._keys[slot] == keys), slot + 1, -1)
 
 
 def contained_patterns(
@@ -139,19 +123,18 @@ def contained_patterns(
         items: int [N], the sequences one after the other.
         offsets: int [S + 1].
         patterns: mined ones.
-        desc: show a progress bar with this label.
+        desc: label of the progress bar.
     """
     items, offsets = np.asarray(items, dtype=np.int64), np.asarray(offsets, dtype=np.int64)
     tree = PatternTree(patterns)
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    starts = offsets[:-1][np.diff(offsets) > 0]
     owners = np.flatnonzero(np.diff(offsets) > 0)
     with tqdm(total=len(owners), desc=desc, disable=desc is None, unit="sequences", dynamic_ncols=True) as bar:
         # each row grows into as many as there are items behind it: parts of about _ROWS of them
         weight = np.cumsum(np.diff(offsets)[owners] ** 2)
         cuts = np.searchsorted(weight, np.arange(_ROWS, int(weight[-1]) if len(weight) else 0, _ROWS))
         for part in np.split(np.arange(len(owners)), np.unique(cuts)):
-            _match(tree, items, offsets, owners[part], starts[part], found)
+            found.extend(_match(tree, items, offsets, owners[part]))
             bar.update(len(part))
     sequence, pattern = map(np.concatenate, zip(*found)) if found else np.zeros((2, 0), dtype=np.int64)
     order = np.lexsort((pattern, sequence))
@@ -159,56 +142,45 @@ def contained_patterns(
 
 
 def _match(
-    tree: PatternTree, items: np.ndarray, offsets: np.ndarray, sequence: np.ndarray, start: np.ndarray,
-    found: list[tuple[np.ndarray, np.ndarray]],
-) -> None:  # fmt: skip
-    """Grow matches from the empty prefix; `start` [B] is the first position of the next item."""
-    node = np.zeros(len(sequence), dtype=np.int64)
+    tree: PatternTree, items: np.ndarray, offsets: np.ndarray, sequence: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Grow matches of `sequence` [B] from the empty prefix, and yield (sequence, pattern) where patterns end."""
+    start, node = offsets[sequence], np.zeros(len(sequence), dtype=np.int64)  # start: the next item's first position
     while len(sequence):
         reach = offsets[sequence + 1] - start
         grown = np.repeat(np.arange(len(sequence)), reach)
-        step = np.arange(len(grown)) - np.repeat(np.cumsum(reach) - reach, reach)
-        at = start[grown] + step
+        at = np.arange(len(grown)) + np.repeat(start - np.cumsum(reach) + reach, reach)
         child = tree.children(node[grown], items[at])
         keep = child >= 0
-        grown, at, child = grown[keep], at[keep], child[keep]
-        owner = sequence[grown]
+        owner, at, child = sequence[grown[keep]], at[keep], child[keep]
         order = np.lexsort((at, child, owner))
         owner, at, child = owner[order], at[order], child[order]
         first = np.ones(len(owner), dtype=bool)  # the earliest end of each (sequence, node)
         first[1:] = (owner[1:] != owner[:-1]) | (child[1:] != child[:-1])
         sequence, node, start = owner[first], child[first], at[first] + 1
         ends = tree.pattern[node]
-        found.append((sequence[ends >= 0], ends[ends >= 0]))
+        yield sequence[ends >= 0], ends[ends >= 0]
 
 
 def build_pairs(
     items: np.ndarray, offsets: np.ndarray, patterns: Patterns, per_sequence: int = 10, seed: int = 0,
     desc: Optional[str] = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Up to `per_sequence` of the patterns each sequence contains, drawn uniformly without replacement.
+    """Up to `per_sequence` (the paper: 10) of the patterns each sequence contains, drawn without replacement.
 
-    Args:
-        items: int [N], the sequences one after the other.
-        offsets: int [S + 1].
-        patterns: mined ones.
-        per_sequence: pairs of a sequence at most (the paper: 10).
-        seed: of the draw.
-        desc: show a progress bar with this label.
+    The other arguments are those of `contained_patterns`.
 
     Returns:
         sequence and pattern of each pair, int64 [M], [M], sorted by sequence.
     """
     if per_sequence < 1:
         raise ValueError(f"per_sequence: {per_sequence!r} must be at least 1")
-    sequence, pattern = contained_patterns(items, offsets, patterns, desc)
-    return draw(sequence, pattern, per_sequence, seed)
+    return draw(*contained_patterns(items, offsets, patterns, desc), per_sequence, seed)
 
 
 def draw(sequence: np.ndarray, pattern: np.ndarray, per_sequence: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Keep `per_sequence` random pairs of each sequence; `sequence` is sorted."""
-    lot = np.random.default_rng(seed).random(len(sequence))
-    order = np.lexsort((lot, sequence))
+    order = np.lexsort((np.random.default_rng(seed).random(len(sequence)), sequence))
     begin = np.searchsorted(sequence, sequence, side="left")
     kept = np.sort(order[np.arange(len(sequence)) - begin < per_sequence])
     return sequence[kept], pattern[kept]
@@ -216,14 +188,9 @@ def draw(sequence: np.ndarray, pattern: np.ndarray, per_sequence: int, seed: int
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """(sequence, pattern) pairs of one set of sequences.
+    """Pairs of `sequence` int64 [M], ascending, and `pattern` int64 [M], numbers among `sequences` and `patterns`.
 
-    Attributes:
-        sequences: what is read.
-        patterns: all mined ones.
-        sequence: int64 [M], ascending.
-        pattern: int64 [M].
-        offsets: int64 [S + 1], pairs of each sequence.
+    Those of sequence s are the pairs `offsets[s]` to `offsets[s + 1]`, int64 [S + 1].
     """
 
     sequences: Sequences
@@ -247,10 +214,8 @@ class Pairs:
 
 def mine(whole: Sequences, span: int, min_support: int, pattern_length: int, desc: Optional[str] = None) -> Patterns:
     """The patterns of `whole` sequences; arguments as of `make_pairs`."""
-    return mine_patterns(
-        whole.items, whole.offsets, span, min_support, 2, min(span, pattern_length),
-        desc=f"Mine patterns{desc}" if desc is not None else None,
-    )  # fmt: skip
+    label = f"Mine patterns{desc}" if desc is not None else None
+    return mine_patterns(whole.items, whole.offsets, span, min_support, 2, min(span, pattern_length), desc=label)
 
 
 def make_pairs(
@@ -269,24 +234,21 @@ def make_pairs(
         pattern_length: items of a pattern at most.
         per_sequence: pairs of a sequence at most.
         seed: of the draw.
-        desc: label of the progress bars.
+        desc: appended to the labels of the progress bars; None: there are none.
     """
     patterns = mine(whole, span, min_support, pattern_length, desc)
-    usable = _without_repeats(patterns)
+    usable, numbers = _without_repeats(patterns)
     label = f"Pair sequences with patterns{desc}" if desc is not None else None
-    sequence, pattern = build_pairs(sequences.items, sequences.offsets, usable[0], per_sequence, seed, label)
+    sequence, pattern = build_pairs(sequences.items, sequences.offsets, usable, per_sequence, seed, label)
     offsets = np.searchsorted(sequence, np.arange(len(sequences) + 1))
-    return Pairs(sequences, patterns, sequence, usable[1][pattern], offsets)
+    return Pairs(sequences, patterns, sequence, numbers[pattern], offsets)
 
 
 def _without_repeats(patterns: Patterns) -> tuple[Patterns, np.ndarray]:
     """Patterns whose items all differ, and their numbers among all."""
-    owner = np.repeat(np.arange(len(patterns)), patterns.lengths())
-    order = np.lexsort((patterns.items, owner))
-    twice = (np.diff(patterns.items[order]) == 0) & (np.diff(owner[order]) == 0)
-    fine = np.ones(len(patterns), dtype=bool)
-    fine[owner[order][1:][twice]] = False
-    kept = np.flatnonzero(fine)
-    items = patterns.items[fine[owner]]
-    offsets = np.concatenate([[0], np.cumsum(patterns.lengths()[kept])])
-    return Patterns(items, offsets, patterns.support[kept]), kept
+    lengths, width = patterns.lengths(), int(patterns.items.max(initial=0)) + 1
+    owner = np.repeat(np.arange(len(patterns)), lengths)
+    distinct = np.bincount(np.unique(owner * width + patterns.items) // width, minlength=len(patterns))
+    fine = distinct == lengths
+    offsets = np.concatenate([[0], np.cumsum(lengths[fine])])
+    return Patterns(patterns.items[fine[owner]], offsets, patterns.support[fine]), np.flatnonzero(fine)

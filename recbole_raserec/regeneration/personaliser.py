@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,17 +33,8 @@ from tqdm import tqdm
 from recbole_raserec.config import Config, regeneration_options
 from recbole_raserec.data import ORIGINS, SEQUENCE, BucketLoader, Regenerated, joined
 from recbole_raserec.errors import CheckpointError, ConfigError
-from recbole_raserec.regeneration.report import REPORT, RegeneratedData, stored
-from recbole_raserec.storage import (
-    fingerprint,
-    load_optimizer,
-    locked,
-    optimizer_tensors,
-    part_of,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from recbole_raserec.regeneration.report import REPORT, RegeneratedData, inner_rows, stored_or_made
+from recbole_raserec.storage import fingerprint, load_named, named_tensors, read_tensors, write_json, write_tensors
 from recbole_raserec.training import Outcome
 
 Tensors = Sequence[torch.Tensor]
@@ -53,11 +45,8 @@ VERSION = 2
 #: What a run that was killed continues from.
 STATE = "personaliser-state.safetensors"
 
-#: Length of a step of the central differences, over that of the direction.
-_STEP = 1e-2
-
-#: Rows scored at a time.
-_ROWS = 4096
+_STEP = 1e-2  # length of a step of the central differences, over that of the direction
+_ROWS = 4096  # scored at a time
 
 
 class Personaliser(nn.Module):
@@ -92,8 +81,7 @@ def implicit_direction(
         terms: of the series beyond the first.
         rate: below 2 over the largest eigenvalue of H, or it diverges.
     """
-    part = [g.clone() for g in _gradient(parameters, outer)]
-    total = [g.clone() for g in part]
+    total = part = _gradient(parameters, outer)
     for _ in range(terms):
         product = hessian_product(parameters, inner, part)
         part = [x - rate * y for x, y in zip(part, product)]
@@ -103,7 +91,7 @@ def implicit_direction(
 
 def hessian_product(parameters: Tensors, loss: Callable[[], torch.Tensor], direction: Tensors) -> list[torch.Tensor]:
     """The Hessian of `loss` times `direction`, by central differences of gradients."""
-    ends, step = _both_ends(parameters, direction, lambda: [g.clone() for g in _gradient(parameters, loss)])
+    ends, step = _both_ends(parameters, direction, lambda: _gradient(parameters, loss))
     return [(a - b) / (2 * step) for a, b in zip(*ends)]
 
 
@@ -127,8 +115,7 @@ def _both_ends(parameters: Tensors, direction: Tensors, value: Callable[[], Any]
 def scorer_loss(weights: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
     """A number whose gradient for the scorer is that of the outer loss, from its `weights` [B] and the `slopes` [B].
 
-    The inner loss is the mean of the rows' losses times their weights, so that `p . dL_in/dtheta` is the mean of their
-    slopes along p times their weights.
+    The inner loss is the mean of the rows' losses times their weights, so `p . dL_in/dtheta` is that of their slopes.
     """
     return -(weights * slopes).mean()
 
@@ -184,6 +171,8 @@ class Learner:
         self._parameters = [x for x in model.parameters() if x.requires_grad]
         self._model_steps = torch.optim.Adam(self._parameters, lr=plan.model_rate)
         self._scorer_steps = torch.optim.Adam(scorer.parameters(), lr=plan.learning_rate)
+        steps = {"model_steps": self._model_steps, "scorer_steps": self._scorer_steps}
+        self._parts: dict[str, Any] = {"model": model, "scorer": scorer, **steps}
 
     def learn(
         self, inner: Iterable[Any], outer: Iterator[Any], extra: Callable[[Any], torch.Tensor],
@@ -207,16 +196,11 @@ class Learner:
             h, targets = model.encode_batch(batch)
             with torch.no_grad():
                 weights = torch.where(rows, scorer.sample(h.detach(), plan.tau), 1.0)
-            loss = model.weighted_loss(h, targets, weights)
-            _check_finite(float(loss.detach()), plan)
-            self._model_steps.zero_grad(set_to_none=True)
-            loss.backward()
-            self._model_steps.step()
+            self._step(model.weighted_loss(h, targets, weights), self._model_steps)
             self.steps += 1
             if self.steps % plan.every == 0 and bool(rows.any()):
-                original = next(outer)
                 with torch.backends.cudnn.flags(enabled=False):  # its recurrent layers need training mode to go back
-                    report(self._scorer_step(batch, rows, original))
+                    report(self._scorer_step(batch, rows, next(outer)))
         model.eval()
 
     def _scorer_step(self, batch: Any, rows: torch.Tensor, original: Any) -> float:
@@ -244,50 +228,32 @@ class Learner:
             return F.cross_entropy(model.encode_batch(batch)[0] @ model.item_vectors().t(), targets, reduction="none")
 
         direction = implicit_direction(self._parameters, outer, inner, plan.terms, plan.rate)
-        loss = scorer_loss(weights, row_slopes(self._parameters, direction, row_losses))
-        _check_finite(float(loss.detach()), plan)
-        self._scorer_steps.zero_grad(set_to_none=True)
-        loss.backward()
-        self._scorer_steps.step()
+        self._step(scorer_loss(weights, row_slopes(self._parameters, direction, row_losses)), self._scorer_steps)
         model.softmax_precision = precision
         return outer_loss
 
+    def _step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        if not math.isfinite(float(loss.detach())):
+            given = f"regen_personal_rate: {self.plan.rate:g} with regen_personal_terms: {self.plan.terms}"
+            raise ConfigError([f"{given}: the learning of the weights diverges; lower them, or learning_rate"])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that the next pass needs."""
-        parts = {"model": self.model.state_dict(), "scorer": self.scorer.state_dict()}
-        named = {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
-        named.update(optimizer_tensors(self._model_steps, "model_steps"))
-        return {**named, **optimizer_tensors(self._scorer_steps, "scorer_steps")}
+        return named_tensors(**self._parts)
 
     def load(self, tensors: Mapping[str, torch.Tensor], steps: int) -> None:
-        """Continue after `steps` steps from what `tensors` returned then.
-
-        Raises:
-            KeyError: it does not fit.
-            ValueError: it does not fit.
-            RuntimeError: it does not fit.
-        """
-        self.model.load_state_dict(part_of(tensors, "model"))
-        self.scorer.load_state_dict(part_of(tensors, "scorer"))
-        load_optimizer(self._model_steps, tensors, "model_steps")
-        load_optimizer(self._scorer_steps, tensors, "scorer_steps")
+        """Continue after `steps` steps from what `tensors` returned then."""
+        load_named(tensors, **self._parts)
         self.steps = steps
-
-
-def _check_finite(loss: float, plan: Bilevel) -> None:
-    if not math.isfinite(loss):
-        raise ConfigError(
-            [
-                f"regen_personal_rate: {plan.rate:g} with regen_personal_terms: {plan.terms}: the learning of the "
-                "weights diverges; lower them, or learning_rate"
-            ]
-        )
 
 
 def _gradient(parameters: Tensors, loss: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
     with torch.enable_grad():
         found = torch.autograd.grad(loss(), list(parameters), allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(parameters, found)]
+    return [torch.zeros_like(x) if g is None else g.clone() for x, g in zip(parameters, found)]
 
 
 def personalise(config: Config, made: RegeneratedData, base: Outcome) -> RegeneratedData:
@@ -304,12 +270,11 @@ def personalise(config: Config, made: RegeneratedData, base: Outcome) -> Regener
     options = {name: config[name] for name in regeneration_options(config)}
     mark = fingerprint({**options, "seed": config["seed"], "version": VERSION}, made.fingerprint, base.fingerprint)
     directory = Path(config["checkpoint_dir"]) / f"personalised-{config['dataset']}-{mark[:12]}"
-    found = stored(config, base.splits, directory, mark)
-    if found is not None:
-        return found
-    with locked(directory, "Personalised weights"):
-        found = stored(config, base.splits, directory, mark)
-        return found if found is not None else _personalised(config, made, base, directory, mark)
+
+    def make() -> RegeneratedData:
+        return _personalised(config, made, base, directory, mark)
+
+    return stored_or_made(make, "Personalised weights", config, base.splits, mark, directory)
 
 
 def _personalised(config: Config, made: RegeneratedData, base: Outcome, directory: Path, mark: str) -> RegeneratedData:
@@ -322,8 +287,7 @@ def _personalised(config: Config, made: RegeneratedData, base: Outcome, director
     weights, targets = _weights(model, scorer, both, rows, config["device"])
     data = dataclasses.replace(rows, weights=weights)
     seconds = made.seconds + before + time.perf_counter() - started
-    tail = losses[len(losses) // 2 :]
-    origin = np.repeat(data.origin, np.diff(data.offsets))[targets]
+    tail, origin = losses[len(losses) // 2 :], np.repeat(data.origin, np.diff(data.offsets))[targets]
     found = {**made.report, "seconds": seconds, "weights": {
         "outer_loss": float(np.mean(tail)) if tail else None,
         "deciles": np.quantile(weights[targets], np.linspace(0, 1, 11)).tolist(),
@@ -364,18 +328,12 @@ def _learned(
             loader.generator.manual_seed(config["seed"] * 1_000_003 + 2 * number + which)
         desc, hidden = f"Personalise {number:>3}", not config["show_progress"]
         inner = tqdm(loaders[0], desc=desc, disable=hidden, dynamic_ncols=True)
-        learner.learn(
-            (batch.to(device) for batch in inner), (batch.to(device) for batch in _endless(loaders[1])),
-            lambda batch: batch[SEQUENCE] >= n_users, losses.append,
-        )  # fmt: skip
+        outer = itertools.chain.from_iterable(itertools.repeat(loaders[1]))
+        rows, original = ((batch.to(device) for batch in part) for part in (inner, outer))
+        learner.learn(rows, original, lambda batch: batch[SEQUENCE] >= n_users, losses.append)
         meta = {"passes": number + 1, "steps": learner.steps, "losses": losses}
         write_tensors(path, learner.tensors(), {**meta, "seconds": time.perf_counter() - started})
     return model, scorer, losses, seconds
-
-
-def _endless(loader: BucketLoader) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def _resume(learner: Learner, path: Path) -> tuple[int, list[float], float]:
@@ -390,14 +348,11 @@ def _resume(learner: Learner, path: Path) -> tuple[int, list[float], float]:
 
 
 @torch.no_grad()
-def _weights(
-    model: Any, scorer: Personaliser, both: Any, data: Regenerated, device: Any
-) -> tuple[np.ndarray, np.ndarray]:
+def _weights(model: Any, scorer: Personaliser, both: Any, data: Regenerated, device: Any) -> tuple[Any, Any]:
     """Score of each item as a target, float32 [N], 1 for the first of a sequence, and the targets' rows, int64 [T]."""
     model.eval()
     weights = np.ones(len(data.items), dtype=np.float32)
-    owner = np.repeat(np.arange(len(data)), np.diff(data.offsets))
-    targets = np.flatnonzero(np.arange(len(data.items)) > data.offsets[owner])
+    targets = inner_rows(data.offsets)
     first = len(both) - len(targets)  # the regenerated rows come last, in the order of the items
     for start in range(0, len(targets), _ROWS):
         rows = np.arange(start, min(start + _ROWS, len(targets)))

@@ -1,11 +1,9 @@
 """The regenerator (DR4SR, arXiv 2405.17795): reads a sequence, writes a pattern of it, in one of K ways.
 
-A transformer encoder-decoder over item ids, each part of a layer followed by a residual sum and a layer norm. One
-sequence has many patterns; the diversity promoter makes that one-to-many map one-to-one: the encoder's output is
-projected into K spaces, a condition encoder reads the pattern and chooses among them by Gumbel-softmax, and the decoder
-attends to the chosen mixture. When patterns are generated there is nothing to read: each of the K spaces is tried.
-
-It learns from pairs, with early stopping on held-out sequences; a killed training continues after its last epoch.
+A transformer encoder-decoder over item ids. One sequence has many patterns; the diversity promoter makes that
+one-to-many map one-to-one: the encoder's output is projected into K spaces, a condition encoder reads the pattern and
+chooses among them by Gumbel-softmax, and the decoder attends to the chosen mixture. When patterns are generated there
+is nothing to read: each of the K spaces is tried. It learns with early stopping on held-out sequences.
 
 Shapes: B sequences of S items, P pairs of a sequence and a pattern, T steps of the decoder (pattern and end), K
 conditions, H hidden size, D = H / heads; in a layer N rows, Q queries, S source positions.
@@ -31,7 +29,7 @@ from recbole_raserec.config import Config
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.kernels import use_fast_dropout
 from recbole_raserec.regeneration.pairs import Pairs
-from recbole_raserec.storage import load_optimizer, optimizer_tensors, part_of, read_tensors, write_tensors
+from recbole_raserec.storage import load_named, named_tensors, part_of, read_tensors, write_tensors
 
 STATE, BEST = "regenerator-state.safetensors", "regenerator.safetensors"
 
@@ -115,8 +113,7 @@ class DecoderLayer(nn.Module):
 
     def together(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """All steps at once [N, Q, H]; `attend` [N, Q, H] -> [N, Q, H] is the attention to the source."""
-        x = self.norms[0](x + self.dropout(self.own(x, self.own.keys_values(x), causal=True)))
-        return self._rest(x, attend)
+        return self._rest(x, self.own(x, self.own.keys_values(x), causal=True), attend)
 
     def step(
         self, x: torch.Tensor, past: Optional[KeyValue], source: KeyValue, mask: torch.Tensor
@@ -125,10 +122,10 @@ class DecoderLayer(nn.Module):
         [N, 1, 1, S] of the source."""
         new = self.own.keys_values(x)
         grown = new if past is None else (torch.cat([past[0], new[0]], 2), torch.cat([past[1], new[1]], 2))
-        x = self.norms[0](x + self.dropout(self.own(x, grown)))
-        return self._rest(x, lambda h: self.source(h, source, mask)), grown
+        return self._rest(x, self.own(x, grown), lambda h: self.source(h, source, mask)), grown
 
-    def _rest(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _rest(self, x: torch.Tensor, own: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        x = self.norms[0](x + self.dropout(own))
         x = self.norms[1](x + self.dropout(attend(x)))
         return self.norms[2](x + self.dropout(self.feed_forward(x)))
 
@@ -141,18 +138,13 @@ class PairsOfSources:
     are linear in it, so neither spaces nor mixture ([P, S, H] numbers, twice in each layer) need be built: a query q of
     p meets X_b as R_p W_key' q, and what the weights w take from X_b becomes a value as W_value R_p' (X_b' w).
 
-    Attributes:
-        hidden: [B, S, H], the sequences.
-        filled: bool [B, S], where an item stands.
-        mixtures: [P, H, H], R_p.
-        slots: int64 [P], each pair's row in a grid of B x `width`, the pairs of a sequence side by side.
-        width: N, the most pairs of a sequence.
+    `slots` are the pairs' rows in a grid of B x N, those of a sequence side by side; N = `width`, most of a sequence.
     """
 
-    hidden: torch.Tensor
-    filled: torch.Tensor
-    mixtures: torch.Tensor
-    slots: torch.Tensor
+    hidden: torch.Tensor  # [B, S, H], the sequences
+    filled: torch.Tensor  # bool [B, S], where an item stands
+    mixtures: torch.Tensor  # [P, H, H], R_p
+    slots: torch.Tensor  # int64 [P]
     width: int
 
     @classmethod
@@ -197,26 +189,15 @@ class PairsOfSources:
         found = found.permute(1, 2, 0, 3) + sums.transpose(1, 2) * attention.value.bias.view(heads, -1)
         return attention.out(found.reshape(pairs, steps, size))
 
-    def logits(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """x [P, T, H] times the vectors [B, S, H] of each pair's sequence: [P, T, S]."""
-        return self.take_up(self.lay_out(x) @ vectors.transpose(1, 2))
-
 
 @dataclasses.dataclass
 class Source:
-    """An encoded batch of sequences.
+    """An encoded batch of sequences."""
 
-    Attributes:
-        items: int64 [B, S], left-aligned, padded with 0.
-        hidden: [B, S, H], the encoder's output.
-        projections: [K, H, H], the latent spaces.
-        candidates: bool [B, S], first occurrences of items: what restrictive decoding chooses from.
-    """
-
-    items: torch.Tensor
-    hidden: torch.Tensor
-    projections: torch.Tensor
-    candidates: torch.Tensor
+    items: torch.Tensor  # int64 [B, S], left-aligned, padded with 0
+    hidden: torch.Tensor  # [B, S, H], the encoder's output
+    projections: torch.Tensor  # [K, H, H], the latent spaces
+    candidates: torch.Tensor  # bool [B, S], first occurrences of items: what restrictive decoding chooses from
 
     @cached_property
     def spaces(self) -> torch.Tensor:
@@ -235,8 +216,8 @@ class Regenerator(nn.Module):
         inner_size: of the feed-forward layers.
         dropout: everywhere.
         conditions: K.
-        longest: items of a source sequence at most.
-        pattern_length: items of a pattern at most.
+        longest: items of a sequence at most.
+        pattern_length: the same of a pattern.
     """
 
     def __init__(
@@ -277,8 +258,7 @@ class Regenerator(nn.Module):
 
     def read(self, items: torch.Tensor) -> torch.Tensor:
         """The encoder's output [B, S, H] for sequences [B, S], S at most `longest`."""
-        x = self.items(items) + self.source_positions.weight[: items.shape[1]]
-        x = self.dropout(self.source_norm(x))
+        x = self.dropout(self.source_norm(self.items(items) + self.source_positions.weight[: items.shape[1]]))
         mask = (items > 0)[:, None, None]
         for layer in self.encoder:
             x = layer(x, mask)
@@ -299,10 +279,14 @@ class Regenerator(nn.Module):
     def condition(self, patterns: torch.Tensor) -> torch.Tensor:
         """Logits of the conditions [P, K] from the patterns [P, T - 1], padded with 0."""
         filled = patterns > 0
-        x = self.items(patterns) + self.pattern_positions.weight[: patterns.shape[1]]
-        x = self.reader(self.dropout(self.pattern_norm(x)), filled[:, None, None])
+        x = self.reader(self._steps(patterns), filled[:, None, None])
         pooled = (x * filled[..., None]).sum(1) / filled.sum(1, keepdim=True).clamp(min=1)
         return self.chooser(pooled)
+
+    def _steps(self, patterns: torch.Tensor) -> torch.Tensor:
+        """Vectors [P, T, H] of the decoder's steps, or of a pattern's items, [P, T]."""
+        x = self.items(patterns) + self.pattern_positions.weight[: patterns.shape[1]]
+        return self.dropout(self.pattern_norm(x))
 
     def log_likelihood(
         self, source: Source, owner: torch.Tensor, patterns: torch.Tensor, shares: torch.Tensor
@@ -318,25 +302,22 @@ class Regenerator(nn.Module):
         Returns:
             [P].
         """
-        lengths = (patterns > 0).sum(1)
         items, candidates = source.items[owner], source.candidates[owner]  # [P, S]
         pairs = PairsOfSources.of(source.hidden, source.items > 0, owner, shares, source.projections)
-        steps = F.pad(patterns, (1, 0), value=self.start)  # [P, T]
-        x = self.items(steps) + self.pattern_positions.weight[: steps.shape[1]]
-        x = self.dropout(self.pattern_norm(x))
+        x = self._steps(F.pad(patterns, (1, 0), value=self.start))
         for layer in self.decoder_layers():
             x = layer.together(x, partial(pairs.attend, layer.source))
-        logits = torch.cat([pairs.logits(x, self.items(source.items)), (x @ self.items.weight[self.end])[..., None]], 2)
+        logits = pairs.take_up(pairs.lay_out(x) @ self.items(source.items).transpose(1, 2))
+        logits = torch.cat([logits, (x @ self.items.weight[self.end])[..., None]], 2)
         same = patterns[:, :, None] == items[:, None]  # [P, T - 1, S]
         used = F.pad(same.cumsum(1) > 0, (0, 0, 1, 0))  # before each step, [P, T, S]
         barred = F.pad(used | ~candidates[:, None], (0, 1))  # [P, T, S + 1]
         log_p = torch.log_softmax(logits.masked_fill(barred, -torch.inf), dim=2)
-        last = torch.arange(steps.shape[1], device=steps.device) == lengths[:, None]  # the end's step, [P, T]
+        step, lengths = torch.arange(x.shape[1], device=x.device), (patterns > 0).sum(1, keepdim=True)
         column = F.pad((same & candidates[:, None]).int().argmax(2), (0, 1))
-        column = torch.where(last, items.shape[1], column)
-        counted = torch.arange(steps.shape[1], device=steps.device) <= lengths[:, None]
+        column = torch.where(step == lengths, items.shape[1], column)  # at the last step the end
         chosen = log_p.gather(2, column[..., None]).squeeze(2)
-        return torch.where(counted, chosen, 0.0).sum(1)
+        return torch.where(step <= lengths, chosen, 0.0).sum(1)
 
     def forward(
         self, items: torch.Tensor, owner: torch.Tensor, patterns: torch.Tensor, tau: float
@@ -353,8 +334,7 @@ class Regenerator(nn.Module):
             tau: temperature of the Gumbel-softmax.
         """
         logits = self.condition(patterns)
-        shares = F.gumbel_softmax(logits, tau=tau)
-        mean = torch.softmax(logits, dim=1).mean(0)
+        shares, mean = F.gumbel_softmax(logits, tau=tau), torch.softmax(logits, dim=1).mean(0)
         entropy = -(mean * mean.clamp(min=1e-9).log()).sum()
         return -self.log_likelihood(self.encode(items), owner, patterns, shares), entropy
 
@@ -373,8 +353,7 @@ class Regenerator(nn.Module):
 def first_occurrences(items: torch.Tensor) -> torch.Tensor:
     """bool [B, S]: an item is here, and not earlier in the row."""
     same = items[:, :, None] == items[:, None]  # [B, S, S]
-    earlier = torch.tril(same, diagonal=-1).any(2)
-    return (items > 0) & ~earlier
+    return (items > 0) & ~torch.tril(same, diagonal=-1).any(2)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -389,11 +368,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def check_heads(config: Config) -> None:
-    """`regen_heads` must divide the vectors' length.
-
-    Raises:
-        ConfigError: it does not.
-    """
+    """Raise ConfigError unless `regen_heads` divides the vectors' length."""
     size = config.for_embeddings()["hidden_size"] if config["regen_pretrained"] else config["regen_hidden_size"]
     heads = config["regen_heads"]
     if size % heads:
@@ -403,11 +378,10 @@ def check_heads(config: Config) -> None:
 def build(config: Config, n_items: int, vectors: Optional[torch.Tensor]) -> Regenerator:
     """A new regenerator for V = `n_items` items, which starts from item vectors [V, H], or from random ones of length
     `regen_hidden_size`."""
-    size, heads = config["regen_hidden_size"] if vectors is None else vectors.shape[1], config["regen_heads"]
-    model = Regenerator(
-        n_items, size, heads, config["regen_layers"], config["regen_inner_size"], config["regen_dropout"],
-        config["regen_conditions"], config["MAX_ITEM_LIST_LENGTH"], config["regen_pattern_length"],
-    )  # fmt: skip
+    size = config["regen_hidden_size"] if vectors is None else vectors.shape[1]
+    names = ("heads", "layers", "inner_size", "dropout", "conditions", "pattern_length")
+    sizes = {name: config[f"regen_{name}"] for name in names}
+    model = Regenerator(n_items, size, longest=config["MAX_ITEM_LIST_LENGTH"], **sizes)
     if vectors is not None:
         model.use_item_vectors(vectors.to("cpu", torch.float32))
     return model
@@ -415,31 +389,18 @@ def build(config: Config, n_items: int, vectors: Optional[torch.Tensor]) -> Rege
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How the regenerator learns.
+    """How the regenerator learns, as the options `regen_*` say; with the paper's values where it names them."""
 
-    Attributes:
-        epochs: at most.
-        patience: epochs without a better held-out loss before it stops.
-        learning_rate: of Adam with the paper's betas (.9, .98).
-        batch_pairs: about so many pairs in a batch.
-        held_out: share of the sequences whose pairs are not learned from.
-        entropy_weight: of the regulariser.
-        tau: temperature of the Gumbel-softmax at the first step.
-        tau_decay: its factor at each step; the paper's is .995.
-        tau_least: its lower bound; the paper's is .1.
-        seed: of shuffling, dropout and noise.
-    """
-
-    epochs: int = 40
-    patience: int = 3
-    learning_rate: float = 1e-3
-    batch_pairs: int = 1024
-    held_out: float = 0.05
-    entropy_weight: float = 0.1
-    tau: float = 1.0
-    tau_decay: float = 0.995
-    tau_least: float = 0.1
-    seed: int = 0
+    epochs: int = 40  # at most
+    patience: int = 3  # epochs without a better held-out loss before it stops
+    learning_rate: float = 1e-3  # of Adam with the paper's betas (.9, .98)
+    batch_pairs: int = 1024  # about so many pairs in a batch
+    held_out: float = 0.05  # share of the sequences whose pairs are not learned from
+    entropy_weight: float = 0.1  # of the regulariser
+    tau: float = 1.0  # temperature of the Gumbel-softmax at the first step
+    tau_decay: float = 0.995  # its factor at each step
+    tau_least: float = 0.1  # its lower bound
+    seed: int = 0  # of shuffling, dropout and noise
 
 
 def schedule_of(config: Config) -> Schedule:
@@ -476,8 +437,7 @@ def held_out_loss(model: Regenerator, pairs: Pairs, rows: np.ndarray, batch_pair
     was_training, device = model.training, model.projections.device
     model.eval()
     total = count = 0.0
-    lengths = pairs.sequences.lengths()
-    order = rows[np.argsort(lengths[rows], kind="stable")]
+    order = rows[np.argsort(pairs.sequences.lengths()[rows], kind="stable")]
     batch = np.cumsum(np.diff(pairs.offsets)[order]) // batch_pairs
     for part in np.split(order, np.flatnonzero(np.diff(batch)) + 1):
         items, owner, patterns = (x.to(device) for x in pairs.batch(part))
@@ -518,21 +478,20 @@ def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, p
     while len(history) < schedule.epochs and not (history and len(history) > _best(history) + schedule.patience):
         epoch, started = len(history), time.perf_counter()
         torch.manual_seed(schedule.seed * 1_000_003 + epoch)  # an epoch's noise depends on its number alone
-        rng = np.random.default_rng([schedule.seed, epoch])
-        batches = epoch_batches(pairs, learn, schedule.batch_pairs, rng)
-        desc = f"Regenerator {epoch:>3}"
-        loss, entropy, steps = _epoch(model, optimizer, pairs, batches, schedule, steps, desc if progress else None)
+        batches = epoch_batches(pairs, learn, schedule.batch_pairs, np.random.default_rng([schedule.seed, epoch]))
+        desc = f"Regenerator {epoch:>3}" if progress else None
+        loss, entropy, steps = _epoch(model, optimizer, pairs, batches, schedule, steps, desc)
         value = held_out_loss(model, pairs, held) if len(held) else loss
-        if not math.isfinite(value):
-            raise _diverged(schedule)
+        if not math.isfinite(loss + value):
+            rate = schedule.learning_rate
+            raise ConfigError([f"regen_learning_rate: {rate:g}: the regenerator's loss is not finite; lower it"])
         seconds = time.perf_counter() - started
         history.append({"loss": loss, "held_out": value, "entropy": entropy, "seconds": seconds})
         getLogger().info(f"regenerator epoch {epoch} [{seconds:.1f}s, loss: {loss:.4f}, held-out: {value:.4f}]")
         if _best(history) == epoch:
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         # one file, so that the best weights are those of the history whenever the run is killed
-        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-        tensors.update({f"best.{name}": value for name, value in best.items()} | optimizer_tensors(optimizer))
+        tensors = named_tensors(model=model, best=best, optimizer=optimizer)
         write_tensors(directory / STATE, tensors, {"history": history, "steps": steps})
     model.load_state_dict(best)
     model.eval()
@@ -561,14 +520,7 @@ def _epoch(
         total += float(losses.detach().sum())
         entropies += float(entropy.detach()) * len(owner)
         count += len(owner)
-    if not math.isfinite(total):
-        raise _diverged(schedule)
     return total / count, entropies / count, steps
-
-
-def _diverged(schedule: Schedule) -> ConfigError:
-    rate = schedule.learning_rate
-    return ConfigError([f"regen_learning_rate: {rate:g}: the regenerator's loss is not finite; lower it"])
 
 
 def _best(history: list[dict[str, float]]) -> int:
@@ -582,11 +534,9 @@ def _resume(
     path = directory / STATE
     try:
         tensors, meta = read_tensors(path)
-        device = model.projections.device
-        best = {name: value.to(device) for name, value in part_of(tensors, "best").items()}
-        for weights in (best, part_of(tensors, "model")):
-            model.load_state_dict(weights)
-        load_optimizer(optimizer, tensors)
+        best = {name: value.to(model.projections.device) for name, value in part_of(tensors, "best").items()}
+        model.load_state_dict(best)
+        load_named(tensors, model=model, optimizer=optimizer)
         return list(meta["history"]), int(meta["steps"]), best
     except (KeyError, TypeError, ValueError, RuntimeError, CheckpointError) as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)

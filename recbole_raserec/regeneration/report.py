@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import yaml
@@ -19,15 +19,11 @@ from recbole_raserec.data import ORIGINS, Regenerated, Splits, joined
 from recbole_raserec.errors import DatasetError, MissingExtraError
 from recbole_raserec.evaluation import plot_bars, plot_beside
 from recbole_raserec.regeneration.pairs import Sequences
-from recbole_raserec.storage import ARRAYS, read_json, replacing, write_json
+from recbole_raserec.storage import ARRAYS, locked, read_json, replacing, write_json
 
 REPORT = "report.json"
-
-#: Examples of each origin in the report.
-EXAMPLES = 5
-
-#: User of the mined patterns' rows in files.
-PATTERN_USER = "[pattern]"
+EXAMPLES = 5  # of each origin in the report
+PATTERN_USER = "[pattern]"  # of the mined patterns' rows in files
 
 _HEADER = "user_id:token\titem_id_list:token_seq\titem_id:token\torigin:token\n"
 _ROWS = 4096
@@ -62,18 +58,31 @@ def stored(config: Config, splits: Splits, directory: Path, mark: str) -> Option
     return RegeneratedData(data, directory, mark, found["seconds"], found)
 
 
-def describe(original: Sequences, extra: Regenerated, n_items: int, tokens: Sequence[str]) -> dict[str, Any]:
+def stored_or_made(
+    make: Callable[[], RegeneratedData], name: str, config: Config, splits: Splits, mark: str, *folders: Path
+) -> RegeneratedData:
+    """What is `stored` in the first of `folders`, or what `make` makes while no other run works in any of them."""
+    found = stored(config, splits, folders[0], mark)
+    if found is not None:
+        return found
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            held.enter_context(locked(folder, name))
+        return stored(config, splits, folders[0], mark) or make()
+
+
+def describe(original: Sequences, extra: Regenerated, tokens: Sequence[str]) -> dict[str, Any]:
     """Sizes by origin, lengths, popularity of the targets, transitions, examples; ready for JSON.
 
     Args:
         original: the training sequences.
         extra: what joins them.
-        n_items: V.
         tokens: external item ids [V].
     """
+    n_items = len(tokens)
     sets: dict[str, Any] = {ORIGINS[0]: original, **{name: extra.only(name) for name in ORIGINS[1:]}}
     known = _transitions(original, n_items)
-    counted = [np.bincount(each.items[_inner(each.offsets)], minlength=n_items)[1:] for each in sets.values()]
+    counted = [np.bincount(each.items[inner_rows(each.offsets)], minlength=n_items)[1:] for each in sets.values()]
     report: dict[str, Any] = {"items": n_items - 1, "origins": {}}
     for name, each in sets.items():
         moves, lengths = _transitions(each, n_items), np.diff(each.offsets)
@@ -126,39 +135,29 @@ def draw(report: Mapping[str, Any], path: str | os.PathLike) -> None:
     Raises:
         MissingExtraError: there is no matplotlib.
     """
-    sizes = {
-        name: {length: [found["lengths"][length]] for length in range(1, 16)}
-        for name, found in report["origins"].items()
-    }
-    shares = {
-        when: {f"{tenth + 1}": [value] for tenth, value in enumerate(values)}
-        for when, values in report["popularity"].items()
-    }
+    origins, popularity = report["origins"].items(), report["popularity"].items()
+    sizes = {name: {length: [found["lengths"][length]] for length in range(1, 16)} for name, found in origins}
+    shares = {when: {str(tenth): [value] for tenth, value in enumerate(values, 1)} for when, values in popularity}
     plot_bars(path, {"lengths (up to 15)": sizes}, "items of a sequence", "sequences")
-    plot_bars(
-        plot_beside(path, "_popularity"), {"popularity": shares}, "tenth of the items, most popular first",
-        "share of the targets",
-    )  # fmt: skip
+    label = "tenth of the items, most popular first"
+    plot_bars(plot_beside(path, "_popularity"), {"popularity": shares}, label, "share of the targets")
 
 
-def _inner(offsets: np.ndarray) -> np.ndarray:
+def inner_rows(offsets: np.ndarray) -> np.ndarray:
     """Rows of items that are not the first of their sequence."""
-    inner = np.ones(int(offsets[-1]), dtype=bool)
-    inner[offsets[:-1][offsets[:-1] < offsets[-1]]] = False
-    return np.flatnonzero(inner)
+    return np.setdiff1d(np.arange(offsets[-1]), offsets[:-1])
 
 
 def _transitions(each: Any, n_items: int) -> np.ndarray:
     """Distinct (item, next item), as one number each."""
-    later = _inner(each.offsets)
+    later = inner_rows(each.offsets)
     return np.unique(each.items[later - 1] * np.int64(n_items) + each.items[later])
 
 
 def _shares(counts: np.ndarray) -> list[float]:
     """Share of the total in each tenth of the items, most counted first."""
-    ordered = np.sort(counts)[::-1]
     total = max(int(counts.sum()), 1)
-    return [float(part.sum() / total) for part in np.array_split(ordered, 10)]
+    return [float(part.sum() / total) for part in np.array_split(np.sort(counts)[::-1], 10)]
 
 
 def write_benchmark(splits: Splits, data: Regenerated, directory: Path, name: str, desc: Optional[str] = None) -> Path:
@@ -172,7 +171,7 @@ def write_benchmark(splits: Splits, data: Regenerated, directory: Path, name: st
         data: what joins the training split.
         directory: of data sets.
         name: of the new one.
-        desc: show progress bars with this label.
+        desc: label of the progress bars.
 
     Returns:
         the folder.
@@ -180,8 +179,7 @@ def write_benchmark(splits: Splits, data: Regenerated, directory: Path, name: st
     Raises:
         DatasetError: an item's id holds a space, which separates the items of a list.
     """
-    folder = Path(directory) / name
-    tokens = splits.vocabulary()
+    folder, tokens = Path(directory) / name, splits.vocabulary()
     check_ids(tokens)
     users = np.array([PATTERN_USER, *tokens["users"][1:]], dtype=object)
     items = np.array(tokens["items"], dtype=object)
@@ -202,11 +200,7 @@ def write_benchmark(splits: Splits, data: Regenerated, directory: Path, name: st
 
 
 def check_ids(vocabulary: Mapping[str, Sequence[str]]) -> None:
-    """Refuse ids that the files cannot hold.
-
-    Raises:
-        DatasetError: there is one.
-    """
+    """Raise DatasetError for ids that the files cannot hold."""
     spaced = [token for token in vocabulary["items"][1:] if " " in token]
     if spaced:
         raise DatasetError(

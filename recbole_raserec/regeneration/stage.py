@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -25,8 +24,8 @@ from recbole_raserec.regeneration import report
 from recbole_raserec.regeneration.inference import combine, generate
 from recbole_raserec.regeneration.pairs import Sequences, make_pairs, mine, pieces, training_sequences
 from recbole_raserec.regeneration.regenerator import STATE, build, check_heads, fit, schedule_of
-from recbole_raserec.regeneration.report import REPORT, RegeneratedData
-from recbole_raserec.storage import fingerprint, locked, read_json, sha256
+from recbole_raserec.regeneration.report import REPORT, RegeneratedData, stored_or_made
+from recbole_raserec.storage import fingerprint, read_json, sha256
 from recbole_raserec.training import Trial
 
 #: Raised when the same options and data would give another regenerated set than before.
@@ -38,9 +37,7 @@ _INFERENCE = ("regen_gamma", "regen_temperature")
 
 def regenerate(config: Config, trial: Optional[Trial] = None) -> RegeneratedData:
     """Stage i: regenerate the training set, continue an interrupted run, or reuse what one with the same options, data
-    and seed left. With `regen_rows: patterns` patterns are mined and nothing is trained.
-
-    Of several runs that make the same set, or train the same regenerator, one works at a time: the others wait.
+    and seed left; of several one works at a time. With `regen_rows: patterns` patterns are mined, nothing is trained.
 
     Args:
         config: of a sequential model, with `regeneration` on.
@@ -63,9 +60,8 @@ def regenerate(config: Config, trial: Optional[Trial] = None) -> RegeneratedData
         return made
     data = made.data.only(origin)
     if not len(data):
-        raise DatasetError(
-            f"regen_rows: {config['regen_rows']} are wanted, but {made.directory} holds none; write both."
-        )
+        wanted = f"regen_rows: {config['regen_rows']} are wanted"
+        raise DatasetError(f"{wanted}, but {made.directory} holds none; write both.")
     return dataclasses.replace(made, data=data, fingerprint=fingerprint({"only": origin}, made.fingerprint))
 
 
@@ -84,14 +80,12 @@ def mined_splits(config: Config, plain: Splits, pretrained: bool) -> Splits:
         return plain
     if pretrained:
         left_out = len(plain.train._dataset) - len(own.train._dataset)
-        raise ConfigError(
-            [
-                f"regen_pretrained: true: {model['model']} leaves {left_out} of the training targets out (they have no "
-                "features, no entity), so that its split is another than that of the SASRec whose item vectors the "
-                "regenerator would start from; they may have seen what this model holds out. Set regen_pretrained: "
-                "false, or complete the files."
-            ]
-        )
+        raise ConfigError([
+            f"regen_pretrained: true: {model['model']} leaves {left_out} of the training targets out (they have no "
+            "features, no entity), so that its split is another than that of the SASRec whose item vectors the "
+            "regenerator would start from; they may have seen what this model holds out. Set regen_pretrained: "
+            "false, or complete the files."
+        ])  # fmt: skip
     return own
 
 
@@ -123,17 +117,14 @@ def _mined(config: Config) -> RegeneratedData:
 
     def make() -> RegeneratedData:
         started, whole = time.perf_counter(), training_sequences(_histories(splits))
-        patterns = mine(
-            whole, config["regen_span"], config["regen_min_support"], config["regen_pattern_length"],
-            "" if config["show_progress"] else None,
-        )  # fmt: skip
+        patterns = mine(whole, *_mining(config), "" if config["show_progress"] else None)
         nothing = np.zeros((len(whole), 0, 1), dtype=np.int64)  # K = 0 conditions
         data = combine(whole, whole, patterns, nothing)
         if not len(data):
             raise _no_pattern(config, whole, len(patterns))
         return _keep(config, splits, whole, data, directory, mark, started, {"patterns_mined": len(patterns)}, MINING)
 
-    return current().from_first(lambda: _alone(make, config, splits, mark, directory))
+    return current().from_first(lambda: stored_or_made(make, "Regeneration", config, splits, mark, directory))
 
 
 def _generated(config: Config, trial: Optional[Trial]) -> RegeneratedData:
@@ -157,10 +148,8 @@ def _generated(config: Config, trial: Optional[Trial]) -> RegeneratedData:
         started, progress, train = time.perf_counter(), bool(config["show_progress"]), _histories(splits)
         whole = training_sequences(train)
         read = pieces(whole, config["MAX_ITEM_LIST_LENGTH"])
-        pairs = make_pairs(
-            read, whole, config["regen_span"], config["regen_min_support"], config["regen_pattern_length"],
-            config["regen_pairs"], config["seed"], "" if progress else None,
-        )  # fmt: skip
+        desc = "" if progress else None
+        pairs = make_pairs(read, whole, *_mining(config), config["regen_pairs"], config["seed"], desc)
         if not len(pairs):
             raise _no_pattern(config, whole, len(pairs.patterns))
         getLogger().info(f"regeneration: {len(pairs.patterns)} patterns, {len(pairs)} pairs of {len(read)} sequences")
@@ -177,29 +166,17 @@ def _generated(config: Config, trial: Optional[Trial]) -> RegeneratedData:
             desc="Generate patterns" if progress else None, native_kernels=bool(config["native_kernels"]),
         )  # fmt: skip
         started -= prepared + sum(epoch["seconds"] for epoch in history["epochs"])
-        return _keep(
-            config, splits, whole, combine(whole, read, pairs.patterns, generated), directory, mark, started,
-            {
-                "patterns_mined": len(pairs.patterns), "pairs": len(pairs), "training": history,
-                "regenerator": trained.name, "seed": config["seed"],
-            },
-        )  # fmt: skip
+        more = {"patterns_mined": len(pairs.patterns), "pairs": len(pairs), "training": history}
+        more.update(regenerator=trained.name, seed=config["seed"])
+        data = combine(whole, read, pairs.patterns, generated)
+        return _keep(config, splits, whole, data, directory, mark, started, more, REGENERATION)
 
-    return current().from_first(lambda: _alone(make, config, splits, mark, directory, trained))
+    return current().from_first(lambda: stored_or_made(make, "Regeneration", config, splits, mark, directory, trained))
 
 
-def _alone(
-    make: Callable[[], RegeneratedData], config: Config, splits: Splits, mark: str, directory: Path, *shared: Path
-) -> RegeneratedData:
-    """The set of `directory`, or what `make` makes while no other run works in it or in the `shared` ones."""
-    found = report.stored(config, splits, directory, mark)
-    if found is not None:
-        return found
-    with contextlib.ExitStack() as held:
-        for folder in (directory, *shared):
-            held.enter_context(locked(folder, "Regeneration"))
-        found = report.stored(config, splits, directory, mark)
-        return found if found is not None else make()
+def _mining(config: Config) -> tuple[int, int, int]:
+    """Span, support and length of the patterns."""
+    return config["regen_span"], config["regen_min_support"], config["regen_pattern_length"]
 
 
 def _folder(config: Config, what: str, mark: str) -> Path:
@@ -209,13 +186,13 @@ def _folder(config: Config, what: str, mark: str) -> Path:
 
 def _keep(
     config: Config, splits: Splits, whole: Sequences, data: Regenerated, directory: Path, mark: str, started: float,
-    more: dict[str, Any], options: Iterable[str] = REGENERATION,
+    more: dict[str, Any], options: Iterable[str],
 ) -> RegeneratedData:  # fmt: skip
     """Write a set, `started` at a time of `perf_counter`, and its report, which also names `options` and `more`."""
     train, vocabulary = splits.train._dataset, splits.vocabulary()
     data = dataclasses.replace(data, vocabulary=vocabulary, training=training_hash(train, vocabulary))
     found = {
-        **report.describe(whole, data, train.item_num, vocabulary["items"]), "dataset": config["dataset"],
+        **report.describe(whole, data, vocabulary["items"]), "dataset": config["dataset"],
         "options": {name: config[name] for name in sorted(options)}, **more,
     }  # fmt: skip
     found["seconds"] = seconds = time.perf_counter() - started
@@ -257,8 +234,7 @@ def regenerate_dataset(
         dataset: to regenerate.
         output: directory of data sets; the folder `name` of it is written.
         name: of the new data set; default: that of the old one and `-regenerated`.
-        model: decides which options are known; if it leaves interactions out (without features, say), the files hold
-            its split.
+        model: decides which options are known; if it leaves interactions out, the files hold its split.
         config_file_list: YAML files of options.
         config_dict: options; they win over the files.
         argv: command line options `--key=value`; they win over both. None reads `sys.argv`.
@@ -284,11 +260,9 @@ def regenerate_dataset(
     splits = mined_splits(config, prepare_data(config.for_embeddings()), pretrained)
     vocabulary = splits.vocabulary()
     report.check_ids(vocabulary)
-    made = regenerate(config)
-    desc = "Write" if config["show_progress"] else None
+    made, desc = regenerate(config), "Write" if config["show_progress"] else None
     folder = report.write_benchmark(splits, made.data, output, name or f"{config['dataset']}-regenerated", desc)
-    whole = training_sequences(splits.train._dataset)
-    found = report.describe(whole, made.data, len(vocabulary["items"]), vocabulary["items"])
+    found = report.describe(training_sequences(splits.train._dataset), made.data, vocabulary["items"])
     report.write_report(folder, {**made.report, **found})
     return folder
 

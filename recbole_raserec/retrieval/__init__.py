@@ -5,10 +5,4 @@ from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.raserec import TRAINING_BUFFERS, RaSeRec
 from recbole_raserec.retrieval.stage import fine_tune
 
-__all__ = [
-    "TRAINING_BUFFERS",
-    "MemoryBank",
-    "RaSeRec",
-    "fine_tune",
-    "neighbour_weights",
-]
+__all__ = ["TRAINING_BUFFERS", "MemoryBank", "RaSeRec", "fine_tune", "neighbour_weights"]

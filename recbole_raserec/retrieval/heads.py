@@ -59,7 +59,7 @@ class CrossAttention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-        """The queries with what they attend to.
+        """The queries with what they attend to, [B, H].
 
         Args:
             q: [B, H].
@@ -67,12 +67,10 @@ class CrossAttention(nn.Module):
             v: [B, K, H].
             mask: bool [B, K], True where there is a neighbour; the others get no weight.
             bias: [B, K], added to the logits of all heads.
-
-        Returns:
-            [B, H].
         """
         weights = self.weight_dropout(self.weights(q, k, mask, bias))
-        values = _per_head(weights @ v, self.value.weight)  # [B, heads, H / heads]
+        projection = self.value.weight.view(self.heads, -1, q.shape[1])
+        values = torch.einsum("bnh,ndh->bnd", weights @ v, projection)  # [B, heads, H / heads]
         values = values + self.value.bias.view(self.heads, -1) * weights.sum(dim=2, keepdim=True)
         return self.norm(q + self.out_dropout(self.out(values.flatten(1))))
 
@@ -93,23 +91,13 @@ class CrossAttention(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Start on the scale of the data: values as long as queries, logits of `START_LOGIT` times the cosine.
-
-        The arguments are samples of queries, keys and values, [N, H] each.
-        """
+        """Start on the scale of samples [N, H]: values as long as queries, logits of `START_LOGIT` times the cosine."""
         size = q.shape[1]
         lengths = [x.norm(dim=1).mean().clamp(min=1e-12) for x in (q, k, v)]
-        head = size // self.heads
-        logit = START_LOGIT * self.heads * math.sqrt(head) / (lengths[0] * lengths[1])
+        logit = START_LOGIT * self.heads * math.sqrt(size // self.heads) / (lengths[0] * lengths[1])
         self.query.weight.copy_(torch.eye(size, device=q.device) * logit)
         self.value.weight.copy_(torch.eye(size, device=q.device) * lengths[0] / lengths[2])
         fit_norm(self.norm, q)
-
-
-def _per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """Each head's rows of `weight` [H, H] times its vector in x [B, heads, H]: [B, heads, H / heads]."""
-    heads = x.shape[1]
-    return torch.einsum("bnh,ndh->bnd", x, weight.view(heads, -1, weight.shape[1]))
 
 
 class FeedForward(nn.Module):
@@ -193,10 +181,8 @@ class RetrievalModule(nn.Module):
     def forward(self, h: Tensor, keys: Tensor, values: Tensor, mask: Tensor, bias: Optional[Tensor] = None) -> Tensor:
         """h [B, H], keys h_k and values v_k [B, K, H], mask bool and bias of the logits [B, K] -> h~ [B, H]."""
         mixed = torch.zeros_like(h)
-        if self.beta > 0:
-            mixed = mixed + self.beta * self.channels[0](h, keys, values, mask, bias)
-        if self.beta < 1:
-            mixed = mixed + (1 - self.beta) * self.channels[1](h, values, keys, mask, bias)
+        for share, channel, k, v in self._built(keys, values):
+            mixed = mixed + share * channel(h, k, v, mask, bias)
         alpha = self.alpha.clamp(0, 1)
         augmented = alpha * h + (1 - alpha) * mixed
         return torch.where(mask.any(dim=1, keepdim=True), augmented, h)
@@ -207,17 +193,19 @@ class RetrievalModule(nn.Module):
         The weights of a row with neighbours add up to 1.
         """
         found = torch.zeros(mask.shape, dtype=h.dtype, device=h.device)
-        for share, channel, k, v in ((self.beta, 0, keys, values), (1 - self.beta, 1, values, keys)):
-            if share > 0:
-                attention: Any = self.channels[channel].attention
-                found = found + share * attention(h, k, v, mask, bias)
+        for share, channel, k, v in self._built(keys, values):
+            found = found + share * channel.attention(h, k, v, mask, bias)
         return found
 
     def calibrate(self, h: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put the starting weights on the scale of the data: h, h_k and v_k, [N, H] each."""
-        for channel, k, v in zip(self.channels, (keys, values), (values, keys)):
-            if isinstance(channel, (Channel, CrossAttention)):
-                channel.calibrate(h, k, v)
+        for _, channel, k, v in self._built(keys, values):
+            channel.calibrate(h, k, v)
+
+    def _built(self, keys: Tensor, values: Tensor) -> list[tuple[float, Any, Tensor, Tensor]]:
+        """Share, channel, keys and values of each channel whose share is not 0."""
+        both = zip((self.beta, 1 - self.beta), self.channels, (keys, values), (values, keys))
+        return [channel for channel in both if channel[0] > 0]
 
 
 @torch.no_grad()
@@ -231,7 +219,7 @@ def fit_norm(norm: nn.LayerNorm, x: Tensor) -> None:
 
 
 def interpolate(scores: Tensor, targets: Tensor, similarity: Tensor, mask: Tensor, share: float, tau: float) -> Tensor:
-    """Logarithm of the mixed distribution.
+    """Logarithm of the mixed distribution, [B, V].
 
     Args:
         scores: [B, V], the model's.
@@ -240,9 +228,6 @@ def interpolate(scores: Tensor, targets: Tensor, similarity: Tensor, mask: Tenso
         mask: bool [B, K]; a row without any neighbour keeps the model's distribution.
         share: of the neighbours, in [0, 1).
         tau: temperature of their similarities, > 0.
-
-    Returns:
-        [B, V].
     """
     model = torch.log_softmax(scores, dim=1)
     if not share:
@@ -261,23 +246,19 @@ def neighbour_weights(similarity: Tensor, mask: Tensor, tau: float) -> Tensor:
 
 
 def tune_knn(model: Any, validate: Callable[[], float], progress: bool) -> float:
-    """Set share and temperature of the kNN head to the pair of `SHARES` and `TAUS` that validates best.
+    """Set share and temperature of the kNN head to the pair of `SHARES` and `TAUS` that validates best; its value.
 
     Args:
-        model: a `RaSeRec` with the memory of the training split; its `knn_share` and `knn_tau` are set.
-        validate: the value to raise, with the model as it is.
+        model: a `RaSeRec` with the memory of the training split.
+        validate: the value to raise, with the model as it is; of equal ones that of the smaller share counts.
         progress: show a progress bar.
-
-    Returns:
-        the best value; of equal ones that of the smaller share counts.
     """
     pairs = [(share, tau) for share, tau in itertools.product(SHARES, TAUS) if share or tau == TAUS[0]]
     best, chosen = float("-inf"), pairs[0]
     for share, tau in tqdm(pairs, desc="Tune kNN head", disable=not progress, dynamic_ncols=True):
         model.knn_share.fill_(share)
         model.knn_tau.fill_(tau)
-        value = validate()
-        if value > best:
+        if (value := validate()) > best:
             best, chosen = value, (share, tau)
     model.knn_share.fill_(chosen[0])
     model.knn_tau.fill_(chosen[1])

@@ -1,14 +1,13 @@
 """Inner-product indexes over the memory's vectors, with faiss: exact, inverted files, product quantisation, graphs.
 
-Also the state of an approximate index, as plain arrays. It is stored beside the entries, so that a reopened memory
-searches at once instead of finding centroids and lists, or linking its graph, again. faiss's own files are not read:
-its reader trusts them. Here every number is checked before it is used.
+The state of an approximate index is stored beside the entries as plain arrays, so that a reopened memory searches at
+once. faiss's own files are not read: its reader trusts them; here every number is checked before it is used.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import numpy as np
 
@@ -39,69 +38,23 @@ STATE_ARRAYS = {
 State = tuple[dict[str, np.ndarray], dict[str, Any]]
 
 
-class FlatIndex:
-    """Exact search: one blocked matrix product, and the best of each row.
-
-    Args:
-        vectors: [N, H] float32, searched in place, without a copy.
-    """
-
-    kind = "flat"
-    exact = True
-    coarse = False
-    recall = 1.0
-
-    def __init__(self, vectors: np.ndarray):
-        self._vectors = vectors
-
-    def __len__(self) -> int:
-        return len(self._vectors)
-
-    def remove(self, ids: np.ndarray) -> None:
-        """Nothing to do: the owner of the vectors overwrites them, and the guard bars them."""
-
-    def outgrown(self, size: int) -> bool:
-        """Whether a new index would serve `size` entries better."""
-        return False
-
-    def state(self) -> Optional[State]:
-        """What is worth storing: nothing."""
-        return None
-
-    def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `fetch` best entries of each query.
-
-        Args:
-            queries: [Q, H] float32.
-            fetch: at most N.
-
-        Returns:
-            inner products [Q, fetch] float32, falling, and entries [Q, fetch] int64; -1 where nothing was found.
-        """
-        share_threads()
-        # What IndexFlatIP.search runs, without IndexFlatIP's own copy of the vectors.
-        return faiss.knn(queries, self._vectors, fetch, metric=faiss.METRIC_INNER_PRODUCT)
-
-
 def share_threads() -> None:
     """Let faiss use as many threads as torch: its own count is kept per thread."""
     faiss.omp_set_num_threads(torch.get_num_threads())
 
 
-class ApproximateIndex:
-    """What the approximate indexes share: entries are added in order, removed by number, recall is measured.
+class Index:
+    """What the indexes share: entries are added in order, removed by number, recall is measured.
 
     Attributes:
+        exact: whether it finds the nearest entries for certain.
+        coarse: whether its scores are only roughly those of the vectors.
         recall: share of the exact 20 nearest entries it finds, measured on up to 1,000 of its vectors as queries.
         trained_on: number of vectors it was built for.
-        coarse: whether its scores are only roughly those of the vectors.
     """
 
-    kind = ""
-    exact = False
-    coarse = False
-    recall = 0.0
-    trained_on = 0
+    kind, exact, coarse = "", False, False
+    recall, trained_on = 0.0, 0
     _index: Any
     _size = 0
 
@@ -121,11 +74,24 @@ class ApproximateIndex:
             self._index.remove_ids(np.asarray(ids, dtype=np.int64))
 
     def outgrown(self, size: int) -> bool:
-        """Whether `size` is over twice what the index was trained on."""
-        return size > 2 * self.trained_on
+        """Whether a new index would serve `size` entries better."""
+        return False
+
+    def state(self) -> Optional[State]:
+        """What is worth storing."""
+        return None
 
     def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
-        """As of `FlatIndex`; -1 also where fewer than `fetch` entries were looked at."""
+        """The `fetch` best entries of each query.
+
+        Args:
+            queries: [Q, H] float32.
+            fetch: at most N.
+
+        Returns:
+            inner products [Q, fetch] float32, falling, and entries [Q, fetch] int64; -1 where nothing was found, or
+            fewer entries were looked at.
+        """
         share_threads()
         return self._index.search(queries, fetch)
 
@@ -149,7 +115,28 @@ class ApproximateIndex:
         return {"kind": self.kind, "trained_on": self.trained_on, "recall": self.recall}
 
 
-class IVFIndex(ApproximateIndex):
+class FlatIndex(Index):
+    """Exact search: one blocked matrix product, and the best of each row.
+
+    Args:
+        vectors: [N, H] float32, searched in place, without a copy.
+    """
+
+    kind, exact, recall = "flat", True, 1.0
+
+    def __init__(self, vectors: np.ndarray):
+        self._vectors, self._size = vectors, len(vectors)
+
+    def remove(self, ids: np.ndarray) -> None:
+        """Nothing to do: the owner of the vectors overwrites them, and the guard bars them."""
+
+    def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
+        """What faiss's IndexFlatIP.search runs, without its own copy of the vectors."""
+        share_threads()
+        return faiss.knn(queries, self._vectors, fetch, metric=faiss.METRIC_INNER_PRODUCT)
+
+
+class IVFIndex(Index):
     """Vectors are grouped around centroids, a query looks into the nearest groups only.
 
     Args:
@@ -173,7 +160,10 @@ class IVFIndex(ApproximateIndex):
         self._open(vectors.shape[1], used, probes, *self._codes(vectors.shape[1], size))
         self._index.cp.seed = seed
         self._index.cp.min_points_per_centroid = 1  # the number of lists was chosen above; no second warning
-        self._index.train(_sample(vectors, _MAX_POINTS_PER_LIST * max(self.lists, 256), seed))
+        most, sample = _MAX_POINTS_PER_LIST * max(self.lists, 256), vectors
+        if size > most:
+            sample = vectors[np.sort(np.random.default_rng(seed).choice(size, most, replace=False))]
+        self._index.train(sample)
         self.extend(vectors)
         self._finish(vectors, f"{self.lists} lists, {self.probes} probed")
 
@@ -181,29 +171,33 @@ class IVFIndex(ApproximateIndex):
         """Begin without training and vectors."""
         share_threads()
         self.lists, self.probes = lists, min(probes, lists)
-        self._quantizer = faiss.IndexFlatIP(width)
-        self._index = self._make(width, pieces, bits)
+        quantizer = self._quantizer = faiss.IndexFlatIP(width)
+        if pieces:
+            self._index = faiss.IndexIVFPQ(quantizer, width, lists, pieces, bits, faiss.METRIC_INNER_PRODUCT)
+            self._index.pq.cp.min_points_per_centroid = 1
+        else:
+            self._index = faiss.IndexIVFFlat(quantizer, width, lists, faiss.METRIC_INNER_PRODUCT)
         self._index.nprobe = self.probes
 
     def _codes(self, width: int, size: int) -> tuple[int, int]:
         """Pieces a vector is cut into, and bits of each piece's code, for `size` vectors; 0: stored as they are."""
         return 0, 0
 
-    def _make(self, width: int, pieces: int, bits: int) -> Any:
-        return faiss.IndexIVFFlat(self._quantizer, width, self.lists, faiss.METRIC_INNER_PRODUCT)
-
-    def _code_arrays(self) -> dict[str, np.ndarray]:
-        """What else a state holds; codes still empty."""
-        return {}
+    def outgrown(self, size: int) -> bool:
+        """Whether `size` is over twice what the index was trained on."""
+        return size > 2 * self.trained_on
 
     def state(self) -> Optional[State]:
         """Centroids, the list of each entry, and of coded ones the code."""
         inner, lists = self._index, np.full(len(self), -1, np.int32)
         centroids = faiss.rev_swig_ptr(self._quantizer.get_xb(), self.lists * inner.d).reshape(self.lists, inner.d)
-        arrays = {"index_centroids": centroids.copy(), "index_lists": lists, **self._code_arrays()}
+        arrays = {"index_centroids": centroids.copy(), "index_lists": lists}
+        if self.coarse:
+            pq = inner.pq
+            arrays["index_codebooks"] = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
+            arrays["index_codes"] = np.zeros((len(self), inner.code_size), np.uint8)
         for number in range(self.lists):
-            count = inner.invlists.list_size(number)
-            if not count:
+            if not (count := inner.invlists.list_size(number)):
                 continue
             ids = faiss.rev_swig_ptr(inner.invlists.get_ids(number), count)
             lists[ids] = number
@@ -217,8 +211,8 @@ class IVFIndex(ApproximateIndex):
         """See `restore`."""
         if set(arrays) != cls.state_arrays:
             raise ValueError(f"its index has the arrays {sorted(arrays)}")
-        centroids, lists = arrays["index_centroids"], arrays["index_lists"]
-        count, width = len(centroids), vectors.shape[1]
+        centroids, lists, width = arrays["index_centroids"], arrays["index_lists"], vectors.shape[1]
+        count = len(centroids)
         if centroids.shape != (count, width) or not count or not np.isfinite(centroids).all():
             raise ValueError("its centroids do not fit the keys")
         if lists.ndim != 1 or len(lists) > len(vectors) or not len(lists) or lists.min() < -1 or lists.max() >= count:
@@ -253,24 +247,13 @@ class IVFPQIndex(IVFIndex):
     Its scores are coarse; the memory scores what it returns again with the vectors themselves.
     """
 
-    kind = "ivfpq"
-    coarse = True
+    kind, coarse = "ivfpq", True
     state_arrays = IVFIndex.state_arrays | {"index_codebooks", "index_codes"}
 
     def _codes(self, width: int, size: int) -> tuple[int, int]:
         pieces = next(m for m in range(max(1, width // 2), 0, -1) if width % m == 0)
         bits = 8 if size >= 256 * _MIN_POINTS_PER_LIST else max(1, (size // _MIN_POINTS_PER_LIST).bit_length() - 1)
         return pieces, bits
-
-    def _make(self, width: int, pieces: int, bits: int) -> Any:
-        index = faiss.IndexIVFPQ(self._quantizer, width, self.lists, pieces, bits, faiss.METRIC_INNER_PRODUCT)
-        index.pq.cp.min_points_per_centroid = 1
-        return index
-
-    def _code_arrays(self) -> dict[str, np.ndarray]:
-        pq = self._index.pq
-        books = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
-        return {"index_codebooks": books, "index_codes": np.zeros((len(self), self._index.code_size), np.uint8)}
 
     @staticmethod
     def _stored_codes(arrays: dict[str, np.ndarray], width: int) -> tuple[int, int]:
@@ -284,7 +267,7 @@ class IVFPQIndex(IVFIndex):
         return pieces, bits
 
 
-class HNSWIndex(ApproximateIndex):
+class HNSWIndex(Index):
     """A hierarchical navigable small-world graph: no training, fast queries, more memory, slow to build.
 
     Args:
@@ -292,9 +275,6 @@ class HNSWIndex(ApproximateIndex):
         links: neighbours of a vector in the graph.
         effort: candidates kept while searching, at least the number of entries asked for; doubled, up to 16 times over,
             while the measured recall is below .95.
-
-    Attributes:
-        overwritten: whether a vector was removed, whose links still tell what it was like.
     """
 
     kind = "hnsw"
@@ -310,12 +290,13 @@ class HNSWIndex(ApproximateIndex):
     def _open(self, width: int, links: int) -> None:
         """Begin without vectors."""
         share_threads()
-        self.links, self.overwritten = links, False
+        self.links = links
+        self.overwritten = False  # whether a vector was removed, whose links still tell what it was like
         self._index = faiss.IndexHNSWFlat(width, links, faiss.METRIC_INNER_PRODUCT)
         self._index.hnsw.efConstruction = max(80, links * 2)
 
     def extend(self, vectors: np.ndarray) -> None:
-        """As of `ApproximateIndex`."""
+        """As of `Index`."""
         share_threads()
         self._index.add(vectors[self._size :])
         self._size = len(vectors)
@@ -328,15 +309,10 @@ class HNSWIndex(ApproximateIndex):
             self.overwritten |= bool(stored[ids].any())
             stored[ids] = 0
 
-    def outgrown(self, size: int) -> bool:
-        """Never: the graph grows with its entries."""
-        return False
-
     def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
-        """As of `FlatIndex`."""
-        share_threads()
+        """As of `Index`."""
         self._index.hnsw.efSearch = max(self.effort, fetch)
-        return self._index.search(queries, fetch)
+        return super().search(queries, fetch)
 
     def state(self) -> Optional[State]:
         """Levels and links; None where the links tell something of a removed entry."""
@@ -349,7 +325,7 @@ class HNSWIndex(ApproximateIndex):
 
     @classmethod
     def restored(cls, arrays: dict[str, np.ndarray], about: dict[str, Any], vectors: np.ndarray, probes: int) -> Index:
-        """See `restore`. Every link leads to an entry that stands on the link's level: faiss follows them unchecked."""
+        """See `restore`; faiss follows links unchecked, so each must lead to an entry that stands on its level."""
         stated: list[Any] = [about.get(name) for name in ("links", "effort", "start")]
         if set(arrays) != {"index_levels", "index_links"} or not all(type(number) is int for number in stated):
             raise ValueError(f"its graph is described by {about!r} and the arrays {sorted(arrays)}")
@@ -386,12 +362,6 @@ class HNSWIndex(ApproximateIndex):
         return index
 
 
-Index = Union[FlatIndex, IVFIndex, IVFPQIndex, HNSWIndex]
-_APPROXIMATE: dict[str, Union[type[IVFIndex], type[HNSWIndex]]] = {
-    kind.kind: kind for kind in (IVFIndex, IVFPQIndex, HNSWIndex)
-}
-
-
 def resolve_kind(kind: str, size: int) -> str:
     """The index that `kind` (one of `INDEXES`) stands for at `size` entries."""
     if kind != "auto":
@@ -415,18 +385,13 @@ def make_index(kind: str, vectors: np.ndarray, lists: int, probes: int, seed: in
 
 
 def restore(arrays: dict[str, np.ndarray], about: Any, vectors: np.ndarray, probes: int) -> Index:
-    """The index that its `state()` described.
-
-    Args:
-        arrays: of the state.
-        about: the state's description.
-        vectors: [N, H] float32; the index holds the first of them.
-        probes: groups a query looks into.
+    """The index that its `state()` described, over the first of `vectors` [N, H]; a query looks into `probes` groups.
 
     Raises:
         ValueError: the arrays do not describe an index over these vectors.
     """
-    kind = _APPROXIMATE.get(str(about.get("kind"))) if isinstance(about, dict) else None
+    kinds: dict[str, Any] = {kind.kind: kind for kind in (IVFIndex, IVFPQIndex, HNSWIndex)}
+    kind = kinds.get(str(about.get("kind"))) if isinstance(about, dict) else None
     if kind is None or not isinstance(about.get("trained_on"), int) or not isinstance(about.get("recall"), float):
         raise ValueError(f"its index is described by {about!r}")
     return kind.restored(arrays, about, vectors, probes)
@@ -443,9 +408,3 @@ def without(state: State, ids: np.ndarray) -> Optional[State]:
             arrays[name] = np.array(arrays[name])
             arrays[name][ids[ids < len(arrays[name])]] = empty
     return arrays, about
-
-
-def _sample(vectors: np.ndarray, size: int, seed: int) -> np.ndarray:
-    if len(vectors) <= size:
-        return vectors
-    return vectors[np.sort(np.random.default_rng(seed).choice(len(vectors), size, replace=False))]

@@ -1,8 +1,7 @@
 """The memory bank of stage iii: entries (prefix, next item), searched by the encoding of the prefix.
 
 An entry is a window of some user's history, or a mined pattern: its key encodes the items before a position, its target
-is the item there. On disk a bank is one directory of arrays, checked when it is read, replaced as a whole when it is
-written; with them what its index has learned.
+is the item there. On disk a bank is one directory of arrays, replaced as a whole.
 
 Source: RaSeRec (AAAI 2025 / arXiv 2412.18378), retrieval-augmented module: memory construction and retrieval.
 """
@@ -44,7 +43,7 @@ ROWS = {
     "keys": "<f4", "targets": "<i4", "users": "<i4", "positions": "<i4", "times": "<f8", "support": "<i4",
     "gone": "|b1",
 }  # fmt: skip
-#: Arrays with one row a (pattern, user) whose history holds it, in the order of both.
+#: Arrays with one row a (pattern, user) whose history holds it, in the order of both; the position completes it there.
 OWNERS = {"owner_entries": "<i8", "owner_users": "<i4", "owner_positions": "<i4"}
 
 #: Arguments of the bank that are stored with it.
@@ -65,7 +64,7 @@ class Neighbours:
 
     Attributes:
         ids: entries [Q, K] int64; -1 where there are fewer than K.
-        similarity: cosine or inner product [Q, K] float32; 0 where there is no entry.
+        similarity: [Q, K] float32; 0 where there is no entry.
         mask: bool [Q, K], True where there is an entry. True columns come first.
     """
 
@@ -74,14 +73,9 @@ class Neighbours:
     mask: np.ndarray
 
 
-class _Column:
+def _column(name: str) -> Any:
     """An array of the bank under its own name, read-only."""
-
-    def __set_name__(self, bank: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, bank: MemoryBank, kind: type) -> np.ndarray:
-        return bank._columns[self._name].values
+    return property(lambda bank: bank._columns[name].values)
 
 
 class MemoryBank:
@@ -104,6 +98,13 @@ class MemoryBank:
             `set_target_vectors` gives them).
 
     Attributes:
+        keys: encoded prefixes as they were added, [N, H] float32; read-only, as all arrays with one row an entry.
+        targets: target item of each entry, [N] int32.
+        users: user each entry comes from, [N] int32; negative: from no single user.
+        positions: index of the target in its user's history, [N] int32: the prefix has that many items.
+        times: time of the target, [N] float64; NaN where unknown.
+        support: users whose histories hold the entry, [N] int32: 1 for a pair, 0 for a removed entry.
+        gone: removed entries, bool [N].
         version: rises with every change.
         target_vectors: what `set_target_vectors` gave, [V, H].
 
@@ -111,20 +112,7 @@ class MemoryBank:
         ConfigError: an argument is out of range.
     """
 
-    keys = _Column()
-    """Encoded prefixes as they were added [N, H] float32, read-only."""
-    targets = _Column()
-    """Target item of each entry [N] int32, read-only."""
-    users = _Column()
-    """User each entry comes from [N] int32, read-only; negative: from no single user."""
-    positions = _Column()
-    """Index of the target in its user's history [N] int32, read-only: the prefix has that many items."""
-    times = _Column()
-    """Time of the target [N] float64, read-only; NaN where unknown."""
-    support = _Column()
-    """Users whose histories hold the entry [N] int32, read-only: 1 for a pair, 0 for a removed entry."""
-    gone = _Column()
-    """Removed entries, bool [N], read-only."""
+    keys, targets, users, positions, times, support, gone = (_column(name) for name in ROWS)
 
     _index: Index | None
     _stored: State | None  # what a stored index had learned
@@ -137,20 +125,17 @@ class MemoryBank:
         ivf_probes: int = 8, seed: int = 0, scope: str = "history", min_support: int = 2,
         retrieve_by: str = "sequence",
     ):  # fmt: skip
-        words = {
-            "similarity": (similarity, SIMILARITIES), "index": (index, INDEXES), "memory_scope": (scope, SCOPES),
-            "retrieve_by": (retrieve_by, RETRIEVE_BY),
-        }  # fmt: skip
-        sizes = {
-            "hidden_size": hidden_size, "ivf_lists": ivf_lists, "ivf_probes": ivf_probes,
-            "memory_min_support": min_support,
-        }  # fmt: skip
-        problems = [
-            f"{name}: {value!r} is not one of {', '.join(known)}"
-            for name, (value, known) in words.items()
-            if value not in known
-        ]
-        problems += [f"{name}: {number!r} must be at least 1" for name, number in sizes.items() if number < 1]
+        words = (
+            ("similarity", similarity, SIMILARITIES), ("index", index, INDEXES), ("memory_scope", scope, SCOPES),
+            ("retrieve_by", retrieve_by, RETRIEVE_BY),
+        )  # fmt: skip
+        sizes = (
+            ("hidden_size", hidden_size), ("ivf_lists", ivf_lists), ("ivf_probes", ivf_probes),
+            ("memory_min_support", min_support),
+        )  # fmt: skip
+        wrong = [entry for entry in words if entry[1] not in entry[2]]
+        problems = [f"{name}: {value!r} is not one of {', '.join(known)}" for name, value, known in wrong]
+        problems += [f"{name}: {number!r} must be at least 1" for name, number in sizes if number < 1]
         if problems:
             raise ConfigError(problems)
         self.hidden_size, self.min_support = int(hidden_size), int(min_support)
@@ -179,9 +164,7 @@ class MemoryBank:
 
     @property
     def owners(self) -> dict[str, np.ndarray]:
-        """Whose histories hold each pattern, and where it is first complete there: `owner_entries` int64 [M],
-        `owner_users` int32 [M], `owner_positions` int32 [M], read-only.
-        """
+        """Whose histories hold each pattern, and where it is first complete there: the arrays `OWNERS`, [M] each."""
         return {name: self._columns[name].values for name in OWNERS}
 
     @property
@@ -189,26 +172,21 @@ class MemoryBank:
         """Measured recall of the index (1.0 when exact); None before the first search."""
         return None if self._index is None else self._index.recall
 
-    # -- changes ----------------------------------------------------------------------------------------------------
-
     def add(
         self, keys: Array, targets: Array, users: Array, positions: Array, times: Array | None = None,
         support: Array | None = None, owners: tuple[Array, Array, Array] | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """Append entries.
+        """Append entries, whose columns are those of the bank [N], and return their ids, int64 [N].
 
         Args:
-            keys: encoded prefixes [N, H].
-            targets: integers [N].
-            users: integers [N].
-            positions: integers [N], not negative.
-            times: [N], or None when unknown.
-            support: [N], users whose histories hold the entry; None: 1.
-            owners: of patterns, which users those are: row of this call [M], user [M], and the position in the user's
-                history [M] where the pattern is first complete.
-
-        Returns:
-            ids of the new entries, int64 [N].
+            keys: [N, H].
+            targets: integers.
+            users: integers.
+            positions: integers, not negative.
+            times: None: unknown.
+            support: None: 1.
+            owners: of patterns, whose histories hold them: row of this call [M], user [M], and the position in the
+                user's history [M] where the pattern is first complete.
 
         Raises:
             ValueError: shapes do not fit, or a value is not finite or out of range. The bank is unchanged then.
@@ -218,9 +196,8 @@ class MemoryBank:
         for name, values in (("targets", targets), ("users", users), ("positions", positions)):
             rows[name] = _integers(name, values, size)
         if size and rows["positions"].min() < 0:
-            raise ValueError(
-                f"positions: {rows['positions'].min()} is negative; give the target's index in its history"
-            )
+            least = rows["positions"].min()
+            raise ValueError(f"positions: {least} is negative; give the target's index in its history")
         rows["times"] = np.full(size, np.nan) if times is None else _times(times, size)
         rows["support"] = np.ones(size, np.int32) if support is None else _integers("support", support, size)
         if size and rows["support"].min() < 1:
@@ -242,11 +219,7 @@ class MemoryBank:
         return np.arange(first, first + size, dtype=np.int64)
 
     def merge(self, other: MemoryBank) -> np.ndarray:
-        """Append the live entries of another bank, whose users must be numbered alike: ids int64 [N].
-
-        Raises:
-            ValueError: its keys have another length.
-        """
+        """Append the live entries of another bank, with users numbered alike and keys of length H: ids int64 [N]."""
         with other._lock:
             left = np.flatnonzero(~other.gone)
             row = np.full(len(other), -1)
@@ -256,11 +229,10 @@ class MemoryBank:
         return self.add(**rows, owners=(row[entries], users, positions) if len(entries) else None)
 
     def forget(self, user: int) -> int:
-        """Remove a user's pairs and share in patterns, and patterns that were frequent only with it.
+        """Remove a user's pairs and share in patterns, and patterns that were frequent only with it; returns how many.
 
-        Returns:
-            the number of entries removed. Nothing of them is left in the bank, in its index, and, after the next
-            `save`, in its files. A search that is under way is made again.
+        Nothing of them is left in the bank, in its index, and, after the next `save`, in its files. A search that is
+        under way is made again.
         """
         with self._lock:
             if user < 0:
@@ -283,11 +255,7 @@ class MemoryBank:
                 return self._remove(np.flatnonzero((self.times < older_than) & ~self.gone))
 
     def set_keys(self, keys: Array) -> None:
-        """Replace the keys of all entries [N, H], after the backbone changed; everything else stays.
-
-        Raises:
-            ValueError: not one finite key of length H per entry.
-        """
+        """Replace the keys of all entries by finite ones [N, H], after the backbone changed; everything else stays."""
         matrix = self._matrix("keys", keys)
         if len(matrix) != len(self):
             raise ValueError(f"keys: expected one for each of the {len(self)} entries, got {len(matrix)}")
@@ -332,13 +300,11 @@ class MemoryBank:
         for name, values in self.owners.items():
             self._columns[name] = GrowingArray(values[kept])
 
-    # -- search -----------------------------------------------------------------------------------------------------
-
     def search(
         self, queries: Array, top_k: int, users: Array | None, positions: Array | None, desc: str | None = None,
         times: Array | None = None,
     ) -> Neighbours:  # fmt: skip
-        """The `top_k` most similar entries that each query may see; the leakage guard bars the others.
+        """The `top_k` most similar entries that each query may see, arrays [Q, K]; the leakage guard bars the others.
 
         With the flat index the result is exact whatever is barred, and does not depend on how queries are batched:
         similarities are computed in float64 and rounded to float32, ties go to the lower id. An approximate index may
@@ -352,9 +318,6 @@ class MemoryBank:
             positions: integers [Q], which item of that history is to be predicted; None where `users` is.
             desc: show a progress bar with this label.
             times: [Q], read with the scope `past`; None: the queries are asked now.
-
-        Returns:
-            arrays [Q, K].
 
         Raises:
             ValueError: shapes do not fit, a value is not finite, or only one of users and positions is given.
@@ -446,14 +409,10 @@ class MemoryBank:
             raise ValueError(f"{name}: holds values that are not finite; look for a diverged backbone")
         return matrix
 
-    # -- files ------------------------------------------------------------------------------------------------------
-
     def save(self, directory: str | os.PathLike, fingerprint: Any = None) -> None:
         """Store the bank in `directory`, replacing atomically the bank that may be there.
 
-        Args:
-            directory: made when missing.
-            fingerprint: JSON-able; what the keys depend on (weights, data).
+        `fingerprint`, JSON-able, is of what the keys depend on (weights, data).
         """
         options = {name: getattr(self, name) for name in _OPTIONS}
         with self._lock:
@@ -465,10 +424,10 @@ class MemoryBank:
 
     @classmethod
     def load(cls, directory: str | os.PathLike, fingerprint: Any = None, verify: bool = True) -> MemoryBank:
-        """Open a stored bank; its arrays are memory-mapped, and copied only when entries are added or removed.
+        """Open what `save` stored; its arrays are memory-mapped, and copied only when entries are added or removed.
 
         Args:
-            directory: given to `save`.
+            directory: of the bank.
             fingerprint: when not None, must equal the one it was saved with.
             verify: check the SHA-256 of every file (reads them once).
 
@@ -508,13 +467,11 @@ class GrowingArray:
     """Rows of one dtype and trailing shape; appending costs amortised constant time per row.
 
     Args:
-        values: the first rows [N, ...]; kept without a copy, also when they are a read-only memory map (the first
-            append then copies them into memory).
+        values: the first rows [N, ...], kept without a copy; a read-only memory map is copied by the first append.
     """
 
     def __init__(self, values: np.ndarray):
-        self._buffer = values
-        self._size = len(values)
+        self._buffer, self._size = values, len(values)
 
     def __len__(self) -> int:
         return self._size
@@ -540,17 +497,15 @@ class GrowingArray:
             grown[: self._size] = self._buffer[: self._size]
             self._buffer = grown
         self._buffer[self._size : size] = rows
-        # Last, so that a view taken meanwhile never shows a row that is not written yet.
-        self._size = size
+        self._size = size  # last, so that a view taken meanwhile never shows a row that is not written yet
 
 
 def _as_numpy(values: Array) -> np.ndarray:
     """A tensor of any device and precision, or an array, as an array."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
-        # numpy has no bfloat16.
-        values = values.float() if values.is_floating_point() and values.dtype != torch.float64 else values
-        return values.numpy()
+        narrow = values.is_floating_point() and values.dtype != torch.float64  # numpy has no bfloat16
+        return (values.float() if narrow else values).numpy()
     return np.asarray(values)
 
 

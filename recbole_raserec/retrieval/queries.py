@@ -1,8 +1,8 @@
 """The windows of a split, encoded and searched once, then looked up; and what becomes a memory of them.
 
-Memories are every (prefix, next item) of the training split, mined patterns, generated sequences, or several of these:
-one builder each. Exact neighbours are kept on disk: a run that differs only in what is made of them (alpha, beta, the
-head, a smaller K) reads them instead of searching again.
+Memories are every (prefix, next item) of the training split, mined patterns, or generated sequences: one builder each.
+Exact neighbours are kept on disk: a run that differs only in what is made of them (alpha, the head, a smaller K) reads
+them instead of searching again.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recbole_raserec.config import Config
 from recbole_raserec.data import PackedWindows, Patterns, SequenceDataset, SequenceStore, mine_patterns, pad_rows
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError
@@ -28,14 +30,9 @@ from recbole_raserec.retrieval.index import resolve_kind
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.storage import read_tensors, write_tensors
 
-#: Positions per batch of a model that encodes all prefixes of a history in one pass.
-SHARED = 1 << 11
-
-#: Searches kept on disk; the one that was not used for longest goes first.
-KEEP = 12
-
-#: Raised when the same search would find something else than before.
-SEARCH_VERSION = 1
+SHARED = 1 << 11  # positions per batch of a model that encodes all prefixes of a history in one pass
+KEEP = 12  # searches kept on disk; the one that was not used for longest goes first
+SEARCH_VERSION = 1  # raised when the same search would find something else than before
 
 
 @dataclasses.dataclass
@@ -43,22 +40,16 @@ class Queries:
     """The windows of one split with their vectors and, once searched, their neighbours.
 
     Attributes:
-        users: int64 [N], whose history a window is of.
-        positions: int64 [N], which item of it is to be predicted.
-        targets: int64 [N], that item.
-        times: float64 [N] or None.
-        h: float32 [N, H], the backbone's encoding of what precedes.
-        longest: items a window has at most.
         ids: int64 [N, K], set by `search`; 0 where there is no neighbour.
         mask: bool [N, K], set by `search`; True where there is one.
     """
 
-    users: np.ndarray
-    positions: np.ndarray
-    targets: np.ndarray
-    times: Optional[np.ndarray]
-    h: Tensor
-    longest: int = 0
+    users: np.ndarray  # int64 [N], whose history a window is of
+    positions: np.ndarray  # int64 [N], which item of it is to be predicted
+    targets: np.ndarray  # int64 [N], that item
+    times: Optional[np.ndarray]  # float64 [N]
+    h: Tensor  # float32 [N, H], the backbone's encoding of what precedes
+    longest: int = 0  # items a window has at most
     ids: Optional[Tensor] = None
     mask: Optional[Tensor] = None
 
@@ -95,20 +86,9 @@ class Queries:
 
 
 def encode_split(backbone: Backbone, dataset: SequenceDataset, device: Any, desc: Optional[str] = None) -> Queries:
-    """Encode every window of a split, in batches of like length; the backbone is in evaluation mode meanwhile.
-
-    Args:
-        backbone: gives the vectors.
-        dataset: the split.
-        device: where the vectors are computed and kept.
-        desc: show a progress bar with this label.
-
-    Returns:
-        queries without neighbours, in the split's row order.
-    """
+    """Every window of a split, in its row order, encoded on `device`, without neighbours; `desc` labels a bar."""
     users, positions, targets = dataset.windows()
-    store, longest = dataset.store, dataset.max_item_list_len
-    group = current()
+    store, longest, group = dataset.store, dataset.max_item_list_len, current()
     own = group.every(len(users))
     h = encode_windows(backbone, store, users[own], positions[own], longest, device, desc)
     h = group.joined_rows(h, own, len(users))
@@ -120,26 +100,14 @@ def encode_windows(
     backbone: Backbone, store: SequenceStore, users: np.ndarray, positions: np.ndarray, longest: int, device: Any,
     desc: Optional[str] = None, owners: Optional[np.ndarray] = None,
 ) -> Tensor:  # fmt: skip
-    """The backbone's vectors of windows.
+    """The backbone's vectors [N, H] of windows: up to `longest` items of the store's rows `users` before `positions`.
 
-    Args:
-        backbone: gives the vectors.
-        store: histories.
-        users: rows of the store [N].
-        positions: items before which a window ends [N].
-        longest: items a window has at most.
-        device: where the vectors are computed and kept.
-        desc: show a progress bar with this label.
-        owners: the users the backbone is told [N], where they are not the rows.
-
-    Returns:
-        [N, H].
+    The backbone is told the users `owners` [N], where they are not the rows.
     """
     if getattr(backbone.model, "shares_prefixes", False) and len(users) > len(np.unique(users)):
         return _encode_shared(backbone, store, users, positions, longest, device, desc)
     lengths = np.minimum(positions, longest)
-    starts = store.offsets[users] + positions - lengths
-    owners = users if owners is None else owners
+    starts, owners = store.offsets[users] + positions - lengths, users if owners is None else owners
     return _encode_runs(backbone, store.items, starts, lengths, owners, longest, device, desc)
 
 
@@ -188,8 +156,7 @@ def _encode_shared(
     return encode_in_batches(backbone, encode, batches, out, desc)
 
 
-@dataclasses.dataclass
-class Rows:
+class Rows(NamedTuple):
     """Entries without their keys; see `MemoryBank.add` for the columns."""
 
     targets: np.ndarray
@@ -206,15 +173,12 @@ class PairBuilder:
     Args:
         queries: the split's windows, encoded.
         min_length: items of the prefix (before it is cut to the model's longest).
-        max_length: items of the prefix; None: any.
+        max_length: the same; None: any.
         thin: leave out a pair whose key has a cosine of at least this with a kept pair of the same target; 0: none.
     """
 
     def __init__(self, queries: Queries, min_length: int = 1, max_length: Optional[int] = None, thin: float = 0.0):
-        keep = queries.positions >= min_length
-        if max_length is not None:
-            keep &= queries.positions <= max_length
-        self._chosen = np.flatnonzero(keep)
+        self._chosen = np.flatnonzero(_within(queries.positions, min_length, max_length))
         if thin:
             keys = self.keys(None, queries).cpu().numpy()
             self._chosen = self._chosen[thinned(keys, queries.targets[self._chosen], thin)]
@@ -237,8 +201,8 @@ class PatternBuilder:
         span: alpha of `mine_patterns`.
         min_support: beta of `mine_patterns`.
         min_length: items of the pattern without its last.
-        max_length: items of the pattern without its last; None: any.
-        desc: show a progress bar with this label.
+        max_length: the same; None: any.
+        desc: label of a progress bar.
     """
 
     def __init__(
@@ -255,7 +219,7 @@ class PatternBuilder:
         self.patterns, owners = mined, mined.occurrences
         times = None
         if store.times is not None:
-            times = _when_frequent(owners, store.times[store.offsets[owners[1]] + owners[2]], min_support)
+            times = _when_frequent(owners[0], store.times[store.offsets[owners[1]] + owners[2]], min_support)
         targets = mined.items[mined.offsets[1:] - 1] if len(mined) else np.zeros(0, dtype=np.int64)
         self.rows = Rows(targets, np.full(len(mined), -1), mined.lengths() - 1, times, mined.support, owners)
 
@@ -286,9 +250,7 @@ class RegeneratedBuilder:
         last = np.zeros(store.n_users, dtype=np.int64)
         own_users, own_positions, _ = joined.original.windows()
         np.maximum.at(last, own_users, own_positions)
-        keep = (rows != users) & (users > 0) & (positions >= min_length)
-        if max_length is not None:
-            keep &= positions <= max_length
+        keep = (rows != users) & (users > 0) & _within(positions, min_length, max_length)
         self._store, self._longest = store, joined.max_item_list_len
         self._windows = rows[keep], positions[keep]
         users = users[keep]
@@ -303,23 +265,40 @@ class RegeneratedBuilder:
         return encode_windows(backbone, self._store, *self._windows, self._longest, device, owners=self.rows.users)
 
 
-def _when_frequent(
-    owners: tuple[np.ndarray, np.ndarray, np.ndarray], times: np.ndarray, min_support: int
-) -> np.ndarray:
-    """The `min_support`-th earliest time of each pattern; `owners` ascend by pattern."""
-    order = np.lexsort((times, owners[0]))
-    first = np.searchsorted(owners[0], np.arange(owners[0].max(initial=-1) + 1))
+Builder = Union[PairBuilder, PatternBuilder, RegeneratedBuilder]
+
+
+def builders_of(
+    config: Union[Config, Mapping[str, Any]], train: SequenceDataset, queries: Queries,
+    joined: Optional[SequenceDataset], progress: bool,
+) -> list[Builder]:  # fmt: skip
+    """One for each kind of memory that the options ask for; `joined`: the training split with regenerated rows."""
+    found: list[Builder] = []
+    kind, bounds = config["memory"], (config["memory_min_length"], config["memory_max_length"])
+    if kind in ("pairs", "both"):
+        found.append(PairBuilder(queries, *bounds, float(config["memory_thin"] or 0)))
+    if kind in ("patterns", "both"):
+        span, support, desc = config["memory_span"], config["memory_min_support"], "Mine patterns" if progress else None
+        found.append(PatternBuilder(train, span, support, *bounds, desc))
+    if joined is not None:
+        found.append(RegeneratedBuilder(joined, *bounds))
+    return found
+
+
+def _within(positions: np.ndarray, min_length: int, max_length: Optional[int]) -> np.ndarray:
+    """Which prefixes are of an allowed length, bool [N]."""
+    return (positions >= min_length) & (positions <= (np.inf if max_length is None else max_length))
+
+
+def _when_frequent(patterns: np.ndarray, times: np.ndarray, min_support: int) -> np.ndarray:
+    """The `min_support`-th earliest of the times [M] of each pattern; `patterns` [M] ascend."""
+    order = np.lexsort((times, patterns))
+    first = np.searchsorted(patterns, np.arange(patterns.max(initial=-1) + 1))
     return times[order][first + min_support - 1]
 
 
 def thinned(keys: np.ndarray, targets: np.ndarray, cosine: float) -> np.ndarray:
-    """Rows to keep, ascending: none is nearer than `cosine` to an earlier one of the same target.
-
-    Args:
-        keys: [N, H].
-        targets: [N].
-        cosine: in (0, 1].
-    """
+    """Rows to keep of keys [N, H], ascending: none is nearer than `cosine` to an earlier one of the same target [N]."""
     unit = keys / np.maximum(np.linalg.norm(keys, axis=1, keepdims=True), 1e-30)
     order = np.argsort(targets, kind="stable")
     kept = np.ones(len(keys), dtype=bool)
@@ -340,7 +319,7 @@ class NeighbourCache:
     Args:
         directory: made when something is stored.
         keep: searches kept in it.
-        least: neighbours of a search that is made, where fewer are asked for; later ones for up to that many find it.
+        least: neighbours that are searched where fewer are asked for, so that later searches find them.
     """
 
     def __init__(self, directory: Path, keep: int = KEEP, least: int = 0):
@@ -351,8 +330,7 @@ class NeighbourCache:
         if resolve_kind(memory.index, len(memory)) != "flat":
             queries.search(memory, top_k, desc)
             return
-        group = current()
-        mark = _hash(queries, memory)
+        group, mark = current(), _hash(queries, memory)
         found = group.from_first(lambda: self._read(mark, len(queries), len(memory), top_k))
         if found is not None:
             queries.ids, queries.mask = found.clamp(min=0).to(queries.h.device), (found >= 0).to(queries.h.device)

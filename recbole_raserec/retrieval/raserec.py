@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Literal, Optional, Union
 
 import numpy as np
 import torch
@@ -11,7 +11,20 @@ import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import (
+    Config,
+    Count,
+    Dropout,
+    ModelName,
+    Natural,
+    Options,
+    Positive,
+    Several,
+    Share,
+    Text,
+    Weight,
+    option,
+)
 from recbole_raserec.data import POSITION
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy
@@ -19,6 +32,83 @@ from recbole_raserec.recommendation import Backbone
 from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
+
+
+class RaSeRecOptions(Options):
+    """RaSeRec (arXiv 2412.18378): a memory of (prefix, next item) pairs, retrieval, and a module that learns to use it.
+    Only the options of the retrieval stage are here. Those of the backbone (its sizes, learning_rate, epochs, ...) come
+    from properties/model/BACKBONE.yaml and are set by their usual names."""
+
+    backbone: ModelName = option(
+        "DuoRec",
+        "a sequential model of this package or of RecBole; the paper pre-trains DuoRec",
+        heading="The backbone",
+    )
+    backbone_checkpoint: Optional[Text] = option(
+        None, "directory of a trained backbone; null: train, or reuse one in checkpoint_dir", training=False
+    )
+    freeze_backbone: bool = option(True, "train the module alone, as the paper; false: the backbone too")
+    memory: Literal["pairs", "patterns", "both"] = option(
+        "pairs", "pairs: every (prefix, next item) of the training set; patterns: frequent sequential patterns of it "
+        "as (pattern without its last item, last item); both", heading="The memory",
+    )  # fmt: skip
+    memory_min_length: Count = option(1, "shortest prefix that enters the memory, in items")
+    memory_max_length: Optional[Count] = option(None, "longest prefix that enters the memory; null: any")
+    memory_thin: Share = option(0, "leave out pairs whose key has this cosine with another of the same target; 0: none")
+    memory_span: Several = option(5, "patterns: items of a history that a pattern may span (the DR4SR paper's alpha)")
+    memory_min_support: Count = option(2, "patterns: users whose histories must hold it (the DR4SR paper's beta)")
+    memory_frequency_weight: Weight = option(
+        0, "this times the log of the number of users with the pattern is added to the attention's logits"
+    )
+    memory_scope: Literal["history", "past"] = option(
+        "history", "history: no query sees what its own user does later; past: nor what any user does later or at that "
+        "moment (stricter than the papers; needs true timestamps)",
+    )  # fmt: skip
+    memory_regenerated: bool = option(True, "with regeneration: what it generated joins the memory")
+    memory_refresh: Count = option(1, "epochs between two encodings of the memory when the backbone is not frozen")
+    top_k: Count = option(20, "neighbours per query; K in the paper, 20 in its Beauty run")
+    retrieve_by: Literal["sequence", "target"] = option(
+        "sequence", "what the user's vector is compared with: the memories' prefixes (sequence) or next items (target)"
+    )
+    similarity: Literal["cosine", "dot"] = option("cosine", "cosine (the authors' normalised inner product) or dot")
+    index: Literal["auto", "flat", "ivf", "hnsw", "ivfpq"] = option(
+        "auto", "flat: exact; ivf, hnsw, ivfpq: approximate, for large memories; auto: by size"
+    )
+    cache_neighbours: bool = option(
+        True, "keep the last exact searches in checkpoint_dir/neighbours, for runs that differ in what they make of "
+        "them (alpha, beta, head, a smaller top_k, ...)", training=False,
+    )  # fmt: skip
+    ivf_lists: Count = option(128, "clusters of the ivf and ivfpq indexes, 128 in the authors' Beauty run")
+    ivf_probes: Count = option(8, "clusters searched per query, at most ivf_lists; 1 in the authors' Beauty run")
+    head: Literal["ram", "knn", "both"] = option(
+        "ram", "ram: the module below; knn: their targets, weighed by similarity, are mixed into the model's "
+        "distribution, nothing is trained; both: the module, then the mixture",
+        heading="What is made of the neighbours",
+    )  # fmt: skip
+    ram: Literal["dual", "single"] = option(
+        "dual", "dual: two channels with feed-forward (the paper); single: one attention",
+        heading="The retrieval module (RAM): h~ = alpha h + (1 - alpha) (beta channel_1 + (1 - beta) channel_2)",
+    )  # fmt: skip
+    alpha: Share = option(0.5, "share of the user's own vector in [0, 1]; 0.5 in the authors' Beauty run")
+    learnable_alpha: bool = option(False, "let alpha be learned from that start")
+    beta: Share = option(
+        1.0, "share of channel 1 (keys sequences, values targets) in [0, 1]; 1 in the authors' Beauty run: the second "
+        "channel is then not there",
+    )  # fmt: skip
+    attn_tau: Positive = option(1.0, "temperature of the cross attention, > 0")
+    ram_heads: Count = option(2, "attention heads; must divide the length of the user's vector")
+    ram_inner_size: Count = option(256, "inner size of the feed-forward layers")
+    ram_dropout: Dropout = option(0.5, "dropout, in [0, 1); the paper's")
+    ram_learning_rate: Positive = option(0.001, "Adam; the paper's", heading="Its training")
+    ram_weight_averaging: Dropout = option(0, "`weight_averaging` of this training")
+    ram_weight_decay: Optional[Weight] = option(None, "of this training; null: as `weight_decay`", later=True)
+    ram_train_batch_size: Count = option(1024, "queries in a batch; the paper's")
+    ram_epochs: Count = option(50, "at most")
+    ram_stopping_step: Natural = option(
+        5, "stop after more than that many evaluations without a better one (the paper: 10)"
+    )
+    ram_valid_metric: Text = option("NDCG@10", "one of metrics at one of topk (the paper: Recall@10)")
+
 
 #: Buffers of a training model that a finished checkpoint does not need.
 TRAINING_BUFFERS = ("known_ids", "known_mask")
@@ -46,11 +136,13 @@ class RaSeRec(SequentialRecommender):
         backbone: gives user and item vectors.
 
     Attributes:
-        known: vectors and neighbours of some splits: rows asked for again (same user and position) are looked up in
-            them. A change of the memory empties it.
+        known: vectors and neighbours of some splits, where rows (user and position) are looked up first; a change of
+            the memory empties it.
         augments: whether user vectors are augmented.
         knn: whether the kNN head is there.
     """
+
+    options = RaSeRecOptions
 
     knn_share: Tensor
     knn_tau: Tensor
@@ -59,9 +151,7 @@ class RaSeRec(SequentialRecommender):
         super().__init__(config, dataset)
         self.backbone = backbone
         self.n_users = int(dataset.num(self.USER_ID))
-        self.top_k = config["top_k"]
-        self.time_field = config["TIME_FIELD"]
-        self.frozen = config["freeze_backbone"]
+        self.top_k, self.time_field, self.frozen = config["top_k"], config["TIME_FIELD"], config["freeze_backbone"]
         self.softmax_precision = config["softmax_precision"] or "auto"
         self.augments, self.knn = config["head"] != "knn", config["head"] in ("knn", "both")
         self.ram = RetrievalModule(config, backbone.hidden_size)
@@ -85,8 +175,6 @@ class RaSeRec(SequentialRecommender):
             self.backbone.eval()
         return self
 
-    # -- encoding and retrieval -------------------------------------------------------------------------------------
-
     def encode(self, item_seq: Tensor, item_seq_len: Tensor, user: Optional[Tensor] = None) -> Tensor:
         """The backbone's user vectors [B, H], see `Backbone.encode`."""
         return self.backbone.encode(item_seq, item_seq_len, user)
@@ -96,37 +184,24 @@ class RaSeRec(SequentialRecommender):
         return self.backbone.item_vectors()
 
     def neighbours(self, h: Tensor, user: Any = None, position: Any = None, time: Any = None) -> tuple[Tensor, Tensor]:
-        """Admissible memories of each row.
+        """Admissible memories of each row: ids int64 [B, K], 0 where there is none, and mask bool [B, K].
 
         Args:
             h: user vectors [B, H].
             user: int [B], whose history it is; None for users the memory does not know.
             position: int [B], index of the item to predict in that history; None where `user` is.
             time: float [B], read with `memory_scope: past`; None: now.
-
-        Returns:
-            ids int64 [B, K], 0 where there is none, and mask bool [B, K], True where there is one.
         """
         found = self.memory.search(h, self.top_k, user, position, times=time)
         ids, mask = torch.from_numpy(found.ids), torch.from_numpy(found.mask)
         return ids.clamp(min=0).to(h.device), mask.to(h.device)
 
     def augment(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Mix what was retrieved into the user vectors.
-
-        Args:
-            h: user vectors [B, H].
-            ids: int64 [B, K], of memories.
-            mask: bool [B, K], True where there is one.
-
-        Returns:
-            h~, [B, H].
-        """
+        """User vectors h [B, H] mixed with the memories `ids` where `mask` is True, [B, K] each: h~ [B, H]."""
         if not len(self.memory):
             return h
         keys, targets, bias = self.entries(ids)
-        values = self.item_vectors()[targets]  # [B, K, H]
-        return self.ram(h, keys, values, mask, bias)
+        return self.ram(h, keys, self.item_vectors()[targets], mask, bias)
 
     def forward(
         self, item_seq: Tensor, item_seq_len: Tensor, user: Any = None, position: Any = None, time: Any = None
@@ -136,13 +211,8 @@ class RaSeRec(SequentialRecommender):
         return self.augment(h, *self.neighbours(h, user, position, time))
 
     def entries(self, ids: Tensor) -> Vectors:
-        """What the memory holds under some ids.
-
-        Args:
-            ids: int64 [B, K], of memories.
-
-        Returns:
-            keys [B, K, H], targets int64 [B, K], and what their support adds to the attention's logits [B, K] or None.
+        """Keys [B, K, H] and targets int64 [B, K] of the memories `ids`, int64 [B, K], and what their support adds to
+        the attention's logits, [B, K] or None.
         """
         if ids.device.type == "cpu" and not self.training:  # a memory that lives need not be copied for each query
             rows = ids.numpy()
@@ -150,8 +220,7 @@ class RaSeRec(SequentialRecommender):
         copy, now = self._copy, (self.memory, self.memory.version, ids.device)
         if copy is None or copy[0] != now:
             memory = self.memory
-            copy = now, *self._on_device(np.array(memory.keys), memory.targets, memory.support, ids.device)
-            self._copy = copy
+            self._copy = copy = now, *self._on_device(np.array(memory.keys), memory.targets, memory.support, ids.device)
         _, keys, targets, frequency = copy
         return keys[ids], targets[ids], None if frequency is None else frequency[ids]
 
@@ -165,15 +234,17 @@ class RaSeRec(SequentialRecommender):
     def neighbour_similarity(self, h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Targets of the memories, and their keys' similarity with h: [B, K] each."""
         keys, targets, _ = self.entries(ids)  # [B, K, H], [B, K]
-        if self.memory.similarity == "cosine":
-            return targets, torch.cosine_similarity(h[:, None], keys, dim=2)
-        return targets, (keys @ h[:, :, None]).squeeze(2)
+        return targets, self.compared(h, keys)
 
-    # -- the memory -------------------------------------------------------------------------------------------------
+    def compared(self, h: Tensor, vectors: Tensor) -> Tensor:
+        """Similarity, as the memory has it, of h [B, H] with `vectors` [B, K, H]: [B, K]."""
+        if self.memory.similarity == "cosine":
+            return torch.cosine_similarity(h[:, None], vectors, dim=2)
+        return (vectors @ h[:, :, None]).squeeze(2)
 
     def remember(self, keys: Tensor, rows: Rows) -> None:
         """Add entries with these keys [N, H] to the memory."""
-        self.memory.add(keys, rows.targets, rows.users, rows.positions, rows.times, rows.support, rows.owners)
+        self.memory.add(keys, *rows)
         self._memory_changed()
 
     def refresh_memory(self, keys: Tensor) -> None:
@@ -187,10 +258,9 @@ class RaSeRec(SequentialRecommender):
         Raises:
             ValueError: its keys have another length than the backbone's user vectors.
         """
-        if memory.hidden_size != self.backbone.hidden_size:
-            raise ValueError(
-                f"the memory's keys have length {memory.hidden_size}, user vectors {self.backbone.hidden_size}."
-            )
+        size = self.backbone.hidden_size
+        if memory.hidden_size != size:
+            raise ValueError(f"the memory's keys have length {memory.hidden_size}, user vectors {size}.")
         self.memory, self._copy = memory, None
         self._memory_changed()
 
@@ -198,8 +268,6 @@ class RaSeRec(SequentialRecommender):
         if self.memory.retrieve_by == "target":
             self.memory.set_target_vectors(self.item_vectors())
         self.known.clear()
-
-    # -- RecBole's interface ----------------------------------------------------------------------------------------
 
     def retrieved(self, interaction: Any) -> tuple[Tensor, Tensor, Tensor]:
         """h [B, H] of the rows, ids and mask [B, K] of their memories: looked up, or encoded and searched."""

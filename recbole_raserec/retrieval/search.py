@@ -43,14 +43,9 @@ class LeakageGuard:
     """
 
     def __init__(
-        self,
-        users: np.ndarray,
-        positions: np.ndarray,
-        needed: Optional[tuple[np.ndarray, np.ndarray, np.ndarray]] = None,
-        gone: Optional[np.ndarray] = None,
-        times: Optional[np.ndarray] = None,
-        scope: str = "history",
-    ):
+        self, users: np.ndarray, positions: np.ndarray, needed: Optional[tuple[np.ndarray, ...]] = None,
+        gone: Optional[np.ndarray] = None, times: Optional[np.ndarray] = None, scope: str = "history",
+    ):  # fmt: skip
         self._users, self._positions = users, positions
         self._gone = gone if gone is not None and gone.any() else None
         self._times = times if scope == "past" else None
@@ -65,16 +60,13 @@ class LeakageGuard:
     def barred(
         self, ids: np.ndarray, users: np.ndarray, positions: np.ndarray, times: Optional[np.ndarray] = None
     ) -> np.ndarray:
-        """Whether the query may not see these entries.
+        """Whether the queries may not see these entries, bool [Q, F].
 
         Args:
             ids: entries [Q, F] or, the same for all queries, [F]; -1 (no entry) is allowed, its answer means nothing.
-            users: of the queries [Q].
-            positions: of the queries [Q].
-            times: of the queries [Q], or None for queries of the present.
-
-        Returns:
-            bool [Q, F].
+            users: [Q].
+            positions: [Q].
+            times: [Q], or None for queries of the present.
         """
         known = (users >= 0)[:, None]
         result = (self._users[ids] == users[:, None]) & (self._positions[ids] >= positions[:, None]) & known  # [Q, F]
@@ -99,19 +91,17 @@ class LeakageGuard:
         """
         gone = 0 if self._gone is None else int(self._gone.sum())
         if self._times is not None and times is not None:
-            return gone + self._late(times)
+            dated, unknown = self._dated
+            return gone + (len(dated) - np.searchsorted(dated, times) + unknown)
         codes, span = self._sorted
         first = users.astype(np.int64) * span  # [Q]
         begin = np.searchsorted(codes, first + np.clip(positions, 0, span).astype(np.int64))
         end = np.searchsorted(codes, first + span)
         return gone + np.where(users >= 0, end - begin, 0)
 
-    def _late(self, times: np.ndarray) -> np.ndarray:
-        dated, unknown = self._dated
-        return len(dated) - np.searchsorted(dated, times) + unknown
-
     @cached_property
     def _dated(self) -> tuple[np.ndarray, int]:
+        """Known times in order, and the number of unknown ones."""
         assert self._times is not None
         left = self._times if self._gone is None else self._times[~self._gone]
         dated = np.sort(left[~np.isnan(left)])
@@ -150,35 +140,21 @@ class GuardedSearch:
     everything within the rounding error of the K-th allowed score. Those are scored again in float64, and a row is
     settled when nothing the index did not return can be among them.
 
-    Args:
-        index: over `vectors`.
-        vectors: [N, H] float32.
-        longest: Euclidean length of the longest vector, for the bound on the rounding error.
-        guard: over the same entries.
+    Index and guard are over the same `vectors`, float32 [N, H]; `longest` is the Euclidean length of the longest of
+    them, for the bound on the rounding error.
     """
 
     def __init__(self, index: Index, vectors: np.ndarray, longest: float, guard: LeakageGuard):
-        self._index = index
-        self._vectors = vectors
-        self._longest = longest
-        self._guard = guard
+        self._index, self._vectors, self._longest, self._guard = index, vectors, longest, guard
 
     def run(
         self, queries: np.ndarray, users: np.ndarray, positions: np.ndarray, top_k: int, bar: Any,
         times: Optional[np.ndarray] = None,
     ) -> np.ndarray:  # fmt: skip
-        """Search for all queries.
+        """Codes of `pack`, best first [Q, K] uint64; 0 where there is no entry.
 
-        Args:
-            queries: [Q, H] float32.
-            users: [Q], see `LeakageGuard.barred`.
-            positions: [Q].
-            times: [Q], or None.
-            top_k: K.
-            bar: its `update(n)` is called with the number of queries settled.
-
-        Returns:
-            codes of `pack`, best first [Q, K] uint64; 0 where there is no entry.
+        `queries` are float32 [Q, H]; `users`, `positions` and `times` as of `LeakageGuard.barred`; `bar` is told how
+        many queries are settled.
         """
         best = np.zeros((len(queries), top_k), np.uint64)  # [Q, K]
         size = len(self._vectors)
@@ -229,9 +205,8 @@ class GuardedSearch:
         short = np.flatnonzero(~settled & ~enough)
         if len(short):
             # Everything the row may see was among what was fetched.
-            settled[short] = rank[short, -1] == size - self._guard.count(
-                users[short], positions[short], None if times is None else times[short]
-            )
+            when = None if times is None else times[short]
+            settled[short] = rank[short, -1] == size - self._guard.count(users[short], positions[short], when)
         row, column = np.nonzero(allowed & settled[:, None] & (scores >= cut[:, None]))
         entries = found[row, column]
         codes = np.zeros((len(queries), max(fetch, top_k)), np.uint64)
@@ -265,14 +240,9 @@ class GuardedSearch:
 
 
 def pack(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """One uint64 for each (score, id), greater for a greater score and, at the same score, for a lower id.
+    """One uint64, never 0, for each (score, id), greater for a greater score and, at the same score, for a lower id.
 
-    Args:
-        scores: float32.
-        ids: integers in 0..2^32-1, of a shape that broadcasts to that of `scores`.
-
-    Returns:
-        codes, never 0.
+    Scores are float32, ids integers in 0..2^32-1, of a shape that broadcasts to that of the scores.
     """
     # The bits of floats order like integers, apart from the sign; adding 0.0 makes -0.0 and 0.0 the same.
     bits = (np.asarray(scores, np.float32) + np.float32(0)).view(np.uint32)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -18,21 +18,12 @@ from recbole_raserec.data import BucketLoader, RowLoader, SequenceDataset
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation import wrap_backbone
 from recbole_raserec.retrieval.heads import tune_knn
-from recbole_raserec.retrieval.queries import (
-    NeighbourCache,
-    PairBuilder,
-    PatternBuilder,
-    Queries,
-    RegeneratedBuilder,
-    Rows,
-    encode_split,
-)
+from recbole_raserec.retrieval.queries import NeighbourCache, Queries, Rows, builders_of, encode_split
 from recbole_raserec.retrieval.raserec import TRAINING_BUFFERS, RaSeRec
 from recbole_raserec.storage import fingerprint, version_of
 from recbole_raserec.training import Hooks, Outcome, Trial, run_stage
 
-#: Memories from which the module's starting scale is taken.
-CALIBRATION = 20_000
+CALIBRATION = 20_000  # memories from which the module's starting scale is taken
 
 
 class RetrievalHooks(Hooks):
@@ -42,14 +33,8 @@ class RetrievalHooks(Hooks):
     before each epoch and each evaluation, and the training windows' neighbours searched again every `memory_refresh`
     epochs; in between they are part of the training state, so that a resumed run sees the same ones.
 
-    Args:
-        model: with an empty memory; it receives the memories of `train`.
-        train: the training split.
-        valid: the validation split.
-        config: the options `head`, `memory*` and `show_progress`.
-        cache: where exact searches are looked up before they are made; None: always search.
-        joined: the training split with regenerated rows, if the generated ones are to become memories.
-        test: split whose windows are searched before the test; None: none.
+    The model's empty memory receives the memories of `train` and, with `joined`, the training split with regenerated
+    rows, of the generated ones. Exact searches are looked up in `cache`; the windows of `test` are searched before it.
     """
 
     def __init__(
@@ -62,22 +47,14 @@ class RetrievalHooks(Hooks):
         self.refresh, self.progress = config["memory_refresh"], bool(config["show_progress"])
         self._queries = {"train": self.encode(train, "training"), "valid": self.encode(valid, "validation")}
         queries, kind = self._queries["train"], config["memory"]
-        bounds = config["memory_min_length"], config["memory_max_length"]
-        self._builders: list[Union[PairBuilder, PatternBuilder, RegeneratedBuilder]] = []
-        if kind in ("pairs", "both"):
-            self._builders.append(PairBuilder(queries, *bounds, float(config["memory_thin"] or 0)))
-        if kind in ("patterns", "both"):
-            desc = "Mine patterns" if self.progress else None
-            span, support = config["memory_span"], config["memory_min_support"]
-            self._builders.append(PatternBuilder(train, span, support, *bounds, desc))
-        if joined is not None:
-            self._builders.append(RegeneratedBuilder(joined, *bounds))
+        self._builders = builders_of(config, train, queries, joined, self.progress)
         for builder in self._builders:
             model.remember(builder.keys(model.backbone, queries), builder.rows)
         if not len(model.memory):
+            least, most, support = (config[f"memory_{name}"] for name in ("min_length", "max_length", "min_support"))
             raise ConfigError(
-                [f"memory: {kind} leaves no memory at all; lower memory_min_length ({bounds[0]}), raise "
-                 f"memory_max_length ({bounds[1]}) or lower memory_min_support ({config['memory_min_support']})."]
+                [f"memory: {kind} leaves no memory at all; lower memory_min_length ({least}), raise "
+                 f"memory_max_length ({most}) or lower memory_min_support ({support})."]
             )  # fmt: skip
         sample = np.linspace(0, len(model.memory) - 1, min(len(model.memory), CALIBRATION)).astype(np.int64)
         device = queries.h.device
@@ -151,11 +128,10 @@ class RetrievalHooks(Hooks):
 
 
 def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> Outcome:
-    """Stage iii: build the memory from the training split, train the retrieval-augmented module, let the validation
-    pairs join the memory, and evaluate on the test split.
+    """Stage iii: build the memory, train the retrieval-augmented module, add the validation pairs, and test.
 
     Args:
-        config: configuration of the RaSeRec run.
+        config: of the RaSeRec run.
         base: the trained backbone.
         trial: given where the run is one of a search.
 
@@ -177,6 +153,8 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
     stage = copy.deepcopy(config)  # the module trains under `ram_*` in place of the backbone's options
     for name in ("learning_rate", "weight_averaging", "train_batch_size", "epochs", "stopping_step", "valid_metric"):
         stage[name] = config[f"ram_{name}"]
+    if config["ram_weight_decay"] is not None:
+        stage["weight_decay"] = config["ram_weight_decay"]
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
     mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint, *version_of(config["model"]))

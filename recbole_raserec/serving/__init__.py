@@ -11,10 +11,7 @@ if TYPE_CHECKING:
     from recbole_raserec.serving.live import load_checkpoint
     from recbole_raserec.serving.recommender import Recommender
 
-__all__ = [
-    "Recommender",
-    "load_checkpoint",
-]
+__all__ = ["Recommender", "load_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ probability that is such a sum. What a single memory does to a score is measured
 layer norms are not linear in it.
 
 The page is one HTML document, page.html.j2: style, script and data stand in it, and its content security policy admits
-these and no request to anywhere. It can be read without the script, which only highlights a memory wherever it matters.
+these and no request to anywhere. The script only highlights a memory wherever it matters.
 """
 
 from __future__ import annotations
@@ -30,12 +30,8 @@ from markupsafe import Markup
 
 from recbole_raserec.retrieval import neighbour_weights
 
-#: Items of a memory's prefix that are shown.
-SHOWN = 5
-
-#: Bytes of scores held at a time.
-SCORE_BYTES = 64 << 20
-
+SHOWN = 5  # items of a memory's prefix that are shown
+SCORE_BYTES = 64 << 20  # of scores held at a time
 #: Of the page: last items of the history that are shown at once, those before them are folded; memories shown below an
 #: item, the table at the end has all of them; characters of a title within a sentence, its tooltip has the others.
 RECENT, TOP, LONGEST = 8, 3, 60
@@ -151,22 +147,14 @@ class Explanation:
 
 @torch.no_grad()
 def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanation:
-    """The explanation of one history.
-
-    Args:
-        recommender: of a RaSeRec model; its lock is held.
-        query: of one history.
-        interaction: what the model reads of it.
-        k: items.
-    """
+    """The best k items for a `query` of one history, of which the model reads `interaction`; the lock is held."""
     model = recommender.model
     h, ids, mask = model.retrieved(interaction)
     kept = mask[0].nonzero().squeeze(1)
     both = _parts(model, h.repeat(2, 1), ids.repeat(2, 1), torch.cat([mask, torch.zeros_like(mask)]))
-    whole, alone = both.sum(dim=1)  # [V] each: with all memories, and with none
-    for scores in (whole, alone):
-        scores[0] = -torch.inf
-        scores[np.unique(query.rows[0])] = -torch.inf
+    found = both.sum(dim=1)
+    found[:, np.append(0, query.rows[0])] = -torch.inf
+    whole, alone = found  # [V] each: with all memories, and with none
     best = whole.topk(min(k, int(whole.isfinite().sum()))).indices
     effects: list[torch.Tensor] = []  # without one memory after the other, as many at a time as memory allows
     for columns in kept.split(max(1, SCORE_BYTES // (32 * len(whole)))):
@@ -228,14 +216,11 @@ def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -
 def _attention(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and similarity of the memories, [B, K] each."""
     keys, targets, bias = model.entries(ids)
-    compared = model.item_vectors()[targets] if model.memory.retrieve_by == "target" else keys
-    if model.memory.similarity == "cosine":
-        similarity = torch.cosine_similarity(h[:, None], compared, dim=2)
-    else:
-        similarity = (compared @ h[:, :, None]).squeeze(2)
+    values = model.item_vectors()[targets]
+    similarity = model.compared(h, values if model.memory.retrieve_by == "target" else keys)
     if not model.augments:
-        return neighbour_weights(model.neighbour_similarity(h, ids)[1], mask, float(model.knn_tau)), similarity
-    return model.ram.attention(h, keys, model.item_vectors()[targets], mask, bias), similarity
+        return neighbour_weights(model.compared(h, keys), mask, float(model.knn_tau)), similarity
+    return model.ram.attention(h, keys, values, mask, bias), similarity
 
 
 def page(found: Explanation) -> str:
@@ -246,10 +231,8 @@ def page(found: Explanation) -> str:
     effects = [effect for reason in found.items for effect in reason.effects]
     style, script = _asset("page.css"), _asset("page.js")
     policy = f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; img-src data:"
-    decimals, effect_decimals = (
-        _decimals([scale * end for end in ends], 4),
-        _decimals([scale * one for one in effects], 3),
-    )
+    decimals = _decimals([scale * end for end in ends], 4)
+    effect_decimals = _decimals([scale * effect for effect in effects], 3)
     data = json.dumps(found.to_dict(), allow_nan=False, separators=(",", ":"))
     for sign in "<>&":  # so that nothing in it can end the script element that holds it
         data = data.replace(sign, f"\\u{ord(sign):04x}")

@@ -22,7 +22,7 @@ class Recommendations:
     Attributes:
         items: external ids, best first; shorter than k where no more were admissible.
         scores: the model's, float32, one array a query; of popularity where `popular`.
-        labels: users of a log, or the numbers of the queries.
+        labels: users, or the numbers of the queries.
         dropped: int [N], unknown items that were left out of each history.
         popular: bool [N], nothing known was left of the history, so that the most popular items are given.
     """
@@ -68,11 +68,7 @@ class Recommendations:
         return pd.DataFrame(self.columns())
 
     def to_polars(self) -> Any:
-        """`columns` as a polars DataFrame.
-
-        Raises:
-            MissingExtraError: polars is not installed.
-        """
+        """`columns` as a polars DataFrame; a `MissingExtraError` where polars is not installed."""
         try:
             import polars as pl  # type: ignore[import-not-found,unused-ignore]
         except ImportError:
@@ -81,15 +77,12 @@ class Recommendations:
 
 
 def as_sequences(data: Any, names: Sequence[str]) -> tuple[list[list[str]], Optional[list[str]]]:
-    """Histories as lists of external ids.
+    """Histories as lists of external ids; and the users of a log, or None.
 
     Args:
         data: a list of lists of ids; a numpy array of them (2-D, or of objects); a pandas or polars Series of lists; or
             a pandas or polars DataFrame, a log.
         names: columns of a log: user, item and, to sort by, time.
-
-    Returns:
-        the histories, and the users of a log or None.
 
     Raises:
         InputError: it is something else, or an id is neither text nor a whole number.
@@ -106,15 +99,7 @@ def as_sequences(data: Any, names: Sequence[str]) -> tuple[list[list[str]], Opti
 
 
 def as_events(data: Any, names: Sequence[str]) -> list[Event]:
-    """New interactions by external ids.
-
-    Args:
-        data: (user, item) or (user, item, time) each, mappings with these keys, or a pandas or polars DataFrame.
-        names: columns of a DataFrame: user, item and time.
-
-    Raises:
-        InputError: it is something else, an id is none, or a time is not finite.
-    """
+    """New interactions by external ids, see `Recommender.update`; `names`: a table's columns user, item and time."""
     if _is_table(data):
         data = zip(*_columns(data, names, "events"))
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
@@ -124,10 +109,8 @@ def as_events(data: Any, names: Sequence[str]) -> list[Event]:
 
 def as_ids(row: Any, name: str, what: str = "a list of ids") -> list[str]:
     """One list of external ids as text; errors call it `name` and `what` it should be."""
-    if hasattr(row, "tolist"):
-        row = row.tolist()
-    elif hasattr(row, "to_list"):
-        row = row.to_list()
+    listed = getattr(row, "tolist", None) or getattr(row, "to_list", None)
+    row = listed() if listed else row
     if isinstance(row, (str, bytes, dict)) or not isinstance(row, Iterable):
         raise InputError(f"{name}: {row!r:.80} is not {what}; it must be a list of item ids.")
     return [as_id(value, name) for value in row]
@@ -188,14 +171,15 @@ def _event(event: Any) -> Event:
     if isinstance(event, (str, bytes)) or not isinstance(event, Sequence) or not 2 <= len(event) <= 3:
         raise InputError(f"events: {event!r:.80} is no (user, item) or (user, item, time).")
     time = event[2] if len(event) == 3 else None
-    if time is not None and (isinstance(time, bool) or not isinstance(time, (int, float, np.number))):
-        raise InputError(f"events: the time {time!r:.80} is no number.")
-    try:
-        time = None if time is None else float(time)
-    except OverflowError:  # of a whole number of hundreds of digits
-        time = math.inf
-    if time is not None and not math.isfinite(time):
-        raise InputError(f"events: the time {time!r} is not finite.")
+    if time is not None:
+        if isinstance(time, bool) or not isinstance(time, (int, float, np.number)):
+            raise InputError(f"events: the time {time!r:.80} is no number.")
+        try:
+            time = float(time)
+        except OverflowError:  # of a whole number of hundreds of digits
+            time = math.inf
+        if not math.isfinite(time):
+            raise InputError(f"events: the time {time!r} is not finite.")
     user = as_id(event[0], "events")
     if not user:  # which is what the id of a forgotten user is replaced by
         raise InputError("events: the id of a user is empty.")

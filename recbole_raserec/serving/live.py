@@ -1,8 +1,7 @@
 """A checkpoint in use: reloaded without its data set; its users, histories and memory change, and are saved.
 
 A change is in the journal, on the disk, before it takes effect; a save writes all of it into the checkpoint, as a
-whole, and empties the journal. So a process that is killed at any moment loses nothing that was acknowledged. Nothing
-in a checkpoint is pickle; its format is that of `recbole_raserec.storage`.
+whole, and empties the journal. So a process that is killed at any moment loses nothing that was acknowledged.
 
 By hand: `ReadWriteLock`, because the standard library has none; `Journal`, which is one file of JSON lines.
 """
@@ -47,11 +46,8 @@ from recbole_raserec.storage import (
 #: In the checkpoint directory: the journal, its lock, and the process that holds that.
 JOURNAL, LOCK, HOLDER = "journal.jsonl", "journal.lock", "journal.pid"
 
-#: Prefixes encoded together.
-BATCH = 512
-
-#: What the id of a forgotten user is replaced by.
-FORGOTTEN = ""
+BATCH = 512  # prefixes encoded together
+FORGOTTEN = ""  # what the id of a forgotten user is replaced by
 
 
 class Options(dict):
@@ -76,20 +72,13 @@ class Vocabulary:
     def __init__(self, options: Mapping[str, Any], users: list[str], items: list[str]):
         self.uid_field, self.iid_field = options["USER_ID_FIELD"], options["ITEM_ID_FIELD"]
         self.users, self.items = users, items
+        self.user_num, self.item_num = len(users), len(items)
         self.numbers = {token: number for number, token in enumerate(items) if number}
         self.inter_feat = {self.iid_field: torch.empty(0, dtype=torch.int64)}  # no training rows here
 
     def num(self, field: str) -> int:
         """Number of ids of a field, padding included."""
-        return len({self.uid_field: self.users, self.iid_field: self.items}[field])
-
-    @property
-    def user_num(self) -> int:
-        return len(self.users)
-
-    @property
-    def item_num(self) -> int:
-        return len(self.items)
+        return {self.uid_field: self.user_num, self.iid_field: self.item_num}[field]
 
 
 @dataclasses.dataclass
@@ -117,15 +106,7 @@ class Checkpoint:
         return int(self.options["MAX_ITEM_LIST_LENGTH"])
 
     def batch(self, histories: Sequence[Sequence[int]], users: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """What the model reads of B histories, none of them empty.
-
-        Args:
-            histories: internal ids of items, oldest first.
-            users: int64 [B].
-
-        Returns:
-            item_seq [B, L], item_seq_len [B] and the users [B], int64, on the model's device.
-        """
+        """item_seq [B, L], item_seq_len [B] and users [B], on the model's device, of histories, none of them empty."""
         model, longest = self.model, self.longest
         cut = model.backbone.trims if isinstance(model, RaSeRec) else trims(model)
         batch = *pad_lists([row[-longest:] for row in histories], None if cut else longest), users
@@ -146,12 +127,10 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     directory = Path(directory)
     manifest = read_manifest(directory)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = Options(manifest["options"], device=target)
-    ids = read_ids(directory)
+    name, options, ids = manifest["model"], Options(manifest["options"], device=target), read_ids(directory)
     parts, trained, applied = live_parts(directory)
     vocabulary = Vocabulary(options, ids["users"][:trained], ids["items"])
     memory: Any = None
-    name = manifest["model"]
     try:
         if name == "RaSeRec":
             inner = Options(manifest["backbone_options"], device=target)
@@ -162,9 +141,8 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
             model = get_model(name)(options, vocabulary)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: {name} cannot be rebuilt from its checkpoint alone ({error!r}).") from None
-    weights = read_weights(directory, manifest)
-    weights = {name: value for name, value in weights.items() if name not in TRAINING_BUFFERS}
-    load_weights(model, weights, directory / BEST)
+    weights = read_weights(directory, manifest).items()
+    load_weights(model, {key: value for key, value in weights if key not in TRAINING_BUFFERS}, directory / BEST)
     if isinstance(model, RaSeRec):
         try:
             model.use_memory(memory)
@@ -226,8 +204,7 @@ class ReadWriteLock:
 def lock_directory(directory: Path) -> BaseFileLock:
     """The lock of the one process that changes a checkpoint, held; the system frees it when that process ends.
 
-    Raises:
-        CheckpointError: there is no such directory, or another process holds it.
+    A `CheckpointError` says that there is no such directory, or that another process holds it.
     """
     try:
         lock = try_lock(directory / LOCK)
@@ -247,25 +224,17 @@ def lock_directory(directory: Path) -> BaseFileLock:
 class Journal:
     """A file of one JSON object a line, `{"n": number, ...}`, numbers rising.
 
-    A last line without its end was cut off while it was written, was never acknowledged, and is dropped.
-
-    Args:
-        path: created when missing.
-
-    Raises:
-        CheckpointError: a whole line of it cannot be read.
+    The file is created when missing. A last line without its end was cut off while it was written, was never
+    acknowledged, and is dropped; where a whole line cannot be read, a `CheckpointError` says so.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._last = 0
         text = self.path.read_bytes() if self.path.is_file() else b""
         whole = text[: text.rfind(b"\n") + 1]
-        for record in _records(whole, self.path):
-            self._last = record["n"]
+        self._last = max((record["n"] for record in _records(whole, self.path)), default=0)
         self._open()
-        if len(whole) < len(text):
-            self._file.truncate(len(whole))
+        self._file.truncate(len(whole))
         sync_directory(self.path.parent)
 
     def append(self, record: dict[str, Any], after: int = 0) -> int:
@@ -309,11 +278,6 @@ class LiveMemory:
 
     Readers hold `lock` together; a change holds it alone, and only for the moment in which it takes effect.
 
-    Args:
-        checkpoint: whose model and memory they are.
-        catalogue: histories and counts.
-        directory: of the checkpoint.
-
     Attributes:
         users: external ids by internal ones; "" where a user was forgotten.
         numbers: internal ids by external ones, of the users that are known.
@@ -329,15 +293,11 @@ class LiveMemory:
         self._changing = threading.Lock()
         self._saved = self.applied
         self._journal: Optional[Journal] = None
-        self._held: Optional[BaseFileLock] = None
+        self._closing = contextlib.ExitStack()
 
     @property
     def histories(self) -> Histories:
-        """What the users did.
-
-        Raises:
-            InputError: the checkpoint does not know.
-        """
+        """What the users did; an `InputError` where the checkpoint does not know."""
         if self.catalogue.histories is None:
             raise InputError(f"{self.directory} keeps no histories of users (benchmark files, or an older release).")
         return self.catalogue.histories
@@ -350,18 +310,14 @@ class LiveMemory:
     @property
     def n_memories(self) -> int:
         """Memories that can be retrieved; 0 of a model without any."""
-        return 0 if self._memory is None else int(len(self._memory) - self._memory.gone.sum())
+        return 0 if self._memory is None else self._memory.live
 
     def numbers_of(self, users: Iterable[str]) -> np.ndarray:
         """Internal ids int64 [N] of external ones; 0 where a user is unknown."""
         return np.array([self.numbers.get(user, 0) for user in users], dtype=np.int64)
 
     def keep_journal(self, lock: BaseFileLock) -> None:
-        """Take up what the journal holds beyond the saved state; from now on changes are in it before they take effect.
-
-        Args:
-            lock: of `lock_directory`; `close` releases it.
-        """
+        """Take up what the journal holds beyond the saved state; journal changes from now on. `close` frees `lock`."""
         journal = Journal(self.directory / JOURNAL)
         for record in journal.records(self.applied):
             if "forget" in record:
@@ -369,7 +325,9 @@ class LiveMemory:
             else:
                 self._apply(record["events"])
             self.applied = record["n"]
-        self._journal, self._held = journal, lock
+        self._journal = journal
+        for close in (lock.release, journal.close):
+            self._closing.callback(close)
 
     def update(self, events: Sequence[Event]) -> Update:
         """Take up new interactions of known items, see `Recommender.update`."""
@@ -389,7 +347,7 @@ class LiveMemory:
             return self._forget(user)
 
     def save(self, target: Path) -> None:
-        """Write users, histories and memory into the checkpoint directory; or all of the checkpoint into another."""
+        """See `Recommender.save`."""
         vocabulary = self.checkpoint.vocabulary
         with self._changing:
             ids = {"users": self.users, "items": vocabulary.items}
@@ -400,11 +358,8 @@ class LiveMemory:
                     self._journal.clear()
 
     def close(self) -> None:
-        """Close the journal, and let another process have the directory."""
-        if self._journal is not None:
-            self._journal.close()
-        if self._held is not None:
-            self._held.release()
+        """See `Recommender.close`."""
+        self._closing.close()
 
     def _apply(self, events: Sequence[Event]) -> Update:
         histories, options, item_numbers = self.histories, self.checkpoint.options, self.checkpoint.vocabulary.numbers
@@ -467,10 +422,9 @@ class LiveMemory:
 def _records(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
     last = 0
     for number, line in enumerate(text.splitlines(), start=1):
-        try:
+        record = None
+        with contextlib.suppress(ValueError):
             record = json.loads(line)
-        except ValueError:
-            record = None
         if not isinstance(record, dict) or type(record.get("n")) is not int or record["n"] <= last:
             raise CheckpointError(f"{path} is damaged in line {number}; restore it, or delete it to lose what follows.")
         last = record["n"]

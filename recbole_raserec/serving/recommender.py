@@ -5,8 +5,7 @@
     recommender = Recommender.load("saved/RaSeRec-ml-100k-...")
     recommender.recommend([["50", "172", "181"]], k=10)
 
-Works for RaSeRec and for the sequential models of this package and of RecBole that a run has trained. All ids that go
-in and come out are external ones.
+Works for every sequential model that a run has trained. All ids that go in and come out are external ones.
 """
 
 from __future__ import annotations
@@ -32,38 +31,25 @@ from recbole_raserec.serving.inputs import Recommendations, as_events, as_id, as
 from recbole_raserec.serving.live import Checkpoint, LiveMemory, Update, load_checkpoint, lock_directory
 from recbole_raserec.storage import read_manifest
 
-#: Bytes of scores held at a time.
-SCORE_BYTES = 64 << 20
+SCORE_BYTES = 64 << 20  # of scores held at a time
 
 Ids = Optional[Iterable[Any]]
 
 
 @dataclasses.dataclass
 class Query:
-    """N histories by internal ids.
+    """N histories by internal ids; `labels` and `dropped` are those of the `Recommendations`."""
 
-    Attributes:
-        rows: known items of each history, oldest first, int64.
-        users: int64 [N]; 0 where the user is unknown.
-        labels: for the caller.
-        dropped: int64 [N], unknown items left out.
-    """
-
-    rows: list[np.ndarray]
-    users: np.ndarray
+    rows: list[np.ndarray]  # known items of each history, oldest first, int64
+    users: np.ndarray  # int64 [N]; 0 where the user is unknown
     labels: list[Any]
-    dropped: np.ndarray
+    dropped: np.ndarray  # int64 [N]
 
 
 class Recommender:
     """A trained sequential model in use; `load` makes one of a checkpoint directory.
 
     Calls from several threads are safe, during updates too.
-
-    Args:
-        checkpoint: a reloaded checkpoint.
-        catalogue: its items and histories.
-        directory: where the checkpoint lies.
 
     Attributes:
         items: external ids of the items by internal ones, [V]; the first is that of the padding.
@@ -76,16 +62,15 @@ class Recommender:
     def __init__(self, checkpoint: Checkpoint, catalogue: Catalogue, directory: Union[str, Path]):
         model, manifest = checkpoint.model, checkpoint.manifest
         if not isinstance(model, SequentialRecommender):
-            raise CheckpointError(
-                f"{directory} holds a {type(model).__name__}, which reads no histories; recommendations for a history "
-                "need a sequential model."
-            )
+            what = f"{directory} holds a {type(model).__name__}, which reads no histories"
+            raise CheckpointError(f"{what}; recommendations for a history need a sequential model.")
         self.model, self.options, self.catalogue = model, checkpoint.options, catalogue
         self.name, self.dataset, self.fingerprint = manifest["model"], manifest.get("dataset"), manifest["fingerprint"]
         self.live = LiveMemory(checkpoint, catalogue, Path(directory))
         self.items, self.titles, self.users = checkpoint.vocabulary.items, catalogue.titles, self.live.users
         self.longest, self.device = checkpoint.longest, torch.device(self.options["device"])
         self._checkpoint, self._number = checkpoint, checkpoint.vocabulary.numbers
+        self._fields = model.ITEM_SEQ, model.ITEM_SEQ_LEN, model.USER_ID
         self._names = [self.options[name] for name in ("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD")]
 
     @classmethod
@@ -119,8 +104,6 @@ class Recommender:
             raise
         return found
 
-    # -- questions --------------------------------------------------------------------------------------------------
-
     def recommend(
         self, sequences: Any = None, k: int = 10, exclude_seen: bool = True, candidates: Ids = None,
         exclude: Ids = None, users: Ids = None, strict: bool = False,
@@ -145,8 +128,7 @@ class Recommender:
         Raises:
             InputError: the question does not make sense.
         """
-        k = _positive("k", k)
-        query = self._query(sequences, users, strict)
+        k, query = _positive("k", k), self._query(sequences, users, strict)
         allowed = None if candidates is None else self._known_items(candidates, "candidates")
         barred = self._known_items(() if exclude is None else exclude, "exclude")
         items: list[list[str]] = []
@@ -156,45 +138,42 @@ class Recommender:
             if allowed is not None:
                 admitted = torch.full_like(scored, -torch.inf)
                 admitted[:, allowed] = scored[:, allowed]
-            admitted[:, 0] = -torch.inf
-            admitted[:, barred] = -torch.inf
+            admitted[:, np.append(0, barred)] = -torch.inf
             if exclude_seen:
                 seen = query.rows[start : start + len(scored)]
                 owners = np.repeat(np.arange(len(seen)), [len(row) for row in seen])
                 admitted[owners, np.concatenate(seen)] = -torch.inf
-            self._take_best(admitted, k, items, values)
+            found = self._best(admitted, k)
+            items += found[0]
+            values += found[1]
         popular = np.array([not len(row) for row in query.rows], dtype=bool)
         return Recommendations(items, values, query.labels, query.dropped, popular)
 
     def score(
         self, sequences: Any = None, candidates: Ids = None, users: Ids = None, strict: bool = False
     ) -> np.ndarray:
-        """The scores by which `recommend` ranks; the other arguments are those of it.
+        """The scores by which `recommend` ranks, float32 [N, C]; the other arguments are those of it.
 
         Args:
             candidates: external ids of the items to score, C of them; None: all in the order of `items` without the
                 padding, its first.
 
-        Returns:
-            float32 [N, C].
-
         Raises:
             InputError: also: a candidate is unknown.
         """
         query = self._query(sequences, users, strict)
-        numbers: Any = slice(1, None)
+        chosen: Any = slice(1, None)
         if candidates is not None:
-            numbers = self._known_items(candidates, "candidates", strict=True)
-        parts = [scored[:, numbers].cpu().numpy() for _, scored in self._scored(query)]
-        width = len(self.items) - 1 if candidates is None else len(numbers)
+            chosen = self._known_items(candidates, "candidates", strict=True)
+        parts = [scored[:, chosen].cpu().numpy() for _, scored in self._scored(query)]
+        width = len(self.items) - 1 if candidates is None else len(chosen)
         return np.concatenate([np.empty((0, width), np.float32), *parts])
 
     @torch.no_grad()
     def encode(self, sequences: Any = None, users: Ids = None, strict: bool = False) -> np.ndarray:
-        """User vectors as they enter the dot product with the items'; arguments are those of `recommend`.
+        """User vectors as they enter the dot product with the items', float32 [N, H], zeros for an empty history.
 
-        Returns:
-            float32 [N, H], zeros for an empty history.
+        Arguments are those of `recommend`.
 
         Raises:
             InputError: also: the model does not score by a dot product.
@@ -209,8 +188,7 @@ class Recommender:
                 if isinstance(self.model, RaSeRec):
                     part = self.model.augment(*self.model.retrieved(interaction))
                 else:
-                    names = self.model.ITEM_SEQ, self.model.ITEM_SEQ_LEN, self.model.USER_ID
-                    part = self._backbone.encode(*(interaction[name] for name in names))
+                    part = self._backbone.encode(*(interaction[name] for name in self._fields))
             if vectors is None:
                 vectors = np.zeros((len(query.rows), part.shape[1]), np.float32)
             vectors[filled] = part.cpu().numpy()
@@ -218,14 +196,11 @@ class Recommender:
 
     @torch.no_grad()
     def similar_items(self, items: Iterable[Any], k: int = 10) -> Recommendations:
-        """The k items whose vectors have the largest cosine with each of `items`.
+        """The k items whose vectors have the largest cosine with each of the N `items`: N rows, labelled by `items`.
 
         Args:
-            items: external ids, N of them.
+            items: external ids.
             k: items wanted for each, at least 1.
-
-        Returns:
-            N rows; the scores are the cosines, the labels `items`.
 
         Raises:
             InputError: an item is unknown, or the model has no item vectors.
@@ -236,11 +211,8 @@ class Recommender:
             cosine = vectors[numbers] @ vectors.T
         cosine[:, 0] = -torch.inf
         cosine[torch.arange(len(numbers)), numbers] = -torch.inf
-        found: list[list[str]] = []
-        values: list[np.ndarray] = []
-        self._take_best(cosine, k, found, values)
         none = np.zeros(len(numbers), dtype=np.int64)
-        return Recommendations(found, values, [self.items[n] for n in numbers], none, none.astype(bool))
+        return Recommendations(*self._best(cosine, k), [self.items[n] for n in numbers], none, none.astype(bool))
 
     def explain(self, sequence: Any = None, k: int = 5, user: Any = None, strict: bool = False) -> Explanation:
         """Why these k items: the memories that were retrieved, and what they add to each item's score.
@@ -263,15 +235,9 @@ class Recommender:
         with self.live.lock.read():
             return explain(self, query, self._interaction(query, np.array([0])), k)
 
-    # -- what is stored, and its changes ----------------------------------------------------------------------------
-
     @property
     def histories(self) -> Histories:
-        """What the users did.
-
-        Raises:
-            InputError: the checkpoint does not know.
-        """
+        """What the users did; an `InputError` where the checkpoint does not know."""
         return self.live.histories
 
     def stored(self, users: Iterable[str]) -> list[np.ndarray]:
@@ -307,19 +273,11 @@ class Recommender:
         return dataclasses.replace(done, dropped=len(unknown))
 
     def forget(self, user: Any) -> int:
-        """Forget a user: id, history and memories, the ones in files with the next `save`; the number of memories.
-
-        Args:
-            user: external id; an unknown one changes nothing.
-        """
+        """Forget a known user: id, history and memories, in files with the next `save`; the number of memories."""
         return self.live.forget(as_id(user, "user"))
 
     def save(self, directory: Union[str, Path, None] = None) -> Path:
-        """Write users, histories and memory, as a whole, into the checkpoint, or all of it into another directory.
-
-        Args:
-            directory: None: the one it was loaded from, whose journal is emptied then.
-        """
+        """Write users, histories and memory into the checkpoint and empty its journal, or all into `directory`."""
         target = Path(directory) if directory is not None else self.live.directory
         self.live.save(target)
         return target
@@ -327,8 +285,6 @@ class Recommender:
     def close(self) -> None:
         """Close the journal, and let another process have the directory."""
         self.live.close()
-
-    # -- from external ids to scores --------------------------------------------------------------------------------
 
     def _query(self, sequences: Any, users: Ids, strict: bool) -> Query:
         given = None if users is None else as_ids(users, "users", "a list of users")
@@ -388,12 +344,9 @@ class Recommender:
         rows, users = [query.rows[n] for n in numbers], query.users[numbers]
         if not isinstance(self.model, RaSeRec):  # which looks at both its backbone's users and the memory's
             users = np.where(users < self._checkpoint.vocabulary.user_num, users, 0)
-        item_seq, lengths, owners = self._checkpoint.batch(rows, users)
-        positions = torch.tensor([len(row) for row in rows], device=owners.device)
-        model = self.model
-        return Interaction({
-            model.USER_ID: owners, model.ITEM_SEQ: item_seq, model.ITEM_SEQ_LEN: lengths, POSITION: positions,
-        })  # fmt: skip
+        batch = self._checkpoint.batch(rows, users)
+        positions = torch.tensor([len(row) for row in rows], device=batch[0].device)
+        return Interaction({**dict(zip(self._fields, batch)), POSITION: positions})
 
     def _all_scores(self, interaction: Interaction) -> torch.Tensor:
         """[B, V] of the model."""
@@ -401,13 +354,13 @@ class Recommender:
             return scores(*self.model.full_sort_vectors(interaction))
         return self.model.full_sort_predict(interaction).reshape(len(interaction), -1)[:, : len(self.items)]
 
-    def _take_best(self, found: torch.Tensor, k: int, items: list[list[str]], values: list[np.ndarray]) -> None:
-        """Add to `items` and `values` the k best of each row [B, V], without those of minus infinity."""
+    def _best(self, found: torch.Tensor, k: int) -> tuple[list[list[str]], list[np.ndarray]]:
+        """The k best items of each row [B, V] and their scores, without those of minus infinity."""
         best = found.topk(min(k, found.shape[1]), dim=1)
-        for row, numbers in zip(best.values.cpu().numpy(), best.indices.cpu().numpy()):
-            count = int(np.isfinite(row).sum())
-            items.append([self.items[number] for number in numbers[:count]])
-            values.append(row[:count].astype(np.float32))
+        counts = best.values.isfinite().sum(dim=1).tolist()
+        values = [row[:count].astype(np.float32) for row, count in zip(best.values.cpu().numpy(), counts)]
+        rows = zip(best.indices.cpu().numpy(), counts)
+        return [[self.items[number] for number in row[:count]] for row, count in rows], values
 
     @cached_property
     def _backbone(self) -> Backbone:

@@ -21,8 +21,8 @@ from recbole_raserec.storage.files import (
     MODEL_VERSIONS,
     data_fingerprint,
     fingerprint,
-    load_optimizer,
-    optimizer_tensors,
+    load_named,
+    named_tensors,
     part_of,
     plain,
     read_arrays,
@@ -36,12 +36,12 @@ from recbole_raserec.storage.files import (
     write_json,
     write_tensors,
 )
-from recbole_raserec.storage.locks import INHERITED, descriptor, lock_file, locked, one_at_a_time, try_lock
+from recbole_raserec.storage.locks import locked, try_lock
 
 __all__ = [
-    "ARRAYS", "BEST", "HISTORIES", "INHERITED", "ITEMS", "MANIFEST", "MEMORY", "MODEL_VERSIONS", "STATE",
-    "data_fingerprint", "dense_tensors", "descriptor", "fingerprint", "live_parts", "load_optimizer", "load_weights",
-    "lock_file", "locked", "one_at_a_time", "optimizer_tensors", "part_of", "plain", "read_arrays", "read_ids",
-    "read_json", "read_manifest", "read_tensors", "read_weights", "replacing", "save_parts", "sha256", "sync_directory",
-    "try_lock", "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
+    "ARRAYS", "BEST", "HISTORIES", "ITEMS", "MANIFEST", "MEMORY", "MODEL_VERSIONS", "STATE", "data_fingerprint",
+    "dense_tensors", "fingerprint", "live_parts", "load_named", "load_weights", "locked", "named_tensors", "part_of",
+    "plain", "read_arrays", "read_ids", "read_json", "read_manifest", "read_tensors", "read_weights", "replacing",
+    "save_parts", "sha256", "sync_directory", "try_lock", "version_of", "write_arrays", "write_checkpoint",
+    "write_json", "write_tensors",
 ]  # fmt: skip

@@ -30,11 +30,7 @@ def dense_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], source: Any) -> None:
-    """Load `tensors`, read from the file `source`, into a model that has exactly these.
-
-    Raises:
-        CheckpointError: they do not fit.
-    """
+    """Load `tensors` of the file `source` into a model; raises CheckpointError unless it has exactly these."""
     own = dense_tensors(model.state_dict())
     wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape]
     wrong += [k for k in tensors if k not in own]
@@ -47,7 +43,6 @@ def write_checkpoint(
     directory: Path, manifest: dict[str, Any], ids: dict[str, list[str]], memory: Any = None, catalogue: Any = None
 ) -> None:
     """Complete a directory that holds the weights. The manifest comes last: without it there is no checkpoint."""
-    directory = Path(directory)
     write_json(directory / IDS, ids)
     if catalogue is not None:
         catalogue.save(directory)
@@ -60,10 +55,9 @@ def write_checkpoint(
 def save_parts(
     source: Path, target: Path, ids: dict[str, list[str]], memory: Any, catalogue: Any, trained_users: int, applied: int
 ) -> None:
-    """Replace ids, memory and catalogue of a checkpoint as a whole.
+    """Replace ids, memory and catalogue of a checkpoint as a whole, by the atomic replacement of `live.json`.
 
-    They go into a directory of their own; the atomic replacement of `live.json`, which names it, makes them count. The
-    old ones are deleted then, so that nothing of a forgotten user stays.
+    The old ones are deleted then, so that nothing of a forgotten user stays.
 
     Args:
         source: the checkpoint.
@@ -74,23 +68,22 @@ def save_parts(
         trained_users: number of users that the model was trained with; later ones follow in `ids`.
         applied: number of the last journaled change that the parts hold.
     """
-    manifest = read_manifest(source)
+    manifest, copied = read_manifest(source), target.resolve() != source.resolve()
     target.mkdir(parents=True, exist_ok=True)
-    if target.resolve() != source.resolve():
+    if copied:
         with replacing(target / BEST) as part:
             shutil.copyfile(source / BEST, part)
-    name = f"live-{secrets.token_hex(8)}"
-    parts = target / name
+    parts = target / f"live-{secrets.token_hex(8)}"
     parts.mkdir()
     write_json(parts / IDS, ids)
     catalogue.save(parts)
     if memory is not None:
         memory.save(parts / MEMORY, manifest["fingerprint"])
-    write_json(target / LIVE, {"parts": name, "users": trained_users, "applied": applied})
-    if target.resolve() != source.resolve():
+    write_json(target / LIVE, {"parts": parts.name, "users": trained_users, "applied": applied})
+    if copied:
         write_json(target / MANIFEST, manifest)
     for old in [*target.glob("live-*"), *(target / own for own in (IDS, ITEMS, MEMORY, HISTORIES))]:
-        if old.is_dir() and old.name != name:
+        if old.is_dir() and old != parts:
             shutil.rmtree(old, ignore_errors=True)
         elif old.is_file():
             old.unlink()
@@ -101,9 +94,8 @@ def live_parts(directory: Path) -> tuple[Path, Optional[int], int]:
     path = directory / LIVE
     if not path.is_file():
         return directory, None, 0
-    found = read_json(path)
-    found = found if isinstance(found, dict) else {}
-    name, users, applied = (found.get(key) for key in ("parts", "users", "applied"))
+    found, keys = read_json(path), ("parts", "users", "applied")
+    name, users, applied = map(found.get, keys) if isinstance(found, dict) else (None, None, None)
     sound = isinstance(name, str) and re.fullmatch(r"live-[0-9a-f]{16}", name)
     if not sound or type(users) is not int or type(applied) is not int or not (directory / str(name)).is_dir():
         raise CheckpointError(f"{path} is damaged: it does not name the parts of this checkpoint.")
@@ -111,17 +103,11 @@ def live_parts(directory: Path) -> tuple[Path, Optional[int], int]:
 
 
 def read_manifest(directory: Any) -> dict[str, Any]:
-    """Manifest of a checkpoint directory.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or of another format.
-    """
+    """Manifest of a checkpoint directory; raises CheckpointError if there is none, or it is damaged."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise CheckpointError(
-            f"{Path(directory).absolute()} is not a checkpoint directory: it has no {MANIFEST}. A finished run "
-            f"leaves one below `checkpoint_dir`; its last line names it."
-        )
+        hint = "A finished run leaves one below `checkpoint_dir`; its last line names it."
+        raise CheckpointError(f"{path.parent.absolute()} is not a checkpoint directory: it has no {MANIFEST}. {hint}")
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         raise CheckpointError(f"{path} is not a {FORMAT} of version {VERSION}.")
@@ -132,11 +118,7 @@ def read_manifest(directory: Any) -> dict[str, Any]:
 
 
 def read_ids(directory: Any) -> dict[str, list[str]]:
-    """External ids of a checkpoint: {"users": [...], "items": [...]}.
-
-    Raises:
-        CheckpointError: missing or damaged.
-    """
+    """External ids of a checkpoint, {"users": [...], "items": [...]}; raises CheckpointError if they are damaged."""
     folder = live_parts(Path(directory))[0]
     ids = read_json(folder / IDS)
     lists = [ids.get(name) for name in ("users", "items")] if isinstance(ids, dict) else [None]
@@ -146,11 +128,7 @@ def read_ids(directory: Any) -> dict[str, list[str]]:
 
 
 def read_weights(directory: Any, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint.
-
-    Raises:
-        CheckpointError: missing, damaged, or not the ones the manifest was written for.
-    """
+    """Weights of a checkpoint; raises CheckpointError unless they are those its manifest was written for."""
     path = Path(directory) / BEST
     weights, _ = read_tensors(path)
     if sha256(path) != manifest.get("weights_sha256"):

@@ -1,7 +1,6 @@
-"""Files written whole or not at all, and read with checks and without pickle.
+"""Files written whole or not at all, read with checks and without pickle: JSON, named tensors, directories of arrays.
 
-JSON; named tensors, such as an optimizer's state; directories of arrays, which are replaced as a whole and mapped into
-memory when read. And fingerprints: short texts that say what a result rests on.
+And fingerprints: short texts that say what a result rests on.
 """
 
 from __future__ import annotations
@@ -45,12 +44,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield part
         with open(part, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(part, 0o666 & ~_umask())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(part, 0o666 & ~umask)
         os.replace(part, path)
         sync_directory(path.parent)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
+        part.unlink(missing_ok=True)
 
 
 def sync_directory(path: str | os.PathLike) -> None:
@@ -63,12 +63,6 @@ def sync_directory(path: str | os.PathLike) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -92,9 +86,9 @@ def plain(value: Any) -> Any:
         return sorted(map(plain, value), key=str)
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -104,19 +98,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing or is not JSON.
-    """
+    """Read a JSON file; raises CheckpointError if it is missing or is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist.") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable JSON file ({error}); it is damaged or not of this package."
-        ) from None
+        damage = f"is not a readable JSON file ({error}); it is damaged or not of this package."
+        raise CheckpointError(f"{path} {damage}") from None
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], meta: Any = None) -> None:
@@ -127,11 +116,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], 
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]:
-    """Read what `write_tensors` wrote: (tensors by name, meta).
-
-    Raises:
-        CheckpointError: the file is missing, truncated, corrupted or not a safetensors file of this package.
-    """
+    """What `write_tensors` wrote: (tensors by name, meta); raises CheckpointError if it is missing or damaged."""
     if not Path(path).is_file():
         raise CheckpointError(f"{path} does not exist.")
     try:
@@ -145,57 +130,45 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]
 def write_arrays(directory: Path, kind: str, version: int, arrays: Mapping[str, np.ndarray], meta: Any) -> None:
     """Replace the arrays stored in `directory` by `arrays`, as a whole.
 
-    New arrays go to files of new names; the atomic replacement of the manifest then decides which are read. Maps that
-    others hold of the old arrays stay valid.
+    New arrays go to files of new names, which the atomic replacement of the manifest makes count: old maps stay valid.
 
     Args:
         directory: created when missing; other files in it are left alone.
-        kind: what the directory holds.
-        version: of its format.
         arrays: by name (lower-case letters and `_`).
         meta: JSON-able description, returned by `read_arrays`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    token = secrets.token_hex(8)
-    entries = {}
+    token, entries = secrets.token_hex(8), {}
     for name, array in arrays.items():
         path = directory / f"{name}-{token}.npy"
         with replacing(path) as part:
             with open(part, "wb") as handle:
                 np.lib.format.write_array(handle, np.ascontiguousarray(array), allow_pickle=False)
             entries[name] = {
-                "file": path.name,
-                "bytes": part.stat().st_size,
-                "sha256": sha256(part),
-                "shape": list(array.shape),
+                "file": path.name, "bytes": part.stat().st_size, "sha256": sha256(part), "shape": list(array.shape),
                 "dtype": array.dtype.str,
-            }
+            }  # fmt: skip
     manifest = {"kind": kind, "version": version, "meta": meta, "arrays": entries}
     write_json(directory / ARRAYS, {**manifest, "sha256": _seal(manifest)})
-    current = {entry["file"] for entry in entries.values()}
     for path in directory.iterdir():
-        if (_OWN_FILE.fullmatch(path.name) and path.name not in current) or _OWN_PART.fullmatch(path.name):
+        if (_OWN_FILE.fullmatch(path.name) and token not in path.name) or _OWN_PART.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
 def read_arrays(
-    directory: Path,
-    kind: str,
-    version: int,
-    expected: Mapping[str, str],
-    verify: bool = True,
+    directory: Path, kind: str, version: int, expected: Mapping[str, str], verify: bool = True,
     optional: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[dict[str, np.ndarray], Any]:
-    """Read what `write_arrays` wrote: (read-only memory-mapped arrays by name, meta).
+) -> tuple[dict[str, np.ndarray], Any]:  # fmt: skip
+    """Read what `write_arrays` wrote in `directory` with the same `kind` and `version`.
 
     Args:
-        directory: where it was written.
-        kind: must be the one it was written with.
-        version: must be the one it was written with.
         expected: dtype string of each array that must be there.
         verify: compare each file's SHA-256, which reads it once; otherwise only size, shape and dtype.
         optional: dtype string of each array that may be there.
+
+    Returns:
+        read-only memory-mapped arrays by name, and meta.
 
     Raises:
         CheckpointError: missing, damaged, of something else, or of another version; names the file and the remedy.
@@ -247,59 +220,56 @@ def _open(directory: Path, name: str, entry: Any, dtype: str, verify: bool) -> n
 
 
 def _bad(path: Path, problem: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged or not of this package: {problem}. It was left as it is; restore it from a copy, or delete "
-        f"{path.parent} and build it again."
-    )
+    remedy = f"It was left as it is; restore it from a copy, or delete {path.parent} and build it again."
+    return CheckpointError(f"{path} is damaged or not of this package: {problem}. {remedy}")
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def optimizer_tensors(optimizer: Any, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
-    """The state of each parameter under `prefix.number.name`; options such as learning rates are not in it."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{prefix}.{number}.{name}": torch.as_tensor(value)
-        for number, slots in state.items()
-        for name, value in slots.items()
-        if value is not None  # a momentum that was never there
-    }
+def named_tensors(**parts: Any) -> dict[str, torch.Tensor]:
+    """The tensors of mappings, modules and optimizers under `part.name`, of the latter under `part.number.name`.
 
-
-def load_optimizer(optimizer: Any, tensors: Mapping[str, torch.Tensor], prefix: str = "optimizer") -> None:
-    """Put what `optimizer_tensors` returned into `optimizer`; `tensors` may hold more.
-
-    Raises:
-        KeyError: it does not fit.
-        ValueError: it does not fit.
-        RuntimeError: it does not fit.
+    An optimizer's options, such as learning rates, are not among them.
     """
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in part_of(tensors, prefix).items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    found: dict[str, torch.Tensor] = {}
+    for part, held in parts.items():
+        state = held if isinstance(held, Mapping) else held.state_dict()
+        if isinstance(held, torch.optim.Optimizer):
+            slots = ((f"{n}.{name}", x) for n, values in state["state"].items() for name, x in values.items())
+            state = {name: torch.as_tensor(x) for name, x in slots if x is not None}  # a momentum that was never there
+        found.update({f"{part}.{name}": value for name, value in state.items()})
+    return found
+
+
+def load_named(tensors: Mapping[str, torch.Tensor], **parts: Any) -> None:
+    """Put what `named_tensors` returned into modules and optimizers, which raise their own errors where it is unfit."""
+    for part, held in parts.items():
+        state: dict[Any, Any] = part_of(tensors, part)
+        if isinstance(held, torch.optim.Optimizer):
+            slots: dict[int, dict[str, Any]] = {}
+            for key, value in state.items():
+                number, _, name = key.partition(".")
+                slots.setdefault(int(number), {})[name] = value
+            state = {"state": slots, "param_groups": held.state_dict()["param_groups"]}
+        held.load_state_dict(state)
 
 
 def part_of(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Those under `prefix.`, by the rest of their names."""
-    start = len(prefix) + 1
-    return {name[start:]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 #: Raised when the same options and data would train to something else than before.
 TRAINING_VERSION = 2
-
 #: The same for one model alone.
 MODEL_VERSIONS = {"BERT4Rec": 3, "FEARec": 1, "GRU4Rec": 1, "NARM": 1, "RaSeRec": 1}
 
 
 def data_fingerprint(dataset: Any) -> str:
     """Hash of the filtered, remapped log of a RecBole data set before its `build()`, and of its external ids."""
-    digest = hashlib.sha256()
-    log = dataset.inter_feat
+    digest, log = hashlib.sha256(), dataset.inter_feat
     for field in (dataset.uid_field, dataset.iid_field, dataset.time_field):
         if field is not None and field in log:
             digest.update(field.encode())

@@ -2,11 +2,4 @@
 
 from recbole_raserec.training.stage import DECIMALS, Hooks, Outcome, Trial, evaluate_test, run_stage
 
-__all__ = [
-    "DECIMALS",
-    "Hooks",
-    "Outcome",
-    "Trial",
-    "evaluate_test",
-    "run_stage",
-]
+__all__ = ["DECIMALS", "Hooks", "Outcome", "Trial", "evaluate_test", "run_stage"]

@@ -60,10 +60,9 @@ class SplitSteps:
                 self._parts = self._test(loss, batch)
             own = batch[self._group.every(len(batch))]
             share = mean_over(own) / max(mean_over(batch), 1)
+            terms = [torch.zeros((), device=self._parameters[0].device, requires_grad=True)] * self._parts
             if share:
                 terms = [term * share for term in _terms(loss(own))]
-            else:
-                terms = [torch.zeros((), device=self._parameters[0].device, requires_grad=True)] * self._parts
             values = self._group.add_up(torch.stack([term.detach().double().reshape(()) for term in terms]))
             whole = tuple(_Valued.apply(term, value) for term, value in zip(terms, values))
             return whole if len(whole) > 1 else whole[0]
@@ -98,13 +97,9 @@ class SplitSteps:
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), **self._clip)
 
     def _test(self, loss: Callable[[Any], Losses], batch: Any) -> int:
-        """Compare the loss of some rows with those of its halves, and count its terms.
-
-        Raises:
-            ConfigError: it is no mean over rows.
-        """
+        """Compare the loss of some rows with those of its halves, and count its terms; raises `_refusal`."""
         if any(isinstance(module, _BatchNorm) for module in self._model.modules()):
-            raise ConfigError([_refusal(self._group, self._name, "normalises over the rows of a batch (BatchNorm)")])
+            raise self._refusal("normalises over the rows of a batch (BatchNorm)")
         rows = batch[:SAMPLE]
         with _undisturbed(self._model), torch.no_grad():
             whole = [float(term) for term in _terms(loss(rows))]
@@ -116,8 +111,12 @@ class SplitSteps:
         total, summed = sum(whole), sum(map(sum, parts))
         if abs(total - summed) > TOLERANCE * abs(total):
             found = f"has a loss that is no mean over rows ({total:.6g} for {len(rows)}, {summed:.6g} from two halves)"
-            raise ConfigError([_refusal(self._group, self._name, found)])
+            raise self._refusal(found)
         return len(whole)
+
+    def _refusal(self, why: str) -> ConfigError:
+        share = f"nproc: {self._group.size} processes share the rows of a batch, but {self._name} {why}"
+        return ConfigError([f"{share}; train it in one process: leave nproc and world_size out (threads: N)"])
 
 
 class _Valued(torch.autograd.Function):
@@ -142,13 +141,6 @@ def mean_over(batch: Any) -> int:
 
 def _terms(losses: Losses) -> tuple[torch.Tensor, ...]:
     return losses if isinstance(losses, tuple) else (losses,)
-
-
-def _refusal(group: Group, name: str, why: str) -> str:
-    return (
-        f"nproc: {group.size} processes share the rows of a batch, but {name} {why}; train it in one process: leave "
-        "nproc and world_size out (threads: N)"
-    )
 
 
 @contextmanager

@@ -54,9 +54,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A run of a search over options: its stages are trained and validated, never tested.
-
-    Such a stage leaves what a run killed before its test leaves: a run with the same options continues it.
+    """A run of a search over options: its stages are trained and validated, never tested; a later run continues them.
 
     Attributes:
         after_epoch: called after each validated epoch of the last stage with its number, from 0, and its value of the
@@ -75,8 +73,7 @@ class Trial:
 class Hooks:
     """What a stage does around the training of its model; this one does nothing."""
 
-    #: Whether there is anything to train.
-    trains = True
+    trains = True  # whether there is anything to train
 
     def before_epoch(self, epoch: int) -> None:
         """Called before each training epoch with its number, from 0."""
@@ -85,24 +82,16 @@ class Hooks:
         """Called before the model is validated."""
 
     def after_training(self, validate: Callable[[], float], metric: str) -> bool:
-        """Called once with the best weights in the model.
+        """Called once with the best weights in the model; returns whether it changed them, so that they are kept again.
 
         Args:
-            validate: value of the metric that stops a training early, on the validation split.
+            validate: value of the `metric` that stops a training early, on the validation split.
             metric: its name.
-
-        Returns:
-            whether the model's weights changed, so that they have to be kept again.
         """
         return False
 
     def before_test(self) -> None:
         """Called after the last validation and before the test."""
-
-
-def stage_directory(config: Config, mark: str) -> Path:
-    """The directory of a stage with the fingerprint `mark`."""
-    return Path(config["checkpoint_dir"]) / f"{config['model']}-{config['dataset']}-{mark[:12]}"
 
 
 def evaluate_test(model: Any, splits: Splits, config: Config) -> tuple[Ranks, dict[str, dict[str, float]]]:
@@ -129,19 +118,16 @@ def run_stage(
         hooks: what happens around the training.
         trial: given where the run is one of a search.
 
-    Returns:
-        the finished stage.
-
     Raises:
         CheckpointError: the directory holds another run, or a damaged state.
         DatasetError: the processes of a group read different data or options.
     """
-    logger, group, hooks = getLogger(), current(), hooks or Hooks()
-    name, protocol, directory = config["model"], selection_protocol(config), stage_directory(config, mark)
+    group, hooks = current(), hooks or Hooks()
+    name, protocol = config["model"], selection_protocol(config)
+    directory = Path(config["checkpoint_dir"]) / f"{name}-{config['dataset']}-{mark[:12]}"
     if not group.agreed(mark):
-        raise DatasetError(
-            f"world_size: {group.size} processes read different data or options; give all machines the same."
-        )
+        differ = f"world_size: {group.size} processes read different data or options"
+        raise DatasetError(f"{differ}; give all machines the same.")
     resume = config["resume"] is not False
 
     def finished() -> Optional[dict[str, Any]]:
@@ -163,7 +149,7 @@ def run_stage(
             held.close()
             if done["fingerprint"] != mark:
                 raise CheckpointError(f"{directory} holds another run; move it away or set `checkpoint_dir`.")
-            logger.info(f"{name}: reusing the finished run in {directory}")
+            getLogger().info(f"{name}: reusing the finished run in {directory}")
         kind = resumable(get_trainer_class(config))
         trainer = kind(config, model, directory, validate, protocol, resume, hooks.before_epoch)
         if not hooks.trains:

@@ -25,9 +25,9 @@ from recbole_raserec.storage import (
     BEST,
     STATE,
     dense_tensors,
-    load_optimizer,
+    load_named,
     load_weights,
-    optimizer_tensors,
+    named_tensors,
     part_of,
     read_tensors,
     write_tensors,
@@ -46,8 +46,7 @@ class WeightAverage:
 
     Args:
         model: its parameters that require gradients are followed.
-        decay: in (0, 1); the average reaches back over about `1 / (1 - decay)` steps. At first `(1 + steps) /
-            (10 + steps)`, which is less, replaces it.
+        decay: in (0, 1); the average reaches back over about `1 / (1 - decay)` steps, at first over fewer: `WARM_UP`.
     """
 
     def __init__(self, model: Any, decay: float):
@@ -81,19 +80,13 @@ class WeightAverage:
         return self._average
 
     def restore(self, tensors: dict[str, torch.Tensor], steps: int) -> None:
-        """Continue from what `tensors` returned after `steps` steps.
-
-        Raises:
-            CheckpointError: a parameter is missing or of another shape.
-        """
+        """Continue from what `tensors` returned after `steps` steps; raises CheckpointError where it does not fit."""
         for name, average in self._average.items():
             if name not in tensors or tensors[name].shape != average.shape:
                 raise CheckpointError(f"the average of {name} is missing or misshapen.")
             average.copy_(tensors[name])
         self.steps = steps
 
-
-AVERAGE = "average"
 
 #: Evaluates a model on validation data: (model, data) -> {protocol: {metric: value}}.
 Evaluate = Callable[[Any, Any], dict[str, dict[str, float]]]
@@ -106,10 +99,8 @@ class ResumableTrainer(Trainer):
     early stopping; `model.safetensors` the best weights so far. Both are replaced atomically, the best first, so that a
     kill at any moment repeats at most one epoch, with the same random numbers and thus the same result.
 
-    With the option `weight_averaging` the moving average of the weights is validated and kept (`WeightAverage`).
-
-    In a group of processes each has such a trainer; they make the steps together (`SplitSteps`), and the first alone
-    reads and writes.
+    With the option `weight_averaging` the moving average of the weights is validated and kept (`WeightAverage`). The
+    processes of a group make the steps together (`SplitSteps`), and the first alone reads and writes.
 
     Args:
         config: of the model.
@@ -137,14 +128,12 @@ class ResumableTrainer(Trainer):
         if group.first:
             self.directory.mkdir(parents=True, exist_ok=True)
         self.saved_model_file = str(self.directory / BEST)
-        self._evaluate, self._protocol = evaluate, protocol
-        self._before_epoch = before_epoch
-        self.seconds = 0.0
+        self._evaluate, self._protocol, self._before_epoch = evaluate, protocol, before_epoch
+        self.seconds, self._epoch_start = 0.0, time.perf_counter()
         self.valid_values: dict[int, float] = {}  # by epoch
-        self._epoch_start = time.perf_counter()
         self._freed = FreedMemory()
         self._loader: Any = None
-        self._resumed: Optional[dict[str, torch.Tensor]] = None
+        self._resumed: Any = None  # tensors and meta of the state that the run continues from
         # Graph models cache embeddings there. Until this process has seen the best epoch, they are as constructed.
         self.best_other_parameter: Any = model.other_parameter()
         self._average: Optional[WeightAverage] = None
@@ -176,7 +165,7 @@ class ResumableTrainer(Trainer):
         same value, and calls it again."""
         self._loader = train_data
         if self._resumed is not None:
-            self._restore_random(self._resumed)
+            self._restore_random(*self._resumed)
             self._resumed = None
         else:
             self._group.seed_torch(self.config["seed"])
@@ -210,12 +199,8 @@ class ResumableTrainer(Trainer):
         return isinstance(self, PretrainTrainer) and self.model.train_stage != "finetune"
 
     def save_pretrained_model(self, epoch: int, saved_model_file: Any = None) -> None:
-        """Keep a pre-training epoch in the run's directory, which is the `pre_model_path` of the next stage.
-
-        Args:
-            epoch: the epoch's number.
-            saved_model_file: where RecBole would write its pickle; not used.
-        """
+        """Keep a pre-training epoch in the run's directory, the `pre_model_path` of the next stage, not in RecBole's
+        `saved_model_file`."""
         self._save_checkpoint(epoch)
         self.save_state(epoch)
 
@@ -234,9 +219,8 @@ class ResumableTrainer(Trainer):
         return result[self.valid_metric], result
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        target = kwargs.get("saved_model_file", self.saved_model_file)
         with self._averaged():
-            self._write(target, dense_tensors(self.model.state_dict()), {"epoch": epoch, "model": self.config["model"]})
+            self.keep(epoch, kwargs.get("saved_model_file"))
         self.best_other_parameter = self.model.other_parameter()
         if self.eval_step <= 0:
             self.save_state(epoch)
@@ -245,10 +229,10 @@ class ResumableTrainer(Trainer):
         """A context in which the model has the weights that are validated and kept."""
         return contextlib.nullcontext() if self._average is None else self._average.applied()
 
-    def keep(self) -> None:
+    def keep(self, epoch: Optional[int] = None, path: Any = None) -> None:
         """Make the model's weights the best of the run."""
-        meta = {"epoch": self.start_epoch, "model": self.config["model"]}
-        self._write(self.saved_model_file, dense_tensors(self.model.state_dict()), meta)
+        meta = {"epoch": self.start_epoch if epoch is None else epoch, "model": self.config["model"]}
+        self._write(path or self.saved_model_file, dense_tensors(self.model.state_dict()), meta)
 
     def _write(self, path: Any, tensors: dict[str, torch.Tensor], meta: Any) -> None:
         if self._group.first:
@@ -264,17 +248,14 @@ class ResumableTrainer(Trainer):
     def save_state(self, epoch: int) -> None:
         """Write what the next epoch needs."""
         parts = (self.model.other_parameter() or {}).values()
-        if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL or any(
-            not isinstance(part, (torch.Tensor, torch.nn.Module)) for part in parts
-        ):
-            return  # models with such parts (item similarity matrices) train in one go and start again
-        now = time.perf_counter()
-        self.seconds += now - self._epoch_start
-        self._epoch_start = now
-        tensors = {f"model.{name}": value for name, value in dense_tensors(self.model.state_dict()).items()}
-        if self._average is not None:
-            tensors.update({f"{AVERAGE}.{name}": value for name, value in self._average.tensors().items()})
-        tensors.update(optimizer_tensors(self.optimizer))
+        whole = all(isinstance(part, (torch.Tensor, torch.nn.Module)) for part in parts)
+        if self.config["MODEL_TYPE"] == ModelType.TRADITIONAL or not whole:
+            return  # models with other parts (item similarity matrices) train in one go and start again
+        started, self._epoch_start = self._epoch_start, time.perf_counter()
+        self.seconds += self._epoch_start - started
+        average, model = self._average, dense_tensors(self.model.state_dict())
+        averages = {} if average is None else average.tensors()
+        tensors = named_tensors(model=model, average=averages, optimizer=self.optimizer)
         name, keys, pos, has_gauss, cached = np.random.get_state()
         own = {"random.torch": torch.get_rng_state()}
         tensors["random.numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
@@ -285,18 +266,14 @@ class ResumableTrainer(Trainer):
             own["random.cuda"] = torch.cuda.get_rng_state(self.device)
         tensors.update(self._group.gathered(own))
         meta = {
-            "model": self.config["model"],
-            "epoch": epoch,
-            "cur_step": self.cur_step,
+            "model": self.config["model"], "epoch": epoch, "cur_step": self.cur_step, "seconds": self.seconds,
             "best_valid_score": float(self.best_valid_score),
             "best_valid_result": self.best_valid_result and dict(self.best_valid_result),
             "train_loss": {str(k): float(v) for k, v in self.train_loss_dict.items()},
             "valid_values": {str(k): v for k, v in self.valid_values.items()},
-            "seconds": self.seconds,
-            "average_steps": self._average.steps if self._average is not None else None,
-            "numpy": [str(name), int(pos), int(has_gauss), float(cached)],
-            "python": random.getstate(),
-        }
+            "average_steps": None if average is None else average.steps,
+            "numpy": [str(name), int(pos), int(has_gauss), float(cached)], "python": random.getstate(),
+        }  # fmt: skip
         self._write(self.directory / STATE, tensors, meta)
 
     def resume_checkpoint(self, resume_file: Any) -> None:
@@ -306,8 +283,8 @@ class ResumableTrainer(Trainer):
                 raise CheckpointError(f"{resume_file} belongs to model {meta['model']}, not to {self.config['model']}.")
             load_weights(self.model, part_of(tensors, "model"), resume_file)
             if self._average is not None:
-                self._average.restore(part_of(tensors, AVERAGE), int(meta["average_steps"]))
-            load_optimizer(self.optimizer, tensors)
+                self._average.restore(part_of(tensors, "average"), int(meta["average_steps"]))
+            load_named(tensors, optimizer=self.optimizer)
             self.start_epoch = int(meta["epoch"]) + 1
             self.cur_step = int(meta["cur_step"])
             self.best_valid_score = meta["best_valid_score"]
@@ -315,17 +292,15 @@ class ResumableTrainer(Trainer):
             self.train_loss_dict = {int(k): v for k, v in meta["train_loss"].items()}
             self.valid_values = {int(k): float(v) for k, v in meta.get("valid_values", {}).items()}
             self.seconds = float(meta["seconds"])
-            self._resumed, self._resumed_meta = tensors, meta
+            self._resumed = tensors, meta
         except CheckpointError as error:
             raise CheckpointError(f"{error} Delete {self.directory} or pass --resume=false.") from None
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{resume_file} does not fit this run ({error!r}); delete {self.directory} or pass --resume=false."
-            ) from None
+            unfit = f"{resume_file} does not fit this run ({error!r})"
+            raise CheckpointError(f"{unfit}; delete {self.directory} or pass --resume=false.") from None
         self.logger.info(f"Resuming {self.config['model']} after epoch {meta['epoch']} from {self.directory}")
 
-    def _restore_random(self, tensors: dict[str, torch.Tensor]) -> None:
-        meta = self._resumed_meta
+    def _restore_random(self, tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
         torch.set_rng_state(tensors[self._group.own_name("random.torch")])
         name, pos, has_gauss, cached = meta["numpy"]
         np.random.set_state((name, tensors["random.numpy"].numpy().astype(np.uint32), pos, has_gauss, cached))

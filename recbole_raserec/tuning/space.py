@@ -18,7 +18,6 @@ from typing import Any, Optional
 from recbole.utils import dataset_arguments, evaluation_arguments
 
 from recbole_raserec.config import (
-    NOT_TRAINING,
     PROPERTIES,
     REGENERATION,
     Config,
@@ -171,7 +170,7 @@ def check_space(config: Config, space: Space, path: Path) -> list[str]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     company = [options_of(study.ask(space).params) for _ in range(_COMPANY)]
     for option in dict.fromkeys(map(option_of, space)):
-        if option in MEASURES or option in NOT_TRAINING:
+        if option in MEASURES or option in config.not_training:
             why = "decides what is measured, and trials could not be compared"
             why = why if option in MEASURES else "changes nothing of what is trained"
             problems.append(f"{option}: {why}; remove it")

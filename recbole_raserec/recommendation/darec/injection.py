@@ -1,7 +1,6 @@
 """Collaborative knowledge: vectors of a trained sequential model as keys and values of a language model's attention.
 
-The option `collaborative` names that model. `find_collaborative_model` finds it or has it trained, DARec holds it
-frozen as a `CollaborativeModel`, and an `Injection` projects its vectors.
+The option `collaborative` names that model, which DARec holds frozen; an `Injection` projects its vectors.
 """
 
 from __future__ import annotations
@@ -105,23 +104,17 @@ class Injection(nn.Module):
 
 
 def find_collaborative_model(config: Config, train: Callable[[Config], Path]) -> tuple[Path, dict[str, Any]]:
-    """Directory and manifest of the collaborative model; its options are put into `config`.
+    """Directory and manifest of the collaborative model, which `train` trains if one is named instead of a directory.
 
-    Args:
-        config: of DARec.
-        train: gives the checkpoint of a model that is named instead of a directory.
-
-    Raises:
-        ConfigError: there is no such directory or model.
+    Its options are put into `config`; raises ConfigError if there is no such directory or model.
     """
     named = config["collaborative"]
     directory = Path(named)
     if not (directory / MANIFEST).is_file():
         known = [name for name in MODELS if name != "DARec" and hasattr(get_model(name), "encode_positions")]
         if named not in known:
-            raise ConfigError(
-                [f"collaborative: {named} is neither a checkpoint directory nor one of {', '.join(known)}; name one."]
-            )
+            none = f"is neither a checkpoint directory nor one of {', '.join(known)}; name one."
+            raise ConfigError([f"collaborative: {named} {none}"])
         directory = train(config.for_collaborator())
     manifest = read_manifest(directory)
     config["collaborative_options"] = {**manifest["options"], "model": manifest["model"]}

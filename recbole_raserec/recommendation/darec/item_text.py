@@ -23,11 +23,6 @@ def item_tokens(config: Config | Mapping[str, Any], dataset: Any, tokenizer: Any
 
     They are kept with the data set: both the loader and the model read it.
 
-    Args:
-        config: of DARec.
-        dataset: RecBole's.
-        tokenizer: of `transformers`.
-
     Returns:
         ids int32 [V, T], padded with 0 on the right; lengths int32 [V], at least 1: a text without tokens has the id 0.
     """
@@ -81,9 +76,8 @@ def read_item_texts(
                 fields = [name for name, kind in header if kind in TEXTUAL and name != id_field]
             unknown = [name for name in fields if name not in names]
             if unknown:
-                raise ConfigError(
-                    [f"item_text_fields: {path} has no column {', '.join(unknown)}; it has {', '.join(names)}."]
-                )
+                lacking = f"{path} has no column {', '.join(unknown)}"
+                raise ConfigError([f"item_text_fields: {lacking}; it has {', '.join(names)}."])
             if id_field in names:
                 at = names.index(id_field)
                 columns = [(name.replace("_", " "), names.index(name)) for name in fields]

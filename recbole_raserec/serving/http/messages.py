@@ -15,23 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from recbole_raserec.serving.http.settings import Settings
 
 ID_LENGTH = 256
-
 #: An id: text, or a whole number of 64 bits, which stands for its digits.
-Id = Union[
-    Annotated[str, Field(min_length=1, max_length=ID_LENGTH)], Annotated[int, Field(ge=-(2**63), lt=2**63)]
-]  # fmt: skip
+Id = Union[Annotated[str, Field(min_length=1, max_length=ID_LENGTH)], Annotated[int, Field(ge=-(2**63), lt=2**63)]]
 
 
 class Problem(Exception):
-    """An answer other than 200.
-
-    Args:
-        status: of HTTP.
-        error: its kind, one word.
-        message: becomes one line.
-        headers: further ones.
-        more: further members.
-    """
+    """An answer other than 200: its kind `error`, one word, a `message`, made one line, and `more` members."""
 
     def __init__(self, status: int, error: str, message: str, headers: Optional[dict[str, str]] = None, **more: Any):
         super().__init__(message)
@@ -112,12 +101,7 @@ MEMBERS = {name for path in LIMITS for name in path} | {"user", "item", "time", 
 
 
 def request_models(settings: Settings, items: list[str]) -> dict[str, Any]:
-    """Models of the requests by route.
-
-    Args:
-        settings: whose limits they have.
-        items: some ids of the model, for the examples.
-    """
+    """Models of the requests by route, with the limits of `settings`, and `items` of the model in their examples."""
 
     def model(name: str, text: str, examples: list[Any], *, either: Any = (), **fields: Any) -> Any:
         schema = {"examples": examples, **({"anyOf": [{"required": [one]} for one in either]} if either else {})}
@@ -137,21 +121,18 @@ def request_models(settings: Settings, items: list[str]) -> dict[str, Any]:
         return k, min(default, settings.max_k)
 
     history = listed(Id, "max_history")
+    users = "ids of users, one a history; without `sequences` their stored histories are used"
     strict = bool, Field(False, description="an unknown item is an error; otherwise it is dropped, and counted")
     some_event = {"user": "somebody", "item": items[0], "time": 1.7e9}
-    event = model(
-        "Event", "An interaction, the newest of its user.", [some_event],
-        user=(Id, ...), item=(Id, ...), time=(Optional[float], None),
-    )  # fmt: skip
+    members = {"user": (Id, ...), "item": (Id, ...), "time": (Optional[float], None)}
+    event = model("Event", "An interaction, the newest of its user.", [some_event], **members)
     return {
         "/recommend": model(
             "RecommendRequest", "Histories to rank items for.",
             [{"sequences": [items[:3], items[:1]], "k": 5}, {"users": ["somebody"], "exclude_seen": False}],
             either=("sequences", "users"),
             sequences=some(history, "max_sequences", "histories, oldest item first"),
-            users=some(
-                Id, "max_sequences", "ids of users, one a history; without `sequences` their stored histories are used"
-            ),
+            users=some(Id, "max_sequences", users),
             k=whole(10), exclude_seen=(bool, Field(True, description="leave items of the history out")),
             candidates=some(Id, "max_candidates", "rank only these items"),
             exclude=some(Id, "max_candidates", "leave these items out"), strict=strict,
@@ -170,11 +151,7 @@ def request_models(settings: Settings, items: list[str]) -> dict[str, Any]:
 
 
 def parse(model: Any, body: bytes, settings: Settings) -> Any:
-    """A request of a model of `request_models`.
-
-    Raises:
-        Problem: 400 for what is no JSON, 422 for what does not fit the model or exceeds a limit.
-    """
+    """A request of a model of `request_models`; `Problem` 400: it is no JSON, 422: it does not fit, or is too much."""
     try:
         found = model.model_validate_json(body)
     except ValidationError as error:
@@ -198,12 +175,10 @@ def _problem(error: dict[str, Any], settings: Settings) -> Problem:
         value = context.get("actual_length") if kind == "too_long" else error["input"]
         value = value if isinstance(value, int) and abs(value) < 2**63 else None
         known = f"is {value}" if kind != "too_long" else f"has {value or 'more'} entries"
-        return Problem(
-            422, "limit", f"{where} {known}, and {allowed} is the most: ask for less at a time, or start the server "
-            f"with a larger --{option}.", limit=option, value=value, allowed=allowed,
-        )  # fmt: skip
+        remedy = f"ask for less at a time, or start the server with a larger --{option}."
+        text = f"{where} {known}, and {allowed} is the most: {remedy}"
+        return Problem(422, "limit", text, limit=option, value=value, allowed=allowed)
+    message = f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}."
     if len(path) < len(error["loc"]):
-        return Problem(
-            422, "invalid", f"{where} is no id; ids are text of 1 to {ID_LENGTH} characters or whole numbers."
-        )
-    return Problem(422, "invalid", f"{where}: {error['msg'][0].lower()}{error['msg'][1:]}.")
+        message = f"{where} is no id; ids are text of 1 to {ID_LENGTH} characters or whole numbers."
+    return Problem(422, "invalid", message)

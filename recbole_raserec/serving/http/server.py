@@ -16,20 +16,12 @@ from recbole_raserec.serving.http.settings import LOG, Settings
 
 
 def serve(
-    directory: Union[str, Path],
-    settings: Optional[Settings] = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    directory: Union[str, Path], settings: Optional[Settings] = None, host: str = "127.0.0.1", port: int = 8000,
     device: Optional[str] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Serve a checkpoint until SIGTERM or SIGINT: then running requests finish, and what changed is saved.
 
-    Args:
-        directory: of the checkpoint.
-        settings: limits and token.
-        host: address to listen on.
-        port: 0: any free one.
-        device: default: a GPU if there is one.
+    Port 0 is any free one; the default device is a GPU if there is one.
 
     Raises:
         RaSeRecError: the address is taken, the checkpoint is not fit or in use by another process.
@@ -44,8 +36,7 @@ def serve(
     from recbole_raserec.serving.recommender import Recommender
 
     _log_to_stderr()
-    listening = _bind(host, port)
-    with listening:
+    with _bind(host, port) as listening:
         recommender = Recommender.load(directory, device, journal=True)
         app = create_app(recommender, settings)
         config = uvicorn.Config(
@@ -54,7 +45,9 @@ def serve(
         )  # fmt: skip
         # uvicorn raises the signal that ended it once more, for what handled it before: nothing, here.
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-        line = f"serving {recommender.name} ({recommender.dataset}) at {_address(listening)}"
+        address, bound = listening.getsockname()[:2]
+        address = f"[{address}]" if ":" in address else address
+        line = f"serving {recommender.name} ({recommender.dataset}) at http://{address}:{bound}"
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: Any = None) -> None:
@@ -88,15 +81,9 @@ def _bind(host: str, port: int) -> socket.socket:
         found.bind(address)
     except OSError as error:
         found.close()
-        raise ConfigError(
-            [f"host, port: nothing can listen on {host}:{port} ({error.strerror}); give others."]
-        ) from None
+        problem = f"host, port: nothing can listen on {host}:{port} ({error.strerror}); give others."
+        raise ConfigError([problem]) from None
     return found
-
-
-def _address(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _log_to_stderr() -> None:

@@ -17,30 +17,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from recbole_raserec.errors import ConfigError
 
 TOKEN_VARIABLE = "RECBOLE_RASEREC_TOKEN"
-
 LOG = logging.getLogger("recbole_raserec.serve")
 
 Count = Annotated[int, Field(ge=1, lt=1 << 40)]
+Threads = Annotated[int, Field(ge=0, lt=1 << 40)]
+Pause = Annotated[float, Field(ge=0, lt=1 << 40, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=1, lt=1 << 40, allow_inf_nan=False)]
 
 
 class Settings(BaseModel):
-    """Options of the service; the limits are the largest values that a request may have.
-
-    Raises:
-        ConfigError: with every problem found.
-    """
+    """Options of the service, the limits being the most a request may have; a `ConfigError` has every problem found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token: Optional[str] = Field(None, repr=False, description="of the calls that change something; None: refused")
-    workers: int = Field(
-        0, ge=0, lt=1 << 40, description="threads that answer reading calls (default: one a core, at most 4)"
-    )
-    save_every: float = Field(
-        300.0, ge=0, lt=1 << 40, allow_inf_nan=False,
-        description="seconds between saves when there were changes; 0: only at the end",
-    )  # fmt: skip
+    workers: Threads = Field(0, description="threads that answer reading calls (default: one a core, at most 4)")
+    save_every: Pause = Field(300.0, description="seconds between saves when there were changes; 0: only at the end")
     drain_seconds: Seconds = Field(30.0, description="that running requests have to finish in when the server stops")
     body_seconds: Seconds = Field(30.0, description="in which the body of a request must have arrived")
     max_body: Count = Field(8 << 20, description="bytes of a request")
@@ -73,11 +65,7 @@ def _problem(error: Any) -> str:
 
 
 def find_token(token: Optional[str] = None, file: Optional[Path] = None) -> Optional[str]:
-    """The token of a command line: itself, else what the file holds, else the environment variable; or None.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """The token of a command line: itself, else what the file holds, else the environment variable; or None."""
     if token is None and file is not None:
         try:
             token = Path(file).read_text(encoding="utf-8").strip()
