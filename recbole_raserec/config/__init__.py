@@ -46,10 +46,17 @@ from recbole_raserec.config.sources import (
     SUPPORTED,
     TRIMMABLE,
     get_model,
+    folder_of,
     get_trainer_class,
+    is_own,
+    model_names,
+    model_versions,
+    name_of,
     parse_value,
     read_yaml,
+    short_name,
     trims,
+    with_names,
 )
 
 __all__ = [
@@ -57,6 +64,7 @@ __all__ = [
     "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
     "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
-    "get_model", "get_trainer_class", "option", "parse_value", "read_yaml", "regeneration_options",
-    "selection_protocol", "trains_regenerator", "trims",
+    "folder_of", "get_model", "get_trainer_class", "is_own", "model_names", "model_versions", "name_of", "option",
+    "parse_value", "read_yaml", "regeneration_options", "selection_protocol", "short_name", "trains_regenerator",
+    "trims", "with_names",
 ]  # fmt: skip

@@ -40,12 +40,17 @@ from recbole_raserec.config.sources import (
     Parsed,
     config_files_in,
     find_model,
+    is_own,
     keys_read_by,
     model_names,
+    name_of,
     options_of,
+    own_defaults,
     parse_arguments,
     parse_value,
     read_yaml,
+    with_names,
+    yaml_beside,
 )
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
@@ -77,7 +82,7 @@ class Config(RecBoleConfig):
     read safely, and texts are parsed as literals, never evaluated.
 
     Args:
-        model: name or class; default: the option `model`.
+        model: name (of one's own: `package.module:Class`) or class; default: the option `model`.
         dataset: name; default: the option `dataset`.
         config_file_list: paths of YAML files; those of an option `--config_files="a.yaml b.yaml"` are added.
         config_dict: options by name.
@@ -142,7 +147,7 @@ class Config(RecBoleConfig):
         return options
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
-        given = dict(config_dict or {})
+        given = with_names(config_dict or {})
         for name in [name for name in given if not isinstance(name, str)]:
             self._problems.append(f"config_dict: the key {shown(name)} is not a text; use names of options")
             del given[name]
@@ -184,8 +189,7 @@ class Config(RecBoleConfig):
             options = options_for(options_of(meant, model_class), False)
             self._problems += check_values(dict(given), options, self._origins, {})
             raise ConfigError(self._problems)
-        name = model_class.__name__ if isinstance(model, type) else model
-        return name, model_class, dataset
+        return name_of(model_class), model_class, dataset
 
     def _find_model(self, option: str, name: Any) -> Any:
         """The class of a model; None, with the problem noted, when there is none."""
@@ -205,12 +209,14 @@ class Config(RecBoleConfig):
                 "choose SASRec, DuoRec or another sequential model"
             )
             backbone = None
-        return (name, backbone) if backbone is not None else (None, None)
+        return (name_of(backbone), backbone) if backbone is not None else (None, None)
 
     @staticmethod
     def _shipped(name: str, model_class: Any) -> dict[str, Any]:
         """The defaults of a model: declared beside it, or changed in its YAML file."""
         declared = {key: value for options in options_of(name, model_class) for key, value in defaults(options).items()}
+        if is_own(model_class):
+            return {**own_defaults(model_class), **declared, **yaml_beside(model_class)}
         return {**declared, **_ours(f"model/{name}")}
 
     def _update_internal_config_dict(self, file: str | os.PathLike) -> dict[str, Any]:
@@ -279,6 +285,7 @@ class Config(RecBoleConfig):
         if retrieval:
             # The retrieval stage learns by cross entropy, whatever the backbone learned by.
             final["loss_type"], final["train_neg_sample_args"] = "CE", None
+            final["backbone"] = next(iter(self._models))  # its full name, however it was written
         return final
 
     def _own(self) -> list[type[Options]]:
