@@ -153,7 +153,10 @@ def _raise_failed(content: Mapping[str, Any]) -> None:
 
 
 def _command(several: Mapping[str, Several], seeds: Sequence[int], output: str, files: Any, argv: Sequence[str]) -> str:
-    words = [f"--{name}={given if isinstance(given, str) else ','.join(map(named, given))}" for name, given in several.items()]
+    words = [
+        f"--{name}={given if isinstance(given, str) else ','.join(map(named, given))}"
+        for name, given in several.items()
+    ]
     words.append(f"--seeds={','.join(map(str, seeds))}{',' if len(seeds) == 1 else ''}")
     words += [f"--config_files={' '.join(files)}"] if files else []
     return shlex.join(["recbole-raserec", "compare", *words, *argv, f"--output={output}"])

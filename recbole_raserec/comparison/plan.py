@@ -189,7 +189,8 @@ def parse_specs(models: Several, problems: Problems) -> list[Spec]:
             name = f"{name.strip()}:{rest.pop(0).strip()}"  # package.module:Class
         options: dict[str, str] = {}
         while rest:
-            key, equals, value = (piece.strip() for piece in (part := rest.pop(0)).partition("="))
+            part = rest.pop(0)
+            key, equals, value = (piece.strip() for piece in part.partition("="))
             if key == "backbone" and rest and "=" not in rest[0] and value not in model_names():
                 value = f"{value}:{rest.pop(0).strip()}"
             if not equals or not key or not value:
@@ -280,7 +281,9 @@ def _request(spec: Spec, dataset: str, seed: int, files: Sequence[str], shared: 
         check_run(config)
     for name in (config.model, config["backbone"] or ""):
         if name.startswith("__main__:"):
-            problems.add(f"models: {name} lies in the program itself, which the runs cannot import; move it to a module")
+            problems.add(
+                f"models: {name} lies in the program itself, which the runs cannot import; move it to a module"
+            )
     problems.raise_all(0)
     base = config.without_regeneration() if config["regeneration"] else config
     base = base.for_backbone() if config["model"] == RETRIEVAL_MODEL else base

@@ -199,7 +199,12 @@ def name_of(model: type) -> str:
     if not is_own(model):
         return model.__name__
     name = f"{model.__module__}:{model.__qualname__}"
-    _GIVEN[name] = model
+    place: Any = sys.modules.get(model.__module__)
+    if (
+        functools.reduce(lambda found, part: getattr(found, part, None), model.__qualname__.split("."), place)
+        is not model
+    ):
+        _GIVEN[name] = model
     return name
 
 
