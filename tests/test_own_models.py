@@ -268,7 +268,7 @@ def test_compare_finds_the_module_from_elsewhere(example, stand_in, monkeypatch)
     monkeypatch.setattr(driver, "run_all", lambda *given: seen.append(given[4]["PYTHONPATH"]) or run_all(*given))
     compare(["mymodel:Decay"], "tiny", 1, "out", argv=["--data_path=data"])
     assert str(example / "lib") in seen[0].split(os.pathsep)
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "Net", type("Net", (SASRec,), {"__module__": "__main__"}), raising=False)
     with pytest.raises(ConfigError, match="lies in the program itself"):
-        main = sys.modules["__main__"]
-        monkeypatch.setattr(main, "Net", type("Net", (SASRec,), {"__module__": "__main__"}), raising=False)
         compare([main.Net], "tiny", 1, "out", argv=["--data_path=data"])
