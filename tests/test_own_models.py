@@ -17,8 +17,8 @@ from torch import nn
 from recbole_raserec import Recommender, compare, run_recbole_raserec
 from recbole_raserec.cli import main as cli
 from recbole_raserec.comparison.plan import Problems, parse_specs
-from recbole_raserec.config import Config, get_model, name_of, short_name, trims
-from recbole_raserec.config.sources import folder_of, model_versions
+from recbole_raserec.config import Config, get_model, model_versions, name_of, short_name, trims
+from recbole_raserec.config.sources import folder_of
 from recbole_raserec.errors import CheckpointError, ConfigError, RaSeRecError
 from recbole_raserec.recommendation import SASRec
 

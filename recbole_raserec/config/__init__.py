@@ -5,9 +5,7 @@ from recbole_raserec.config.checks import (
     evaluation_problems,
     selection_protocol,
 )
-from recbole_raserec.config.config import (
-    Config,
-)
+from recbole_raserec.config.config import Config, model_versions
 from recbole_raserec.config.options import (
     ENCODERS,
     MINING,
@@ -45,12 +43,11 @@ from recbole_raserec.config.sources import (
     REFUSED,
     SUPPORTED,
     TRIMMABLE,
-    get_model,
     folder_of,
+    get_model,
     get_trainer_class,
     is_own,
     model_names,
-    model_versions,
     name_of,
     parse_value,
     read_yaml,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +42,7 @@ from recbole_raserec.config.sources import (
     Parsed,
     config_files_in,
     find_model,
+    get_model,
     is_own,
     keys_read_by,
     model_names,
@@ -54,7 +57,7 @@ from recbole_raserec.config.sources import (
 )
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
-from recbole_raserec.storage import plain, read_manifest
+from recbole_raserec.storage import fingerprint, plain, read_manifest, version_of
 
 #: The devices visible when the program started. RecBole overwrites the variable with gpu_id at every configuration.
 _VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -71,6 +74,16 @@ def _ours(name: str) -> dict[str, Any]:
     """The options in a shipped YAML file; none if there is no such file."""
     path = PROPERTIES / f"{name}.yaml"
     return read_yaml(path) if path.is_file() else {}
+
+
+def model_versions(name: str) -> list[str]:
+    """What a fingerprint of a model holds beside options and data; of one of the user's a hash of its module."""
+    if ":" in name:
+        model = get_model(name)
+        for part in (inspect.getmodule(model), model):
+            with contextlib.suppress(OSError, TypeError):
+                return [fingerprint(inspect.getsource(part))]  # type: ignore[arg-type]
+    return version_of(name)
 
 
 class Config(RecBoleConfig):

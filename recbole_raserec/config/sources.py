@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import importlib
 import inspect
@@ -23,7 +22,6 @@ from recbole.utils import get_trainer as recbole_get_trainer
 
 from recbole_raserec.config.options import RUN_KEYS, UNLISTED_KEYS, UNLISTED_MODEL_KEYS, Options
 from recbole_raserec.errors import ConfigError, nearest, shown
-from recbole_raserec.storage import fingerprint, version_of
 
 _HERE = Path(__file__).resolve().parents[1]
 #: The shipped YAML files: in the package once installed, beside it in a checkout.
@@ -216,16 +214,6 @@ def short_name(name: str) -> str:
 def with_names(options: Mapping[Any, Any]) -> dict[Any, Any]:
     """The options, with names in place of model classes."""
     return {key: name_of(value) if isinstance(value, type) else value for key, value in options.items()}
-
-
-def model_versions(name: str) -> list[str]:
-    """What a fingerprint of a model holds beside options and data; of one of the user's a hash of its module."""
-    if ":" in name:
-        model = get_model(name)
-        for part in (inspect.getmodule(model), model):
-            with contextlib.suppress(OSError, TypeError):
-                return [fingerprint(inspect.getsource(part))]  # type: ignore[arg-type]
-    return version_of(name)
 
 
 def own_defaults(model: type) -> dict[str, Any]:

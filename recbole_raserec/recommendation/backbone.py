@@ -175,8 +175,8 @@ def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset:
     """The adapter around a RecBole sequential model, after a comparison of the scores of both.
 
     Models of this package and of RecBole are known by the name of their class. Any other is taken for
-    `forward(item_seq, item_seq_len) -> [B, H]` times `item_embedding`, or `item_vectors()`. The comparison needs no training data, draws
-    nothing from the global random generators and leaves train/eval mode as it was.
+    `forward(item_seq, item_seq_len) -> [B, H]` times `item_embedding`, or `item_vectors()`. The comparison needs no
+    training data, draws nothing from the global random generators and leaves train/eval mode as it was.
 
     Args:
         model: the model, trained or not.
