@@ -164,7 +164,7 @@ def _paths(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 _RUN_OPTIONS = (
-    _option("--model", "NAME", "RaSeRec, SASRec, DuoRec, BSARec, DARec, or any of RecBole", "-m"),
+    _option("--model", "NAME", "RaSeRec, SASRec, DuoRec, BSARec, DARec, any of RecBole, or package.module:Class", "-m"),
     _option("--dataset", "NAME", "folder under data_path, or ml-100k (comes with RecBole)", "-d"),
     _option("--config_files", '"A B"', "YAML files, later ones win over earlier ones", callback=_paths),
 )
@@ -196,7 +196,7 @@ def run(context: click.Context, model: str | None, dataset: str | None, config_f
 
     \b
       --data_path=DIR            directory that contains NAME/NAME.inter
-      --backbone=NAME            RaSeRec: a sequential model of this package or of RecBole
+      --backbone=NAME            RaSeRec: a sequential model of this package, of RecBole, or package.module:Class
       --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
       --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
       --epochs=N                 largest number of training epochs
