@@ -11,6 +11,7 @@ from recbole_raserec.config.config import (
 from recbole_raserec.config.options import (
     ENCODERS,
     MINING,
+    OVERALL,
     REGENERATION,
     RETRIEVAL_MODEL,
     SEEN_KEPT,
@@ -35,6 +36,7 @@ from recbole_raserec.config.options import (
     Sizes,
     Text,
     Weight,
+    in_words,
     option,
     regeneration_options,
     trains_regenerator,
@@ -47,16 +49,17 @@ from recbole_raserec.config.sources import (
     TRIMMABLE,
     get_model,
     get_trainer_class,
+    options_of,
     parse_value,
     read_yaml,
     trims,
 )
 
 __all__ = [
-    "ENCODERS", "MINING", "MODELS", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
+    "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
     "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
     "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
-    "get_model", "get_trainer_class", "option", "parse_value", "read_yaml", "regeneration_options",
-    "selection_protocol", "trains_regenerator", "trims",
+    "get_model", "get_trainer_class", "in_words", "option", "options_of", "parse_value", "read_yaml",
+    "regeneration_options", "selection_protocol", "trains_regenerator", "trims",
 ]  # fmt: skip
