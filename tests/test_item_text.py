@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from recbole_raserec.data.item_text import item_tokens, read_item_texts
 from recbole_raserec.errors import ConfigError
-from recbole_raserec.recommendation.darec.item_text import item_tokens, read_item_texts
 
 TABLE = """\
 item_id:token\tmovie_title:token_seq\tprice:float\tclass:token_seq

@@ -11,12 +11,12 @@ from darec_helpers import SIZE, WORDS, tiny_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recbole_raserec.data import computes_in_bfloat16
 from recbole_raserec.errors import CheckpointError, ConfigError
 from recbole_raserec.recommendation.darec.language_model import (
     AttentionView,
     LanguageModel,
     TokenLayout,
-    computes_in_bfloat16,
     load_pretrained,
 )
 

@@ -14,6 +14,7 @@ from recbole_raserec.config.options import (
     RETRIEVAL_MODEL,
     SEEN_KEPT,
     SEEN_REMOVED,
+    Columns,
     Count,
     Dropout,
     Dropouts,
@@ -61,7 +62,7 @@ from recbole_raserec.config.sources import (
 
 __all__ = [
     "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
-    "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
+    "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Columns", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
     "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
     "folder_of", "get_model", "get_trainer_class", "in_words", "is_own", "model_names", "model_versions", "name_of",

@@ -192,6 +192,9 @@ def _all(test: Callable[[Any], bool], length: Optional[int] = None) -> Callable[
     return lambda value: isinstance(value, (list, tuple)) and length in (None, len(value)) and all(map(test, value))
 
 
+_names = _all(lambda part: isinstance(part, str) and bool(part))
+
+
 def _sizes(value: Any) -> bool:
     return _count(value) or (bool(value) and _all(lambda part: _count(part) or _all(_count, 2)(part))(value))
 
@@ -232,8 +235,10 @@ Text = Annotated[str, MinLen(1)]
 Precision = Literal["auto", "float32", "bfloat16"]
 Loss = Annotated[Literal["CE", "BPR"], Field(description="CE (softmax over all items) or BPR (one sampled negative)")]
 # fmt: off
-Names = Annotated[Any, Accepts(
-    "a list of names", _all(lambda part: isinstance(part, str) and bool(part)), "list", list)]
+Names = Annotated[Any, Accepts("a list of names", _names, "list", list)]
+Columns = Annotated[Any, Accepts(
+    "auto, or a list of names", lambda value: value == "auto" or _names(value), "str or list",
+    lambda value: value if isinstance(value, str) else list(value))]
 Numbers = Annotated[Any, Accepts("a list of integers >= 0", _all(_count), "list", list)]
 Dropouts = Annotated[Any, Accepts(
     "a list of two numbers in [0, 1)", _all(lambda part: is_number(part) and 0 <= part < 1, 2), "list", list)]

@@ -2,6 +2,14 @@
 
 from recbole_raserec.data.catalogue import Catalogue, Histories, catalogue_of
 from recbole_raserec.data.dataset import POSITION, SEQUENCE, WEIGHT, SequenceDataset
+from recbole_raserec.data.item_text import (
+    ItemFeatures,
+    computes_in_bfloat16,
+    item_features,
+    item_tokens,
+    model_source,
+    reading,
+)
 from recbole_raserec.data.loaders import (
     PACKED_TARGETS,
     SAME_TARGET,
@@ -17,7 +25,8 @@ from recbole_raserec.data.splits import Splits, check_same_split, prepare_data
 
 __all__ = [
     "ORIGINS", "PACKED_TARGETS", "POSITION", "SAME_TARGET", "SAME_TARGET_ROWS", "SEQUENCE", "WEIGHT", "BucketLoader",
-    "Catalogue", "Histories", "PackedWindows", "Patterns", "Regenerated", "RowLoader", "SequenceDataset",
-    "SequenceStore", "Splits", "catalogue_of", "check_same_split", "joined", "mine_patterns", "pad_lists", "pad_rows",
-    "prepare_data", "training_hash",
+    "Catalogue", "Histories", "ItemFeatures", "PackedWindows", "Patterns", "Regenerated", "RowLoader",
+    "SequenceDataset", "SequenceStore", "Splits", "catalogue_of", "check_same_split", "computes_in_bfloat16",
+    "item_features", "item_tokens", "joined", "mine_patterns", "model_source", "pad_lists", "pad_rows", "prepare_data",
+    "reading", "training_hash",
 ]  # fmt: skip

@@ -9,30 +9,51 @@ from torch import Tensor
 
 from recbole_raserec.config import Config
 from recbole_raserec.data import PACKED_TARGETS, WEIGHT
+from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy, use_fast_dropout
+from recbole_raserec.recommendation.item_table import ItemTable, use_item_table
 
 
 class DotProduct:
     """Goes in front of a RecBole sequential model with `forward(item_seq, item_seq_len)` and `item_embedding`.
 
-    Option: `softmax_precision`, of the loss, see `recbole_raserec.kernels.linear_cross_entropy`.
+    Options: `softmax_precision`, of the loss, see `recbole_raserec.kernels.linear_cross_entropy`; `ItemOptions`.
     """
 
     ITEM_SEQ: str
     ITEM_SEQ_LEN: str
     forward: Any
     item_embedding: Any
+    n_items: int
     softmax_precision: str
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)  # type: ignore[call-arg]
+        use_item_table(self, config, dataset)
         use_fast_dropout(self)  # type: ignore[arg-type]
         self.softmax_precision = config["softmax_precision"] or "auto"
 
     def item_vectors(self) -> Tensor:
         """Item table as it enters the dot product, [V, H]."""
         return self.item_embedding.weight
+
+    def fingerprint_parts(self) -> list[str]:
+        """What decides the result beside options and log, for the run's fingerprint: the items' features."""
+        table = getattr(self, "item_embedding", None)
+        return [table.mark] if isinstance(table, ItemTable) else []
+
+    def add_items(self, text: Tensor, numbers: Tensor) -> None:
+        """Rank A more items, behind the others, by their features: texts [A, S] and attributes int32 [A, M].
+
+        Raises:
+            ConfigError: the model's items have no features.
+        """
+        if not isinstance(self.item_embedding, ItemTable):
+            known = "ranks items by what it learned of each alone"
+            raise ConfigError([f"item_vectors: id: {type(self).__name__} {known}; train it with item_vectors: both."])
+        self.item_embedding.append(text, numbers)
+        self.n_items += len(text)
 
     def full_sort_vectors(self, interaction: Any) -> tuple[Tensor, Tensor, Optional[Tensor]]:
         """User vectors [B, H], item vectors [V, H] and item bias [V] or None, of which the scores are made."""

@@ -7,15 +7,16 @@ from typing import Any, Literal, Optional
 import torch
 import torch.nn.functional as F
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
-from torch import Tensor
+from torch import Tensor, nn
 
 from recbole_raserec.config import Count, Dropout, LearningOptions, PositiveShare, SequentialOptions, Share, option
 from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.recommendation.base import DotProduct
+from recbole_raserec.recommendation.item_table import ItemOptions
 from recbole_raserec.recommendation.sasrec import attention_branch, feed_forward_branch
 
 
-class BERT4RecOptions(LearningOptions, SequentialOptions):
+class BERT4RecOptions(ItemOptions, LearningOptions, SequentialOptions):
     """BERT4Rec (arXiv 1904.06690), with RecBole's sizes."""
 
     hidden_dropout_prob: Dropout = option(0.2, "dropout of the hidden states, in [0, 1)")
@@ -39,6 +40,7 @@ class BERT4Rec(DotProduct, RecBoleBERT4Rec):
 
     options = BERT4RecOptions
     trims = True
+    output_bias: Any
 
     def forward(self, item_seq: Tensor) -> Tensor:
         """States of all positions of sequences [B, L], left-aligned, padded with 0: [B, L, H]."""
@@ -60,6 +62,12 @@ class BERT4Rec(DotProduct, RecBoleBERT4Rec):
     def item_vectors(self) -> Tensor:
         """Item table without the row of the mask, [V, H]."""
         return self.item_embedding.weight[: self.n_items]
+
+    def add_items(self, text: Tensor, numbers: Tensor) -> None:
+        super().add_items(text, numbers)
+        bias = self.output_bias.detach()
+        self.output_bias = nn.Parameter(torch.cat([bias, bias.mean().expand(len(text))]))
+        self.mask_token = self.n_items
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Mean cross-entropy over the masked positions, the first of a window never counted (RecBole), or its BPR."""

