@@ -1,6 +1,6 @@
 """Interactions as sequences, their splits, and the batches of a training."""
 
-from recbole_raserec.data.catalogue import Catalogue, Histories, catalogue_of
+from recbole_raserec.data.catalogue import Catalogue, Histories, catalogue_of, read_features, title_column
 from recbole_raserec.data.dataset import POSITION, SEQUENCE, WEIGHT, SequenceDataset
 from recbole_raserec.data.item_text import (
     ItemFeatures,
@@ -28,5 +28,5 @@ __all__ = [
     "Catalogue", "Histories", "ItemFeatures", "PackedWindows", "Patterns", "Regenerated", "RowLoader",
     "SequenceDataset", "SequenceStore", "Splits", "catalogue_of", "check_same_split", "computes_in_bfloat16",
     "item_features", "item_tokens", "joined", "mine_patterns", "model_source", "pad_lists", "pad_rows", "prepare_data",
-    "reading", "training_hash",
+    "read_features", "reading", "title_column", "training_hash",
 ]  # fmt: skip

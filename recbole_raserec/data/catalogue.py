@@ -1,4 +1,5 @@
-"""What a checkpoint knows beyond its weights: how popular each item is, what it is called, and what every user did.
+"""What a checkpoint knows beyond its weights: how popular each item is, what it is called, how its text is read, and
+what every user did.
 
 Histories end before the test targets, as the test itself sees them; what was held out can be brought in by an update.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,8 +16,9 @@ import numpy as np
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.data.item_text import ItemFeatures
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.storage import HISTORIES, ITEMS, read_arrays, read_json, write_arrays, write_json
+from recbole_raserec.storage import HISTORIES, ITEM_TEXT, ITEMS, read_arrays, read_json, write_arrays, write_json
 
 _KIND, _VERSION = "user histories", 1
 _ARRAYS = {"offsets": "<i8", "items": "<i4"}
@@ -78,17 +81,29 @@ class Catalogue:
         counts: int64 [V], interactions of each item in the histories.
         titles: [V], names for people; None where the data set has none.
         histories: None where the data set does not keep them (benchmark files).
+        features: how items are described, and those that were added later; None of a model that does not read that.
     """
 
     counts: np.ndarray
     titles: Optional[list[str]]
     histories: Optional[Histories]
+    features: Optional[ItemFeatures] = None
+
+    def append(self, titles: list[str], features: ItemFeatures) -> None:
+        """Add items that nobody had yet."""
+        assert self.features is not None
+        self.counts = np.append(self.counts, np.zeros(len(titles), self.counts.dtype))
+        if self.titles is not None:
+            self.titles += titles
+        self.features = self.features.joined(features)
 
     def save(self, directory: Path) -> None:
         """Write it into a checkpoint directory."""
         write_json(directory / ITEMS, {"counts": self.counts.tolist(), "titles": self.titles})
         if self.histories is not None:
             self.histories.save(directory / HISTORIES)
+        if self.features is not None:
+            self.features.save(directory / ITEM_TEXT)
 
     @classmethod
     def load(cls, directory: Path, n_users: int, n_items: int) -> Catalogue:
@@ -105,37 +120,50 @@ class Catalogue:
             raise CheckpointError(f"{path} does not describe this checkpoint's items; it is damaged or of another one.")
         kept = directory / HISTORIES
         histories = Histories.load(kept, n_users, n_items) if kept.is_dir() else None
-        return cls(np.array(counts, dtype=np.int64), titles, histories)
+        return cls(np.array(counts, dtype=np.int64), titles, histories, read_features(directory))
+
+
+def read_features(directory: Path) -> Optional[ItemFeatures]:
+    """How the items of a checkpoint are described; None where its model does not read that."""
+    return ItemFeatures.load(directory / ITEM_TEXT) if (directory / ITEM_TEXT).is_dir() else None
 
 
 def catalogue_of(splits: Any, config: Config) -> Catalogue:
     """The catalogue of a prepared data set, its `Splits`."""
     dataset = splits.train._dataset
+    features = getattr(dataset, "item_features", None)
+    features = None if features is None else features.without_items()  # theirs are in the weights
     dataset = getattr(dataset, "original", None) or dataset  # regenerated rows are no user's history
     parts, tokens = [dataset, splits.valid._dataset, splits.test._dataset], splits.vocabulary()["items"]
     titles = read_titles(Path(config["data_path"]) / f"{config['dataset']}.item", tokens)
     if not all(isinstance(part, SequenceDataset) and part.is_lazy for part in parts):
         targets = dataset.inter_feat[dataset.iid_field].numpy()
-        return Catalogue(np.bincount(targets, minlength=len(tokens)), titles, None)
+        return Catalogue(np.bincount(targets, minlength=len(tokens)), titles, None, features)
     users, ends = zip(*(part.windows()[:2] for part in parts))
     users, positions = np.concatenate(users), np.concatenate([*ends[:2], ends[2] - 1])
     items, offsets = parts[-1].store.until(users, positions)
-    return Catalogue(np.bincount(items, minlength=len(tokens)), titles, Histories(offsets, items.astype(np.int32)))
+    histories = Histories(offsets, items.astype(np.int32))
+    return Catalogue(np.bincount(items, minlength=len(tokens)), titles, histories, features)
 
 
 def read_titles(path: Path, tokens: list[str]) -> Optional[list[str]]:
     """Names of the items `tokens` from an atomic item file; None without the file or a column of names.
 
-    The column is the first whose name contains `title`, else `name`. An item that the file lacks has its id.
+    The column is that of `title_column`. An item that the file lacks has its id.
     """
     if not path.is_file():
         return None
     with open(path, encoding="utf-8", newline="", errors="replace") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         header = [column.split(":")[0].lower() for column in next(rows, [])]
-        found = [column for word in ("title", "name") for column in header if word in column]
-        if not found or "item_id" not in header:
+        found = title_column(header)
+        if found is None or "item_id" not in header:
             return None
-        id_at, at = header.index("item_id"), header.index(found[0])
+        id_at, at = header.index("item_id"), header.index(found)
         names = {row[id_at]: row[at].strip() for row in rows if len(row) > max(id_at, at)}
     return [names.get(token) or token for token in tokens]
+
+
+def title_column(columns: Iterable[str]) -> Optional[str]:
+    """The column with the names of items for people: the first whose name contains `title`, else `name`."""
+    return next((column for word in ("title", "name") for column in columns if word in column.lower()), None)

@@ -107,6 +107,24 @@ def as_events(data: Any, names: Sequence[str]) -> list[Event]:
     return [_event(event) for event in data]
 
 
+def as_items(data: Any, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Items as text by column, see `Recommender.add_items`; the first of `columns` has their ids."""
+    rows = data.to_dicts() if hasattr(data, "to_dicts") else data.to_dict("records") if _is_table(data) else data
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+        raise InputError("items: give a table, or a list of mappings from columns to values.")
+    found = []
+    for row in rows:
+        given = {str(name).partition(":")[0]: value for name, value in row.items()} if isinstance(row, Mapping) else {}
+        if missing := [name for name in columns if name not in given]:
+            lacking, there = " and no ".join(missing), ", ".join(given) or "no columns"
+            raise InputError(f"items: there is no {lacking} ({there}); an item of this model has {', '.join(columns)}.")
+        empty = {name: value is None or value != value for name, value in given.items()}
+        named = as_id(None if empty[columns[0]] else given[columns[0]], "items")
+        texts = {name: "" if empty[name] else str(value) for name, value in given.items()}
+        found.append({**texts, columns[0]: named})
+    return found
+
+
 def as_ids(row: Any, name: str, what: str = "a list of ids") -> list[str]:
     """One list of external ids as text; errors call it `name` and `what` it should be."""
     listed = getattr(row, "tolist", None) or getattr(row, "to_list", None)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from filelock import BaseFileLock
 
 from recbole_raserec.config import get_model, trims
-from recbole_raserec.data import Catalogue, Histories, pad_lists
+from recbole_raserec.data import Catalogue, Histories, ItemFeatures, pad_lists, read_features, title_column
 from recbole_raserec.errors import CheckpointError, InputError
 from recbole_raserec.recommendation import batches_by_length, encode_in_batches, wrap_backbone
 from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec
@@ -64,17 +65,28 @@ class Vocabulary:
         options: names of the id fields.
         users: external ids by internal ones; the first is that of the padding.
         items: the same.
+        item_features: how items are described, where the model reads that.
 
     Attributes:
         numbers: internal ids of the items by external ones.
+        trained_items: number of items that the model was trained with, padding included.
     """
 
-    def __init__(self, options: Mapping[str, Any], users: list[str], items: list[str]):
+    def __init__(
+        self, options: Mapping[str, Any], users: list[str], items: list[str],
+        item_features: Optional[ItemFeatures] = None,
+    ):  # fmt: skip
         self.uid_field, self.iid_field = options["USER_ID_FIELD"], options["ITEM_ID_FIELD"]
-        self.users, self.items = users, items
-        self.user_num, self.item_num = len(users), len(items)
+        self.users, self.items, self.item_features = users, items, item_features
+        self.user_num, self.item_num, self.trained_items = len(users), len(items), len(items)
         self.numbers = {token: number for number, token in enumerate(items) if number}
         self.inter_feat = {self.iid_field: torch.empty(0, dtype=torch.int64)}  # no training rows here
+
+    def append(self, items: list[str]) -> None:
+        """Add items behind the others."""
+        self.numbers.update({token: number for number, token in enumerate(items, start=self.item_num)})
+        self.items += items
+        self.item_num += len(items)
 
     def num(self, field: str) -> int:
         """Number of ids of a field, padding included."""
@@ -86,7 +98,7 @@ class Checkpoint:
     """A reloaded checkpoint: the model in evaluation mode with its weights and memory, its options, its ids.
 
     Attributes:
-        vocabulary: ids the model was trained with.
+        vocabulary: users the model was trained with, and all items.
         users: all user ids, those of later updates too.
         applied: number of the last journaled change that the saved parts hold.
         parts: directory of ids and memory.
@@ -128,8 +140,11 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     manifest = read_manifest(directory)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, options, ids = manifest["model"], Options(manifest["options"], device=target), read_ids(directory)
-    parts, trained, applied = live_parts(directory)
-    vocabulary = Vocabulary(options, ids["users"][:trained], ids["items"])
+    parts, users, items, applied = live_parts(directory)
+    features, added = read_features(parts), ids["items"][len(ids["items"]) if items is None else items :]
+    vocabulary = Vocabulary(options, ids["users"][:users], ids["items"][:items], features)
+    if len(added) != (0 if features is None else len(features.text)):
+        raise CheckpointError(f"{parts} does not describe each item that was added to {directory}; it is damaged.")
     memory: Any = None
     try:
         if name == "RaSeRec":
@@ -145,12 +160,24 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
         raise CheckpointError(f"{directory}: {name} cannot be rebuilt from its checkpoint alone ({error!r}).") from None
     weights = read_weights(directory, manifest).items()
     load_weights(model, {key: value for key, value in weights if key not in TRAINING_BUFFERS}, directory / BEST)
+    if features is not None and added:
+        add_items(model, features)
+        vocabulary.append(added)
     if isinstance(model, RaSeRec):
         try:
             model.use_memory(memory)
         except ValueError as error:
             raise CheckpointError(f"{parts / MEMORY} does not belong to this model: {error}") from None
     return Checkpoint(model.to(target).eval(), options, vocabulary, manifest, ids["users"], applied, parts)
+
+
+def add_items(model: Any, features: ItemFeatures) -> None:
+    """Let a model rank more items, behind the others."""
+    inner = model.backbone.model if isinstance(model, RaSeRec) else model
+    device = next(inner.parameters()).device
+    inner.add_items(*(torch.tensor(values, device=device) for values in (features.text, features.numbers)))
+    if inner is not model:
+        model.backbone.n_items = model.n_items = inner.n_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +351,8 @@ class LiveMemory:
         for record in journal.records(self.applied):
             if "forget" in record:
                 self._forget(record["forget"])
+            elif "items" in record:
+                self._add_items(record["items"], self._described(record["items"]))
             else:
                 self._apply(record["events"])
             self.applied = record["n"]
@@ -339,6 +368,21 @@ class LiveMemory:
                 self.applied = self._journal.append({"events": events}, self.applied)
             return self._apply(events)
 
+    def add_items(self, items: Sequence[Mapping[str, str]]) -> None:
+        """Take up items that nobody had yet, see `Recommender.add_items`; each by its columns, the id among them."""
+        vocabulary = self.checkpoint.vocabulary
+        with self._changing:
+            counts = Counter(item[vocabulary.iid_field] for item in items)
+            known = [name for name, count in counts.items() if count > 1 or name in vocabulary.numbers]
+            if known:
+                raise InputError(
+                    f"items: {known[0]!r:.80} is known already ({len(known)} in all); give new ones, once."
+                )
+            features = self._described(items)
+            if self._journal is not None:
+                self.applied = self._journal.append({"items": list(items)}, self.applied)
+            self._add_items(items, features)
+
     def forget(self, user: str) -> int:
         """Forget a user by external id; the number of memories removed."""
         with self._changing:
@@ -352,8 +396,11 @@ class LiveMemory:
         """See `Recommender.save`."""
         vocabulary = self.checkpoint.vocabulary
         with self._changing:
-            ids = {"users": self.users, "items": vocabulary.items}
-            save_parts(self.directory, target, ids, self._memory, self.catalogue, vocabulary.user_num, self.applied)
+            ids, trained = (
+                {"users": self.users, "items": vocabulary.items},
+                (vocabulary.user_num, vocabulary.trained_items),
+            )
+            save_parts(self.directory, target, ids, self._memory, self.catalogue, trained, self.applied)
             if target.resolve() == self.directory.resolve():
                 self._saved = self.applied
                 if self._journal is not None:
@@ -394,6 +441,20 @@ class LiveMemory:
             if keys is not None:
                 self._memory.add(keys, targets, users, positions, times)
         return Update(len(events), len(rows), len(new), 0)
+
+    def _described(self, items: Sequence[Mapping[str, str]]) -> ItemFeatures:
+        assert self.catalogue.features is not None
+        return self.catalogue.features.of(items)
+
+    def _add_items(self, items: Sequence[Mapping[str, str]], features: ItemFeatures) -> None:
+        vocabulary = self.checkpoint.vocabulary
+        names = [item[vocabulary.iid_field] for item in items]
+        column = title_column(items[0]) if items else None
+        titles = [(item[column] if column else "") or name for item, name in zip(items, names)]
+        with self.lock.write():
+            add_items(self.checkpoint.model, features)
+            vocabulary.append(names)
+            self.catalogue.append(titles, features)
 
     def _forget(self, user: str) -> int:
         number = self.numbers.get(user)

@@ -27,7 +27,7 @@ from recbole_raserec.evaluation import scores
 from recbole_raserec.recommendation import Backbone, wrap_backbone
 from recbole_raserec.retrieval import RaSeRec
 from recbole_raserec.serving.explain import Explanation, explain
-from recbole_raserec.serving.inputs import Recommendations, as_events, as_id, as_ids, as_sequences
+from recbole_raserec.serving.inputs import Recommendations, as_events, as_id, as_ids, as_items, as_sequences
 from recbole_raserec.serving.live import Checkpoint, LiveMemory, Update, load_checkpoint, lock_directory
 from recbole_raserec.storage import read_manifest
 
@@ -271,6 +271,30 @@ class Recommender:
             raise InputError(_unknown("events", unknown))
         done = self.live.update([event for event in listed if event[1] in self._number])
         return dataclasses.replace(done, dropped=len(unknown))
+
+    def add_items(self, items: Any) -> int:
+        """Take up items that nobody had yet; from then on they are known, and recommended by what their texts say.
+
+        Nothing is trained: their texts are read as those of the other items were, and stand for vectors of their own.
+
+        Args:
+            items: a pandas or polars DataFrame, or a list of mappings, with the columns of the data set's item file
+                that the model reads.
+
+        Returns:
+            the number of items.
+
+        Raises:
+            InputError: a column is missing, an item is known or given twice, or the model does not read texts.
+        """
+        features = self.catalogue.features
+        if features is None:
+            raise InputError(f"{self.name} ranks items by what it learned of each; train it with item_vectors: both.")
+        columns = list(dict.fromkeys([self._names[1], *features.columns, *features.attributes]))
+        rows = as_items(items, columns)
+        self.live.add_items(rows)
+        self.__dict__.pop("_backbone", None)  # it knows the number of items
+        return len(rows)
 
     def forget(self, user: Any) -> int:
         """Forget a known user: id, history and memories, in files with the next `save`; the number of memories."""

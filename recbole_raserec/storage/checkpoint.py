@@ -21,7 +21,7 @@ from recbole_raserec.storage.files import read_json, read_tensors, replacing, sh
 FORMAT, VERSION = "recbole-raserec checkpoint", 1
 STATE, BEST = "state.safetensors", "model.safetensors"
 MANIFEST, IDS, MEMORY, LIVE = "checkpoint.json", "ids.json", "memory", "live.json"
-ITEMS, HISTORIES = "items.json", "histories"
+ITEMS, HISTORIES, ITEM_TEXT = "items.json", "histories", "item_text"
 
 
 def dense_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -53,8 +53,9 @@ def write_checkpoint(
 
 
 def save_parts(
-    source: Path, target: Path, ids: dict[str, list[str]], memory: Any, catalogue: Any, trained_users: int, applied: int
-) -> None:
+    source: Path, target: Path, ids: dict[str, list[str]], memory: Any, catalogue: Any, trained: tuple[int, int],
+    applied: int,
+) -> None:  # fmt: skip
     """Replace ids, memory and catalogue of a checkpoint as a whole, by the atomic replacement of `live.json`.
 
     The old ones are deleted then, so that nothing of a forgotten user stays.
@@ -65,7 +66,7 @@ def save_parts(
         ids: external ids, {"users": [...], "items": [...]}.
         memory: None where the model has none.
         catalogue: of the items and the users' histories.
-        trained_users: number of users that the model was trained with; later ones follow in `ids`.
+        trained: numbers of users and items that the model was trained with; later ones follow in `ids`.
         applied: number of the last journaled change that the parts hold.
     """
     manifest, copied = read_manifest(source), target.resolve() != source.resolve()
@@ -79,27 +80,29 @@ def save_parts(
     catalogue.save(parts)
     if memory is not None:
         memory.save(parts / MEMORY, manifest["fingerprint"])
-    write_json(target / LIVE, {"parts": parts.name, "users": trained_users, "applied": applied})
+    write_json(target / LIVE, {"parts": parts.name, "users": trained[0], "items": trained[1], "applied": applied})
     if copied:
         write_json(target / MANIFEST, manifest)
-    for old in [*target.glob("live-*"), *(target / own for own in (IDS, ITEMS, MEMORY, HISTORIES))]:
+    for old in [*target.glob("live-*"), *(target / own for own in (IDS, ITEMS, MEMORY, HISTORIES, ITEM_TEXT))]:
         if old.is_dir() and old != parts:
             shutil.rmtree(old, ignore_errors=True)
         elif old.is_file():
             old.unlink()
 
 
-def live_parts(directory: Path) -> tuple[Path, Optional[int], int]:
-    """Where ids and memory lie, the number of trained users if it is not that of the ids, the last change they hold."""
+def live_parts(directory: Path) -> tuple[Path, Optional[int], Optional[int], int]:
+    """Where ids and memory lie, the numbers of trained users and items if they are not those of the ids, the last
+    change they hold."""
     path = directory / LIVE
     if not path.is_file():
-        return directory, None, 0
-    found, keys = read_json(path), ("parts", "users", "applied")
-    name, users, applied = map(found.get, keys) if isinstance(found, dict) else (None, None, None)
-    sound = isinstance(name, str) and re.fullmatch(r"live-[0-9a-f]{16}", name)
+        return directory, None, None, 0
+    found, keys = read_json(path), ("parts", "users", "items", "applied")
+    name, users, items, applied = map(found.get, keys) if isinstance(found, dict) else (None, None, None, None)
+    sound = isinstance(name, str) and re.fullmatch(r"live-[0-9a-f]{16}", name) is not None
+    sound = sound and (items is None or type(items) is int)  # older releases do not write it
     if not sound or type(users) is not int or type(applied) is not int or not (directory / str(name)).is_dir():
         raise CheckpointError(f"{path} is damaged: it does not name the parts of this checkpoint.")
-    return directory / str(name), users, applied
+    return directory / str(name), users, items, applied
 
 
 def read_manifest(directory: Any) -> dict[str, Any]:
