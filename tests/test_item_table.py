@@ -14,10 +14,8 @@ from recbole_raserec.recommendation.item_table import ItemTable
 from recbole_raserec.recommendation.sasrec import SASRec
 
 MODELS = ("SASRec", "DuoRec", "BSARec", "GRU4Rec", "NARM", "BERT4Rec", "FEARec")
-SIZES = {
-    **dict.fromkeys(("SASRec", "DuoRec", "BSARec", "BERT4Rec", "FEARec"), {"hidden_size": 16, "inner_size": 16}),
-    **dict.fromkeys(("GRU4Rec", "NARM"), {"hidden_size": 16, "embedding_size": 16}),
-}
+SIZES = {name: {"hidden_size": 16, "inner_size": 16} for name in MODELS}
+SIZES["GRU4Rec"] = SIZES["NARM"] = {"hidden_size": 16, "embedding_size": 16}
 
 
 @pytest.fixture
