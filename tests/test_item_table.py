@@ -10,6 +10,7 @@ from item_text_helpers import ATTRIBUTES, TEXT, write_items
 
 from recbole_raserec.config import get_model
 from recbole_raserec.data.splits import prepare_data
+from recbole_raserec.recommendation import item_table
 from recbole_raserec.recommendation.item_table import ItemTable
 from recbole_raserec.recommendation.sasrec import SASRec
 
@@ -37,7 +38,7 @@ def batch_of(splits):
 
 
 def test_the_table_is_the_sum_of_its_parts(built):
-    model, _ = built(**TEXT, **ATTRIBUTES)
+    model, _ = built(**TEXT, **ATTRIBUTES, softmax_precision="float32")
     table = model.item_embedding
     wanted = table.vectors.weight + table.text @ table.text_map.weight.T
     for item, numbers in enumerate(table.numbers.tolist()):
@@ -51,8 +52,25 @@ def test_the_table_is_the_sum_of_its_parts(built):
     assert torch.equal(table(item_seq), table.weight[item_seq])
 
 
+def test_in_bfloat16_the_table_is_nearly_the_same(built, monkeypatch):
+    tables, gradients = [], []
+    for low in (False, True):
+        monkeypatch.setattr(item_table, "computes_in_bfloat16", lambda *_, low=low: low)
+        model, _ = built(**TEXT, **ATTRIBUTES)
+        table = model.train().item_embedding
+        tables.append(table.weight)
+        tables[-1].square().sum().backward()
+        gradients.append([weight.grad for weight in table.parameters()])
+    assert not torch.equal(*tables)
+    assert torch.allclose(*tables, atol=1e-3)
+    for one, two in zip(*gradients):
+        assert torch.allclose(one, two, rtol=0.02, atol=0.02 * float(one.abs().max()))
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert torch.allclose(model.eval().item_embedding.weight, tables[0], atol=1e-6)
+
+
 def test_by_text_alone_items_have_no_vectors(built):
-    model, _ = built(**{**TEXT, "item_vectors": "text"})
+    model, _ = built(**{**TEXT, "item_vectors": "text"}, softmax_precision="float32")
     table = model.item_embedding
     assert table.vectors.weight.shape == (1, 16)
     assert torch.allclose(table.weight[1:], (table.text @ table.text_map.weight.T)[1:])
@@ -88,7 +106,7 @@ def test_with_a_map_of_zeros_a_model_is_what_it_is_without(built, name):
 
 @pytest.mark.parametrize("kind", ["text", "both"])
 def test_gradients_are_those_of_a_table_written_out(built, kind):
-    model, splits = built(native_kernels=False, **{**TEXT, "item_vectors": kind})
+    model, splits = built(native_kernels=False, softmax_precision="float32", **{**TEXT, "item_vectors": kind})
     batch = batch_of(splits)
     model.eval()
     model.calculate_loss(batch).backward()
@@ -116,14 +134,13 @@ def test_packed_and_prefix_have_one_loss(built, name):
 
 def test_the_compiled_encoder_gives_what_the_layers_give(built):
     still = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0, "hidden_size": 64, "inner_size": 64}
-    compiled, splits = built("SASRec", **TEXT, **still)
+    compiled, splits = built("SASRec", **TEXT, **still, softmax_precision="float32")
     if not compiled.compiled():
         pytest.skip("the compiled kernels are not there")
     plain = copy.deepcopy(compiled)
     plain._compiled = False
     batch = batch_of(splits)
     for each in (plain, compiled):
-        each.softmax_precision = "float32"
         each.calculate_loss(batch).backward()
     for (name, one), (_, two) in zip(plain.named_parameters(), compiled.named_parameters()):
         assert torch.allclose(one.grad, two.grad, atol=1e-5), name
@@ -164,7 +181,7 @@ def test_weights_that_change_places_are_seen(built):
 
 
 def test_own_vectors_are_left_out_at_random_in_training_alone(built):
-    model, _ = built(**TEXT, item_id_dropout=0.5)
+    model, _ = built(**TEXT, item_id_dropout=0.5, softmax_precision="float32")
     table = model.item_embedding
     by_text = table.text @ table.text_map.weight.T
     dropped = torch.isclose(table.weight, by_text).all(dim=1)[1:]
