@@ -190,6 +190,21 @@ def test_own_vectors_are_left_out_at_random_in_training_alone(built):
     assert torch.allclose(table.weight, by_text + table.vectors.weight)
 
 
+def test_rare_items_have_no_vectors_of_their_own(built):
+    model, splits = built(**TEXT, item_id_min_interactions=8, softmax_precision="float32")
+    table, counts = model.item_embedding, splits.train._dataset.item_counts()
+    rare = torch.from_numpy(counts < 8)
+    rare[0] = False
+    assert 0 < rare.sum() < len(rare) - 1
+    by_text = table.text @ table.text_map.weight.T
+    assert torch.allclose(table.weight[rare], by_text[rare])
+    assert torch.allclose(table.weight[~rare], (by_text + table.vectors.weight)[~rare])
+    model.calculate_loss(batch_of(splits)).backward()
+    assert not table.vectors.weight.grad[rare].any()
+    log = [item for row in splits.train._dataset for item in [int(row["item_id"])]]
+    assert counts.sum() == len(log) + splits.train._dataset.user_num - 1  # and each history's first
+
+
 def test_items_are_added_behind_the_others(built):
     for name in ("SASRec", "BERT4Rec"):
         model, splits = built(name, **TEXT, **ATTRIBUTES)

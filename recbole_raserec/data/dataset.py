@@ -171,6 +171,15 @@ class SequenceDataset(SequentialDataset):
         feat = self.inter_feat
         return feat[self._owner(feat)].numpy(), feat[POSITION].numpy(), feat[self.iid_field].numpy()
 
+    def item_counts(self) -> np.ndarray:
+        """How often each item is in the histories of this split, without regenerated rows: int64 [V]."""
+        split = self if self.original is None else self.original
+        items = split.inter_feat[split.iid_field].numpy()
+        if split.is_lazy:
+            users, positions, _ = split.windows()
+            items = split.store.until(users, positions)[0]
+        return np.bincount(items, minlength=split.item_num)
+
     def _owner(self, rows: Interaction) -> str:
         return SEQUENCE if SEQUENCE in rows.interaction else self.uid_field
 

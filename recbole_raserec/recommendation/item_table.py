@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_raserec.config import Columns, Config, Count, Dropout, Names, Options, Text, option
+from recbole_raserec.config import Columns, Config, Count, Dropout, Names, Natural, Options, Text, option
 from recbole_raserec.data import ItemFeatures, computes_in_bfloat16, item_features
 
 
@@ -33,6 +33,11 @@ class ItemOptions(Options):
     item_attributes: Optional[Names] = option(
         None, "columns of the .item file whose values have embeddings, such as [categories, brand]", later=True
     )
+    item_id_min_interactions: Natural = option(
+        0,
+        "both: items with fewer in the training split have no vector of their own, as those that come later",
+        later=True,
+    )
     item_id_dropout: Dropout = option(
         0, "both: share of the items whose own vector is left out of a training step, in [0, 1)", later=True
     )
@@ -51,6 +56,7 @@ class ItemTable(nn.Module):
         features: of the items.
         n_items: V.
         by_text: there are no vectors of items' own.
+        rare: which items have no vector of their own, bool [V]; None: all have one.
         dropout: the option `item_id_dropout`.
         std: standard deviation of the initial weights.
         precision: the option `softmax_precision`.
@@ -61,14 +67,15 @@ class ItemTable(nn.Module):
 
     text: Tensor
     numbers: Tensor
+    own: Tensor
 
     def __init__(
-        self, embedding: nn.Embedding, features: ItemFeatures, n_items: int, by_text: bool, dropout: float, std: float,
-        precision: str = "float32",
+        self, embedding: nn.Embedding, features: ItemFeatures, n_items: int, by_text: bool, rare: Optional[Tensor],
+        dropout: float, std: float, precision: str,
     ):  # fmt: skip
         super().__init__()
         rows, size = embedding.weight.shape
-        self.precision = precision
+        self.precision, self.spares = precision, rare is not None
         self.by_text, self.dropout, self.n_items = by_text, float(dropout), int(n_items)
         if by_text:
             kept = nn.Embedding(1 + rows - n_items, size, padding_idx=0)
@@ -88,6 +95,8 @@ class ItemTable(nn.Module):
         numbers = numbers.to(torch.int32)
         if len(features.text) == n_items:  # without a data set the weights bring them
             text, numbers = torch.tensor(features.text), torch.tensor(features.numbers)
+        own = torch.ones(n_items, dtype=torch.bool) if rare is None else ~rare
+        self.register_buffer("own", own if not by_text else own[:0])
         self.register_buffer("text", text)
         self.register_buffer("numbers", numbers)
         self._kept: Optional[tuple[Any, Tensor]] = None
@@ -118,6 +127,7 @@ class ItemTable(nn.Module):
             weight = self.vectors.weight.detach()
             none = weight.new_zeros(len(text), weight.shape[1])
             joined = torch.cat([weight[:old], none, weight[old:]])
+            self.own = torch.cat([self.own, self.own.new_zeros(len(text))])
             self.vectors = nn.Embedding.from_pretrained(joined, freeze=False, padding_idx=0)
 
     def train(self, mode: bool = True) -> ItemTable:
@@ -133,7 +143,7 @@ class ItemTable(nn.Module):
     def _state(self) -> Any:
         """What the table depends on; copies of weights are known by their place, changes by torch's count of them."""
         modes = self.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        tensors = [*self.parameters(), self.text, self.numbers]
+        tensors = [*self.parameters(), *self.buffers()]
         return modes, [(*_place(x), x.requires_grad) for x in tensors]
 
     def _table(self) -> Tensor:
@@ -142,9 +152,11 @@ class ItemTable(nn.Module):
             own, behind = vectors[:1], vectors[1:]
         else:
             own, behind = vectors[: self.n_items], vectors[self.n_items :]
+            keep = self.own
             if self.training and self.dropout:
-                keep = torch.rand(len(own), 1, device=own.device) >= self.dropout
-                own = own * keep
+                keep = keep & (torch.rand(len(own), device=own.device) >= self.dropout)
+            if self.spares or (self.training and self.dropout):
+                own = own * keep[:, None]
         if hasattr(self, "text_map"):
             rest = self._mapped()
         if hasattr(self, "attributes"):
@@ -219,8 +231,12 @@ def use_item_table(model: Any, config: Union[Config, Mapping[str, Any]], dataset
     """Put an `ItemTable` in the place of `item_embedding`, as the option `item_vectors` asks; `id`: change nothing."""
     if config["item_vectors"] not in ("text", "both"):
         return
-    features = item_features(config, dataset)
+    features, least, rare = item_features(config, dataset), config["item_id_min_interactions"] or 0, None
+    if least:
+        counted = hasattr(dataset, "item_counts")  # without a data set the weights bring it
+        rare = torch.from_numpy(dataset.item_counts() < least) if counted else torch.zeros(model.n_items).bool()
+        rare[0] = False
     model.item_embedding = ItemTable(
-        model.item_embedding, features, model.n_items, config["item_vectors"] == "text", config["item_id_dropout"] or 0,
-        config["initializer_range"] or 0.02, config["softmax_precision"] or "auto",
+        model.item_embedding, features, model.n_items, config["item_vectors"] == "text", rare,
+        config["item_id_dropout"] or 0, config["initializer_range"] or 0.02, config["softmax_precision"] or "auto",
     )  # fmt: skip
