@@ -5,8 +5,9 @@
 In ml-100k next to no test target has fewer than five training interactions. So a copy of the data set is made, in
 ``data`` below --checkpoint_dir, in which a fifth of the items, drawn at random, keep no more than four of their
 training interactions each, from none to four with equal chance; all others stay, those of validation and test too.
-SASRec and DARec, with a trained vector for each item or with a map of the items' texts as its head, learn from what is
-left. Writes results/cold_items_<dataset>.json and the page (.md) beside it; a run that is there is not done again.
+SASRec, with texts (docs/item_text.md) or without, and DARec, with a trained vector for each item or with a map of the
+items' texts as its head, learn from what is left. Writes results/cold_items_<dataset>.json and the page (.md) beside it;
+a run that is there is not done again.
 """
 
 from __future__ import annotations
@@ -31,10 +32,20 @@ from recbole_raserec.storage.files import replacing
 #: Share of the items that lose interactions, the most that they keep, and the seed of the draw.
 SHARE, KEPT, DRAW = 0.2, darec.COLD - 1, 0
 
+SASREC = ("--model=SASRec", "--training=packed", "--weight_averaging=0.999")
+TEXT = (*SASREC, "--item_vectors=both")
 ROWS: dict[str, Sequence[str]] = {
     "SASRec": ("--model=SASRec",),
     "DARec, item_head: table": darec.DAREC,
     "DARec, item_head: text": (*darec.DAREC, "--item_head=text"),
+    "SASRec, packed": SASREC,
+    "SASRec, text": (*SASREC, "--item_vectors=both"),
+    "SASRec, text, rare items by text alone": (
+        *SASREC,
+        "--item_vectors=both",
+        f"--item_id_min_interactions={darec.COLD}",
+    ),
+    "SASRec, text alone": (*SASREC, "--item_vectors=text"),
     "DARec, text, no cold item a wrong answer": (
         *darec.DAREC,
         "--item_head=text",

@@ -160,6 +160,30 @@ def read(path):
     return {tuple(line.split("\t")) for line in path.read_text().splitlines()[1:]}
 
 
+def test_added_items(script, tmp_path, monkeypatch):
+    source = ROOT / "dataset" / "planted" / "planted.inter"
+    items = sorted({line.split("\t")[1] for line in source.read_text().splitlines()[1:]})
+    folder = tmp_path / "data" / "planted"
+    folder.mkdir(parents=True)
+    (folder / source.name).write_bytes(source.read_bytes())
+    lines = ["item_id:token\ttitle:token_seq", *(f"{item}\tthe {item} thing {n % 7}" for n, item in enumerate(items))]
+    (folder / "planted.item").write_text("\n".join(lines) + "\n")
+    small = ["epochs=1", "item_text_encoder=tfidf", "show_progress=False", "hidden_size=16", "inner_size=16"]
+    where = [f"--data_path={tmp_path / 'data'}", "--seeds", "1", "--rows", "SASRec, text"]
+    made, page, _ = script("added_items", *where, small=small)
+    record = made["rows"]["SASRec, text"]["1"]
+    for name in ("full", "added"):
+        taken, others = record[name]["taken"], record[name]["others"]
+        assert taken["targets"] > 0
+        assert taken["targets"] + others["targets"] == record[name]["all"]["targets"] == 600
+    assert record["items"] == len(items)
+    copy = read(
+        Path("saved/data") / f"planted-without-{len(items) // 10}" / f"planted-without-{len(items) // 10}.inter"
+    )
+    assert copy < read(source)
+    assert f"| SASRec, text | without them | taken | {record['added']['taken']['targets']} | " in page
+
+
 def test_which_interactions_are_cut(script):
     cut_out = importlib.import_module("cold_items").interactions_to_cut
     rng = np.random.default_rng(0)

@@ -38,6 +38,9 @@ class CollaborativeModel(nn.Module):
         if not hasattr(kind, "encode_positions") or options["model"] == "DARec":
             why = "gives no user vector for each item of a history; name for example SASRec, or the checkpoint of one."
             raise ConfigError([f"collaborative: {options['model']} {why}"])
+        if options["item_vectors"] not in (None, "id"):
+            why = f"of {options['model']} has item_vectors: {options['item_vectors']}; DARec takes those of ids alone."
+            raise ConfigError([f"collaborative: the checkpoint {why}"])
         self.model = kind(options, dataset).requires_grad_(False).eval()
         self.longest = int(options["MAX_ITEM_LIST_LENGTH"])
         self.hidden_size = int(self.model.item_vectors().shape[1])
