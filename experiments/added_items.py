@@ -2,11 +2,11 @@
 
     python experiments/added_items.py --data_path=DIR [--dataset=amazon-toys-games] [--seeds 2020]
 
-A copy of the data set is made, in ``data`` below --checkpoint_dir, without all interactions of 500 items that are drawn
-at random among the test targets' items. A model with text learns from what is left, and `Recommender.add_items` gives it
-the 500 back. Then it ranks all items for every test target of the whole data set, from the user's whole history, in which
-added items may stand. Beside it: the same model trained on all of the data. Writes results/added_items_<dataset>.json and
-the page (.md) beside it; a run that is there is not done again.
+A copy of the data set is made, in ``data`` below --checkpoint_dir, without all interactions of 500 items that are
+drawn at random among the test targets' items. A model with text learns from what is left, and
+`Recommender.add_items` gives it the 500 back. Then it ranks all items for every test target of the whole data set,
+from the user's whole history, in which added items may stand. Beside it: the same model trained on all of the data.
+Writes results/added_items_<dataset>.json and the page (.md) beside it; a run that is there is not done again.
 """
 
 from __future__ import annotations

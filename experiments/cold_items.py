@@ -5,9 +5,9 @@
 In ml-100k next to no test target has fewer than five training interactions. So a copy of the data set is made, in
 ``data`` below --checkpoint_dir, in which a fifth of the items, drawn at random, keep no more than four of their
 training interactions each, from none to four with equal chance; all others stay, those of validation and test too.
-SASRec, with texts (docs/item_text.md) or without, and DARec, with a trained vector for each item or with a map of the
-items' texts as its head, learn from what is left. Writes results/cold_items_<dataset>.json and the page (.md) beside it;
-a run that is there is not done again.
+SASRec, with texts (docs/item_text.md) or without, and DARec, with a trained vector for each item or with a map of
+the items' texts as its head, learn from what is left. Writes results/cold_items_<dataset>.json and the page (.md)
+beside it; a run that is there is not done again.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import time
 import distributed_helpers
 import pytest
 from conftest import random_log, write_log
+from item_text_helpers import ATTRIBUTES, TEXT, write_items
 
 from recbole_raserec.distributed import current
 from recbole_raserec.distributed.launch import Layout, start, work
@@ -47,6 +48,7 @@ RETRIEVAL = {
 JOBS = {
     "prefix": ("SASRec", STILL),
     "packed": ("SASRec", {**STILL, "training": "packed", "packed_copies": 2, "weight_averaging": 0.9}),
+    "text": ("SASRec", {**STILL, "training": "packed", **TEXT, **ATTRIBUTES}),
     "clipped": (
         "SASRec",
         {**STILL, "loss_type": "BPR", "train_neg_sample_args": {}, "clip_grad_norm": {"max_norm": 0.1}},
@@ -67,6 +69,7 @@ def logs(tmp_path_factory):
     """A directory with the log."""
     directory = tmp_path_factory.mktemp("distributed")
     write_log(directory, "tiny", random_log(3, users=70, items=40))
+    write_items(directory, items=40)
     return directory
 
 

@@ -222,7 +222,7 @@ def test_a_model_without_texts_takes_no_items(directory):
 
 def test_darec_takes_no_collaborator_with_texts():
     options = defaultdict(lambda: None, {"model": "SASRec", "item_vectors": "both"})
-    with pytest.raises(ConfigError, match="collaborative: .* item_vectors: both"):
+    with pytest.raises(ConfigError, match=r"collaborative: .* item_vectors: both"):
         CollaborativeModel(options, None)
 
 
