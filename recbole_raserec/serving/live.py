@@ -261,10 +261,12 @@ class Journal:
 
     def clear(self) -> None:
         """Drop all records: what they changed is stored elsewhere."""
-        with replacing(self.path) as part:
-            part.write_bytes(b"")
-        self._file.close()
-        self._open()
+        self._file.close()  # Windows replaces no open file
+        try:
+            with replacing(self.path) as part:
+                part.write_bytes(b"")
+        finally:
+            self._open()
 
     def close(self) -> None:
         """Close the file."""
