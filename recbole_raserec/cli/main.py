@@ -340,9 +340,10 @@ examples:
 @_option("--token_file", "FILE", "that holds the token of changing calls", type=click.Path(path_type=Path))
 @_option("--token", "TEXT", "the token itself; see above")
 @_option("--device", "NAME", "cpu, cuda, ... (default: a GPU if there is one)")
+@click.option("--read_only", is_flag=True, help="write nothing into DIR, and refuse all changes")
 def serve(
     checkpoint: Path, host: str, port: int, token_file: Path | None, token: str | None, device: str | None,
-    **limits: Any,
+    read_only: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a checkpoint over HTTP. DIR is a finished run; its last line names it.
 
@@ -353,7 +354,7 @@ def serve(
     from recbole_raserec.serving import http
 
     settings = http.Settings(token=http.find_token(token, token_file), **limits)
-    http.serve(checkpoint, settings, host, port, device)
+    http.serve(checkpoint, settings, host, port, device, read_only)
 
 
 @app.command(

@@ -322,16 +322,26 @@ class LiveMemory:
 
     def keep_journal(self, lock: BaseFileLock) -> None:
         """Take up what the journal holds beyond the saved state; journal changes from now on. `close` frees `lock`."""
-        journal = Journal(self.directory / JOURNAL)
-        for record in journal.records(self.applied):
+        self._journal = Journal(self.directory / JOURNAL)
+        self._take_up(self._journal.records(self.applied))
+        for close in (lock.release, self._journal.close):
+            self._closing.callback(close)
+
+    def read_journal(self) -> None:
+        """Take up what the journal holds beyond the saved state, and write nothing."""
+        path = self.directory / JOURNAL
+        text = path.read_bytes() if path.is_file() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        self._take_up(record for record in _records(whole, path) if record["n"] > self.applied)
+        self._saved = self.applied
+
+    def _take_up(self, records: Iterable[dict[str, Any]]) -> None:
+        for record in records:
             if "forget" in record:
                 self._forget(record["forget"])
             else:
                 self._apply(record["events"])
             self.applied = record["n"]
-        self._journal = journal
-        for close in (lock.release, journal.close):
-            self._closing.callback(close)
 
     def update(self, events: Sequence[Event]) -> Update:
         """Take up new interactions of known items, see `Recommender.update`."""
