@@ -107,7 +107,7 @@ setup(
     long_description=description(),
     long_description_content_type="text/markdown",
     author="recbole-raserec contributors",
-    license="MIT",
+    license_expression="MIT",
     project_urls={
         "RecBole": "https://recbole.io",
         "RaSeRec": "https://arxiv.org/abs/2412.18378",
