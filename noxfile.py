@@ -1,7 +1,7 @@
 """The tests on every Python found: `nox`; on one: `nox -s tests-3.13`; with other versions: `nox -- numpy==2.2.6`.
 
-What follows `--` and holds `==` is installed at that version, and the rest goes to pytest. `nox -s wheels` builds what is
-released.
+What follows `--` and holds `==` is installed at that version, and the rest goes to pytest. `nox -s wheels` builds what
+is released.
 """
 
 from __future__ import annotations

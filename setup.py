@@ -66,7 +66,7 @@ EXTRAS_REQUIRE = {
 }
 
 SOURCES = Path("recbole_raserec/kernels/src")
-#: The kernels are C for GCC or Clang with OpenMP and AVX2. Elsewhere, and where the variable asks for it, the wheel is one
+#: The kernels are C for GCC or Clang with OpenMP and AVX2. Elsewhere, and where the variable asks for it, the wheel is
 #: of Python alone, for every system.
 WITH_KERNELS = sysconfig.get_platform() == "linux-x86_64" and not os.environ.get("RASEREC_NO_KERNELS")
 #: They use nothing of Python's, so one wheel serves all versions; setuptools builds no such wheel without the GIL.

@@ -41,12 +41,12 @@ if TYPE_CHECKING:  # the same for type checkers
     from recbole_raserec.comparison import compare as compare
     from recbole_raserec.config import Config as Config
     from recbole_raserec.quick_start import run_recbole_raserec as run_recbole_raserec
+    from recbole_raserec.recommendation import NARM as NARM
     from recbole_raserec.recommendation import BERT4Rec as BERT4Rec
     from recbole_raserec.recommendation import BSARec as BSARec
     from recbole_raserec.recommendation import DuoRec as DuoRec
     from recbole_raserec.recommendation import FEARec as FEARec
     from recbole_raserec.recommendation import GRU4Rec as GRU4Rec
-    from recbole_raserec.recommendation import NARM as NARM
     from recbole_raserec.recommendation import SASRec as SASRec
     from recbole_raserec.retrieval import MemoryBank as MemoryBank
     from recbole_raserec.retrieval import RaSeRec as RaSeRec

@@ -30,7 +30,9 @@ def tree() -> list[str]:
     found = []
     for folder, folders, files in os.walk(ROOT):
         folders[:] = [
-            name for name in folders if name == ".ci" or not (name.startswith(".") or name in LEFT or "egg-info" in name)
+            name
+            for name in folders
+            if name == ".ci" or not (name.startswith(".") or name in LEFT or "egg-info" in name)
         ]
         found += [os.path.relpath(os.path.join(folder, name), ROOT) for name in files if not name.endswith(".so")]
     return sorted(found)
