@@ -212,6 +212,9 @@ def lock_directory(directory: Path) -> BaseFileLock:
         lock = try_lock(directory / LOCK)
     except FileNotFoundError:
         raise CheckpointError(f"{directory.absolute()} is no directory.") from None
+    except OSError as error:  # a read-only file system, or another user's directory
+        why = f"{directory} takes no journal of changes ({error.strerror})"
+        raise CheckpointError(f"{why}; serve it with --read_only, or a copy of it.") from None
     if lock is None:
         holder = directory / HOLDER
         process = holder.read_bytes()[:20].decode("ascii", "replace").strip() if holder.is_file() else ""
