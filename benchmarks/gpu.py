@@ -58,6 +58,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "BSARec": {"training": "packed"},
     "GRU4Rec": {"training": "packed"},
 }
+PRECISIONS = ("float32", "bfloat16")
+#: Entries of a memory, and numbers of queries at a time.
+SEARCHES = ((131_413, (1, 32, 1024, 20_000)), (1_000_000, (1, 32, 1024)))
 #: Largest relative difference of the figures of one seed from the mean of the CPU's three.
 QUALITY = 0.04
 
@@ -129,15 +132,10 @@ def ours(args: argparse.Namespace) -> Iterator[Row]:
     forms += [(model, options, "float32", False) for model, options in MODELS.items() if cuda]
     forms += [("SASRec", {"training": "prefix"}, precision, cuda) for precision in PRECISIONS]
     for model, options, precision, graphs in forms:
-        yield from tried(
-            lambda: our_epoch(args, model, options, precision, graphs), model=model, side="ours", precision=precision,
-            form=options["training"], graphs=graphs,
-        )  # fmt: skip
+        about = {"model": model, "side": "ours", "precision": precision, "form": options["training"], "graphs": graphs}
+        yield from tried(about, our_epoch, args, model, options, precision, graphs)
         if cuda:
             torch.cuda.empty_cache()
-
-
-PRECISIONS = ("float32", "bfloat16")
 
 
 def our_epoch(
@@ -182,11 +180,9 @@ def recbole(args: argparse.Namespace) -> Iterator[Row]:
             net = get_model(model)(config, train._dataset)
         net.to(args.device).train()
         for precision in PRECISIONS:
+            about = {"model": model, "side": "RecBole", "precision": precision, "form": "prefix, padded"}
             low = precision == "bfloat16"
-            yield from tried(
-                lambda: timed(net, net.calculate_loss, train, args, low, 0.1, fused=False), model=model,
-                side="RecBole", precision=precision, form="prefix, padded",
-            )  # fmt: skip
+            yield from tried(about, timed, net, net.calculate_loss, train, args, low, 0.1, False)
         if args.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -225,8 +221,10 @@ def rectools(args: argparse.Namespace) -> Iterator[Row]:
                 torch.cuda.synchronize()
             self.seconds.append(time.perf_counter() - self.started)
 
-    for precision in PRECISIONS:
+    def run(precision: str) -> Row:
         clock = Clock()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
 
         def trainer() -> Any:
             return Trainer(
@@ -235,69 +233,56 @@ def rectools(args: argparse.Namespace) -> Iterator[Row]:
                 enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
 
-        def run() -> Row:
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            model = SASRecModel(
-                n_blocks=2, n_heads=2, n_factors=64, session_max_len=50, dropout_rate=0.5, loss="softmax", lr=1e-3,
-                batch_size=rows, dataloader_num_workers=0, get_trainer_func=trainer,
-            )  # fmt: skip
-            model.fit(dataset)
-            peak = {"peak_mb": torch.cuda.max_memory_allocated() / 2**20} if cuda else {}
-            return {"seconds": min(clock.seconds[1:]), "first": clock.seconds[0], "batches": -(-users // rows), **peak}
+        model = SASRecModel(
+            n_blocks=2, n_heads=2, n_factors=64, session_max_len=50, dropout_rate=0.5, loss="softmax", lr=1e-3,
+            batch_size=rows, dataloader_num_workers=0, get_trainer_func=trainer,
+        )  # fmt: skip
+        model.fit(dataset)
+        peak = {"peak_mb": torch.cuda.max_memory_allocated() / 2**20} if cuda else {}
+        return {"seconds": min(clock.seconds[1:]), "first": clock.seconds[0], "batches": -(-users // rows), **peak}
 
-        yield from tried(run, model="SASRec", side="RecTools", precision=precision, form=f"{rows} histories a step")
+    for precision in PRECISIONS:
+        about = {"model": "SASRec", "side": "RecTools", "precision": precision, "form": f"{rows} histories a step"}
+        yield from tried(about, run, precision)
 
 
 def compiled(args: argparse.Namespace) -> Iterator[Row]:
     """Epochs with the layers through torch.compile, which takes its time before."""
-    for model, precision in (("SASRec", "float32"), ("SASRec", "bfloat16")):
-        yield from tried(
-            lambda: our_epoch(args, model, MODELS[model], precision, False, True), model=model, side="ours",
-            precision=precision, form="packed, torch.compile",
-        )  # fmt: skip
+    for precision in PRECISIONS:
+        about = {"model": "SASRec", "side": "ours", "precision": precision, "form": "packed, torch.compile"}
+        yield from tried(about, our_epoch, args, "SASRec", MODELS["SASRec"], precision, False, True)
 
 
 def search(args: argparse.Namespace) -> Iterator[Row]:
     """The guarded exact search of queries on the CPU (faiss) and on the device (torch)."""
-    import numpy as np
     import torch
 
     from benchmarks.gpu_checks import bank_of
     from recbole_raserec.retrieval.index import FlatIndex
 
     small = args.device != "cuda"
-    for entries in (131_413, 1_000_000) if not small else (20_000,):
-        bank, queries, users, positions = bank_of(entries, 20_000 if not small else 2_000)
+    for entries, sizes in ((20_000, (1, 100)),) if small else SEARCHES:
+        bank, queries, users, positions = bank_of(entries, max(sizes))
         here = bank._prepare()._vectors
         there = torch.tensor(here, device=args.device)
-        for asked in (1, 32, 1024, len(queries)):
-            if asked * entries > 25e9 or (entries > 200_000 and asked > 1024):
-                continue
+        for asked in sizes:
             part = slice(0, asked)
-
-            def by(vectors: Any) -> Any:
-                return bank.search(vectors, 20, users[part], positions[part])
-
-            on_device = torch.from_numpy(queries[part]).to(args.device)
             row: Row = {"entries": entries, "queries": asked}
             found = {}
-            for name, given in (("faiss", queries[part]), ("torch", on_device)):
-                row[f"{name}_s"], found[name] = best_of(lambda: by(given))
+            for name, given in (("faiss", queries[part]), ("torch", torch.from_numpy(queries[part]).to(args.device))):
+                row[f"{name}_s"], found[name] = best_of(bank.search, given, 20, users[part], positions[part])
             for name, index in (("faiss", FlatIndex(here)), ("torch", FlatIndex(here, there))):
-                row[f"{name}_index_s"], _ = best_of(lambda: index.search(queries[part], 32))
+                row[f"{name}_index_s"], _ = best_of(index.search, queries[part], 32)
             same = (found["faiss"].ids == found["torch"].ids).mean()
             yield {**row, "same": float(same), "ratio": row["faiss_s"] / row["torch_s"]}
-        del bank, here, there
-        np.random.seed(0)
 
 
-def best_of(do: Callable[[], Any], times: int = 3) -> tuple[float, Any]:
-    """The shortest time of some calls after a first one, and the last result."""
-    result, seconds = do(), []
-    for _ in range(times):
+def best_of(do: Callable[..., Any], *given: Any) -> tuple[float, Any]:
+    """The shortest time of three calls after a first one, and the last result."""
+    result, seconds = do(*given), []
+    for _ in range(3):
         started = time.perf_counter()
-        result = do()
+        result = do(*given)
         seconds.append(time.perf_counter() - started)
         if sum(seconds) > 6:
             break
@@ -330,10 +315,10 @@ def quality(args: argparse.Namespace) -> Iterator[Row]:
         yield row
 
 
-def tried(do: Callable[[], Row], **about: Any) -> Iterator[Row]:
+def tried(about: Row, do: Callable[..., Row], *given: Any) -> Iterator[Row]:
     """What `do` gives as a row, or its error."""
     try:
-        yield {**about, **do()}
+        yield {**about, **do(*given)}
     except Exception as error:
         trace = traceback.format_exc(limit=-4)
         yield {**about, "failed": f"{type(error).__name__}: {error}"[:600], "trace": trace[-1500:]}
@@ -402,8 +387,7 @@ def run_part(part: str, args: argparse.Namespace, limit: float, rows: list[Row])
     """Add the rows of a part, computed by a process of its own; returns why not all of them are there, or None."""
     command = [sys.executable, __file__, "--worker", part, "--device", args.device, "--data_path", args.data_path]
     command += ["--dataset", args.dataset, "--check", args.check]
-    errors = tempfile.TemporaryFile("w+")
-    with tempfile.TemporaryDirectory() as directory:  # RecBole writes logs where it runs
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as directory:  # RecBole logs there
         work = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=directory)
         stop = threading.Timer(limit, work.kill)
         stop.start()
@@ -415,12 +399,12 @@ def run_part(part: str, args: argparse.Namespace, limit: float, rows: list[Row])
         code = work.wait()
         timed_out = not stop.is_alive()
         stop.cancel()
-    if code == 0:
-        return None
-    if timed_out:
-        return f"ended after {limit:.0f} s"
-    errors.seek(0)
-    return f"failed: {errors.read()[-1500:]}"
+        if code == 0:
+            return None
+        if timed_out:
+            return f"ended after {limit:.0f} s"
+        errors.seek(0)
+        return f"failed: {errors.read()[-1500:]}"
 
 
 def shown(row: Row) -> str:

@@ -112,7 +112,7 @@ def test_recording_leaves_random_numbers_and_parameters_without_gradients_alone(
     batch = next(iter(FixedShapes(splits.train, config, net.max_seq_length)))
     recorded(batch)
     before = torch.get_rng_state()
-    recorded._seen = {key: 9 for key in recorded._seen}
+    recorded._seen = dict.fromkeys(recorded._seen, 9)
     state = {}
     recorded._record = lambda step: (step(), lambda: state.setdefault("rng", torch.get_rng_state()).sum() * 0.0)[1]
     recorded(batch).backward()
@@ -173,7 +173,7 @@ def test_search_on_a_device(monkeypatch):
 
 
 def test_search_keeps_float32():
-    bank, queries, users, positions = bank_of(500, 20, 16)
+    bank, queries, _, _ = bank_of(500, 20, 16)
     vectors = torch.tensor(bank._prepare()._vectors)
     before = torch.get_float32_matmul_precision()
     try:
@@ -260,7 +260,7 @@ def test_fused_attention_is_the_written_out_one(monkeypatch):
 
 
 def test_trainer_records_where_a_gpu_trains(monkeypatch, tmp_path):
-    """The trainer takes the recorded steps on a device that is no CPU; a run with them has the losses of one without."""
+    """A run whose steps are recorded has the losses of one whose steps are not."""
     from recbole_raserec.quick_start import run_recbole_raserec
 
     losses = []
