@@ -189,6 +189,7 @@ def recbole(args: argparse.Namespace) -> Iterator[Row]:
 
 def rectools(args: argparse.Namespace) -> Iterator[Row]:
     """Epochs of RecTools' SASRec: all positions of a history in one pass, softmax loss, as many targets a step."""
+    import numpy as np
     import pandas as pd
     import torch
     from pytorch_lightning import Callback, Trainer
@@ -196,39 +197,41 @@ def rectools(args: argparse.Namespace) -> Iterator[Row]:
     from rectools.dataset import Dataset
     from rectools.models import SASRecModel
 
+    unique = pd.unique  # pandas 3 takes no tuples, of which RecTools 0.19 makes use
+    pd.unique = lambda values: unique(np.asarray(values, dtype=object) if isinstance(values, tuple) else values)
     path = Path(args.data_path) / args.dataset / f"{args.dataset}.inter"
     log = pd.read_csv(path, sep="\t")
     log.columns = [name.split(":")[0] for name in log.columns]
     log = log.sort_values(["user_id", "timestamp"], kind="stable")
     log = log[log.groupby("user_id").cumcount(ascending=False) >= 2]  # the last two are validation and test
-    columns = {Columns.User: log["user_id"], Columns.Item: log["item_id"], Columns.Weight: 1.0}
+    ids = {name: pd.factorize(log[f"{name}_id"])[0] + 1 for name in ("user", "item")}
+    columns = {Columns.User: ids["user"], Columns.Item: ids["item"], Columns.Weight: 1.0}
     dataset = Dataset.construct(
-        pd.DataFrame({**columns, Columns.Datetime: pd.to_datetime(log["timestamp"].astype("int64"), unit="s")})
+        pd.DataFrame({**columns, Columns.Datetime: pd.to_datetime(log["timestamp"].to_numpy("int64"), unit="s")})
     )
     users = log["user_id"].nunique()
     rows = round(BATCH * users / (len(log) - users))
     cuda = args.device == "cuda"
 
-    class Clock(Callback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
+    seconds: list[float] = []  # of each epoch; outside of the callback, which RecTools copies
 
+    class Clock(Callback):
         def on_train_epoch_start(self, *_: Any) -> None:
             self.started = time.perf_counter()
 
         def on_train_epoch_end(self, *_: Any) -> None:
             if cuda:
                 torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - self.started)
+            seconds.append(time.perf_counter() - self.started)
 
     def run(precision: str) -> Row:
-        clock = Clock()
+        seconds.clear()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
 
         def trainer() -> Any:
             return Trainer(
-                max_epochs=3, accelerator="gpu" if cuda else "cpu", devices=1, logger=False, callbacks=[clock],
+                max_epochs=3, accelerator="gpu" if cuda else "cpu", devices=1, logger=False, callbacks=[Clock()],
                 precision="32-true" if precision == "float32" else "bf16-mixed", enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
@@ -239,7 +242,7 @@ def rectools(args: argparse.Namespace) -> Iterator[Row]:
         )  # fmt: skip
         model.fit(dataset)
         peak = {"peak_mb": torch.cuda.max_memory_allocated() / 2**20} if cuda else {}
-        return {"seconds": min(clock.seconds[1:]), "first": clock.seconds[0], "batches": -(-users // rows), **peak}
+        return {"seconds": min(seconds[1:]), "first": seconds[0], "batches": -(-users // rows), **peak}
 
     for precision in PRECISIONS:
         about = {"model": "SASRec", "side": "RecTools", "precision": precision, "form": f"{rows} histories a step"}

@@ -167,11 +167,7 @@ def linear_cross_entropy(
         if h.dtype == torch.float32 and precision != "float32":
             if h.device.type == "cpu" and native.has_cross_entropy():
                 return _CompiledCrossEntropy.apply(h, items, targets, normalised, torch.is_grad_enabled())
-            low = (
-                torch.bfloat16
-                if precision == "bfloat16" or _SUMS_IN_FLOAT32 and multiplies_in_bfloat16(h.device)
-                else None
-            )
+            low = torch.bfloat16 if precision == "bfloat16" or _by_default(h.device) else None
         kind = _LinearCrossEntropy if h.device.type == "cpu" else _DeviceCrossEntropy
         return kind.apply(h.contiguous(), items, targets, normalised, low)
 
