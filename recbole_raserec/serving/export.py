@@ -1,9 +1,9 @@
 """A finished run for other programs: its vectors as tables, its networks as ONNX or `torch.export` programs.
 
-A network is written as two programs. `backbone` is `(item_seq [B, L], item_seq_len [B] (, user [B])) -> (vectors [B, H],
-scores [B, V])`. Of RaSeRec there is `module` too, what is made of given neighbours: `(vectors [B, H], keys [B, K, H],
-targets [B, K], mask [B, K] (, bias [B, K])) -> (vectors [B, H], scores [B, V])`. B is free, L is MAX_ITEM_LIST_LENGTH.
-The programs are run on stored histories, and compared with the scores of this package.
+A network is written as the program `backbone`, `(item_seq [B, L], item_seq_len [B] (, user [B])) -> (vectors [B, H],
+scores [B, V])`. Of RaSeRec there is `module`, too, what is made of given neighbours: `(vectors [B, H], keys [B, K, H],
+targets [B, K], mask [B, K] (, bias [B, K])) -> (augmented [B, H], scores [B, V])`. B is free, L is
+MAX_ITEM_LIST_LENGTH. The programs are run on stored histories, and compared with the scores of this package.
 """
 
 from __future__ import annotations
@@ -118,6 +118,8 @@ def _write_npy(path: Path, columns: dict[str, Any], vectors: np.ndarray) -> Path
 class BackboneProgram(nn.Module):
     """Histories into user vectors [B, H] and scores of all items [B, V]."""
 
+    vectors = "vectors"  # the name of that output
+
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
@@ -133,6 +135,8 @@ class ModuleProgram(nn.Module):
 
     Without neighbours (`mask` False in a row) these are the backbone's.
     """
+
+    vectors = "augmented"
 
     def __init__(self, model: RaSeRec):
         super().__init__()
@@ -178,20 +182,17 @@ def write_programs(
         for kind in kinds:
             path = directory / f"{name}{PROGRAMS[kind]}"
             run = {"onnx": _onnx, "torch_export": _torch_export}[kind](program, given, path)
-            gap = scale = 0.0
-            for size in BATCHES:
-                values, *wanted = inputs(size)
-                for found, right in zip(run(values), wanted):
-                    gap = max(gap, float((found.detach() - right).abs().max()))
-                    scale = max(scale, float(right.abs().max()))
-            done.add(path, "vectors and scores", gap, scale, tolerance)
-    model = recommender.model
+            made = [(run(values), wanted) for values, *wanted in map(inputs, BATCHES)]
+            pairs = [pair for found, wanted in made for pair in zip(found, wanted)]
+            gap = torch.stack([(found.detach() - right).abs().max() for found, right in pairs]).max()  # keeps a NaN
+            scale = max(float(right.abs().max()) for _, right in pairs)
+            done.add(path, "vectors and scores", float(gap), scale, tolerance)
     write_json(
         directory / "programs.json",
         {
             "model": recommender.name, "dataset": recommender.dataset, "fingerprint": recommender.fingerprint,
-            "inputs": about, "outputs": ["vectors", "scores"], "L": recommender.longest,
-            "K": getattr(model, "top_k", None), "items": recommender.items,
+            "inputs": about, "L": recommender.longest, "K": getattr(recommender.model, "top_k", None),
+            "items": recommender.items,
         },
     )  # fmt: skip
     return done
@@ -258,7 +259,8 @@ def _refusing(kind: str, program: nn.Module) -> Iterator[None]:
             yield
     except Exception as error:
         inner = getattr(program, "backbone", program)
-        name, why = type(getattr(inner, "model", inner)).__name__, str(error).strip().partition("\n")[0]
+        name = "the module" if inner is program else type(inner.model).__name__
+        why = str(error).strip().partition("\n")[0]
         raise InputError(f"{kind}: {name} cannot be written in this form ({type(error).__name__}: {why}).") from error
     finally:
         logging.disable(level)
@@ -272,7 +274,7 @@ def _torch_export(program: nn.Module, given: dict[str, Tensor], path: Path) -> C
     return lambda values: loaded(**values)
 
 
-def _onnx(program: nn.Module, given: dict[str, Tensor], path: Path) -> Callable[[dict[str, Tensor]], Any]:
+def _onnx(program: Any, given: dict[str, Tensor], path: Path) -> Callable[[dict[str, Tensor]], Any]:
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -282,7 +284,7 @@ def _onnx(program: nn.Module, given: dict[str, Tensor], path: Path) -> Callable[
     with _refusing("onnx", program):
         made = torch.onnx.export(
             _exported(program, given), (), kwargs=given, dynamo=True, input_names=list(given),
-            output_names=["vectors", "scores"], verbose=False, optimize=True,
+            output_names=[program.vectors, "scores"], verbose=False, optimize=True,
         )  # fmt: skip
         with replacing(path) as part:
             made.save(str(part), external_data=False)  # type: ignore[union-attr]
