@@ -5,8 +5,8 @@
 
 makes a CSV of the MovieLens-100k that comes with RecBole (`userId,movieId,rating,timestamp`), unless one is given, and
 types what a new user would: pip install, run, recommend, explain, serve, the last three as the command before printed
-them. No file is edited. What each command took, and what it printed last, goes to `--output`; the exit code is 1 if
-one failed, or if all of them took more than `--limit` seconds.
+them. No file is edited. What each command took, seconds and seconds of processors, and what it printed, goes to
+`--output`; the exit code is 1 if one failed, or if all of them took more than `--limit` seconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -53,18 +54,18 @@ class Journey:
 
     def type(self, command: str, cwd: Path | None = None) -> str:
         """Run a command to its end: what it printed."""
-        began = time.perf_counter()
+        began = clocks()
         words = [str(word) for word in shlex.split(command)]
         done = subprocess.run(words, cwd=cwd or self.folder, env=self.environment, capture_output=True, text=True)
         printed = done.stdout + done.stderr
-        self.note(command, time.perf_counter() - began, printed)
+        self.note(command, began, printed)
         if done.returncode:
             raise SystemExit(f"{command} failed with exit code {done.returncode}:\n{printed[-3000:]}")
         return printed
 
     def serve(self, command: str) -> None:
         """Start a service, ask it once, and end it; counted is the time until the answer."""
-        began = time.perf_counter()
+        began = clocks()
         words = shlex.split(f"{command} --port=0")
         process = subprocess.Popen(words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True)
         try:
@@ -81,12 +82,20 @@ class Journey:
             process.terminate()
             process.wait(60)
         assert len(found["results"][0]["items"]) == 3, found
-        self.note(command, time.perf_counter() - began, f"{line}POST /recommend: {json.dumps(found['results'][0])}")
+        self.note(command, began, f"{line}POST /recommend: {json.dumps(found['results'][0])}")
 
-    def note(self, command: str, seconds: float, printed: str) -> None:
+    def note(self, command: str, began: tuple[float, float], printed: str) -> None:
+        """Keep what a command took and printed."""
+        seconds, cpu = (now - before for now, before in zip(clocks(), began))
         lines = [line.replace(str(self.folder), "~") for line in printed.splitlines() if line.strip()]
-        self.steps.append({"command": command, "seconds": seconds, "lines": lines})
+        self.steps.append({"command": command, "seconds": seconds, "cpu": cpu, "lines": lines})
         print(f"{seconds:7.1f} s  {command}", flush=True)
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds by the clock, and those of processors that ended processes took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), used.ru_utime + used.ru_stime
 
 
 def following(printed: str) -> str:
@@ -105,11 +114,10 @@ def travel(folder: Path, python: str, csv: Path | None) -> Journey:
         write_csv(folder / "ratings.csv")
     else:
         (folder / "ratings.csv").write_bytes(csv.read_bytes())
-    began = time.perf_counter()
     for command in INSTALL:
         journey.type(command, ROOT)
     installed, first = journey.steps.pop(), journey.steps[0]
-    first.update(seconds=time.perf_counter() - began, lines=first["lines"] + installed["lines"])
+    first.update({name: first[name] + installed[name] for name in ("seconds", "cpu", "lines")})
     printed = journey.type(RUN)
     assert "user = userId, item = movieId" in printed
     assert "RaSeRec" in printed
@@ -122,16 +130,19 @@ def travel(folder: Path, python: str, csv: Path | None) -> Journey:
 
 def report(journey: Journey, version: str, command: str) -> str:
     """The journey as Markdown."""
-    total = sum(step["seconds"] for step in journey.steps)
+    total, cpu = (sum(step[name] for step in journey.steps) for name in ("seconds", "cpu"))
     lines = ["# A new user with a CSV: five commands", "", f"`{command}`", ""]
     lines += [
-        f"Python {version}, {os.cpu_count()} cores, ml-100k as `ratings.csv`, a fresh virtual environment, no file"
+        f"Python {version}, {os.cpu_count()} cores, ml-100k as `ratings.csv`, a fresh environment, no file edited."
     ]
-    lines += ["edited. The last three commands are those that the command before printed.", ""]
-    lines += ["| | command | seconds |", "|---|---|---|"]
+    lines += [
+        "The last three commands are those that the command before printed. Other work on the machine: on average"
+    ]
+    lines += [f"{os.getloadavg()[2]:.1f} processes were running or waiting for a core.", ""]
+    lines += ["| | command | seconds | seconds of processors |", "|---|---|---|---|"]
     for number, step in enumerate(journey.steps, start=1):
-        lines.append(f"| {number} | `{step['command']}` | {step['seconds']:.1f} |")
-    lines += [f"| | all | {total:.1f} |", ""]
+        lines.append(f"| {number} | `{step['command']}` | {step['seconds']:.1f} | {step['cpu']:.1f} |")
+    lines += [f"| | all | {total:.1f} | {cpu:.1f} |", ""]
     for step in journey.steps[1:]:
         kept = step["lines"] if len(step["lines"]) <= 16 else [*step["lines"][:1], "...", *step["lines"][-15:]]
         lines += ["```", f"$ {step['command']}", *(line[:160].rstrip() for line in kept), "```", ""]
