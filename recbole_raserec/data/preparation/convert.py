@@ -177,7 +177,10 @@ def _checked_target(options: Options) -> Path:
             name and not own_name,
             f"--name={name}: use letters, digits, '_', '-', '.', '+'; it names a directory and a file.",
         ),
-        (name == "ml-100k", "--name=ml-100k: RecBole always reads its own copy under that name; choose another."),
+        (
+            name == "ml-100k",
+            "--name=ml-100k: RecBole always reads its own copy under that name; choose another (of a file: rename it).",
+        ),
         (options.k_core < 0, f"--k_core={options.k_core}: give 0 (no filter) or a positive number."),
         (not 0 <= options.max_bad <= 1, f"--max_bad={options.max_bad}: give a share between 0 and 1."),
         (options.sep == "", "--sep= is empty: give a separator, or leave the option out to have it found."),
