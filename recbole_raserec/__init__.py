@@ -31,6 +31,7 @@ _PUBLIC = {
     "SASRec": "recbole_raserec.recommendation",
     "compare": "recbole_raserec.comparison",
     "load_checkpoint": "recbole_raserec.serving",
+    "prepare": "recbole_raserec.data.preparation",
     "run_recbole_raserec": "recbole_raserec.quick_start",
     "tune_hyper_parameters": "recbole_raserec.tuning",
 }

@@ -240,6 +240,8 @@ Dropouts = Annotated[Any, Accepts(
 Sizes = Annotated[Any, Accepts(
     "a size >= 0, or a list with a size or a pair of sizes for each layer", _sizes, "int or list")]
 Devices = Annotated[Any, Accepts("a GPU number, several joined by commas, or empty for the CPU", _devices)]
+Column = Annotated[Any, Accepts(
+    "a name, or a position from 1", lambda value: bool(value) and type(value) in (str, int), "str", str)]
 Interval = Annotated[Any, Accepts('an interval such as "[5,inf)" (in quotes)', _is_interval, "str", _interval)]
 Level = Annotated[Any, Accepts(
     f"one of {', '.join(_LEVELS)}", lambda value: isinstance(value, str) and value.lower() in _LEVELS)]
@@ -316,6 +318,19 @@ class DataOptions(Options):
     transform: Optional[
         Literal["mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined"]
     ] = option()
+
+
+class FileOptions(Options):
+    """A file as the data set (--dataset=ratings.csv): how it is prepared; as of `recbole-raserec prepare`"""
+
+    dataset_file: Optional[Text] = option(None, "set by dataset=FILE: the file", training=False)
+    user_col: Optional[Column] = option(None, "the user's column; null: found by its name", training=False)
+    item_col: Optional[Column] = option(None, "the item's", training=False)
+    rating_col: Optional[Column] = option(None, "the rating's; none: there is none", training=False)
+    time_col: Optional[Column] = option(None, "the time's; none: the lines are in order", training=False)
+    sep: Optional[Text] = option(None, "between the columns: a sign, or tab; null: found", training=False)
+    k_core: Natural = option(0, "keep users and items with that many interactions, repeatedly", training=False)
+    drop_duplicates: bool = option(False, "keep only a user's first interaction with an item", training=False)
 
 
 class TrainingOptions(Options):
@@ -456,7 +471,7 @@ class EncoderOptions(LearningOptions):
 
 
 #: The sections of `properties/overall.yaml`.
-OVERALL = (RunOptions, DataOptions, TrainingOptions, RegenerationOptions, EvaluationOptions)
+OVERALL = (RunOptions, DataOptions, FileOptions, TrainingOptions, RegenerationOptions, EvaluationOptions)
 
 
 def overall_defaults() -> dict[str, Any]:
@@ -472,7 +487,7 @@ def options_for(own: Iterable[type[Options]], sequential: bool) -> type[Options]
         sequential: whether the model reads sequences.
     """
     shared = (SequentialOptions, RegenerationOptions) if sequential else ()
-    common = (RunOptions, ProcessOptions, DataOptions, TrainingOptions, LearningOptions, EvaluationOptions)
+    common = (RunOptions, ProcessOptions, DataOptions, FileOptions, TrainingOptions, LearningOptions, EvaluationOptions)
     return combined((*own, *shared, *common))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import platform
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -92,6 +93,10 @@ def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, 
         write_json(config["result_file"], record)
         getLogger().info(f"Figures written to {config['result_file']}")
     getLogger().info(f"Checkpoint: {[*ends.values()][-1].directory}")
+    if sequential:
+        words = ["recbole-raserec", "recommend", str([*ends.values()][-1].directory)]
+        words.append(f"--user={base.splits.vocabulary()['users'][1]}")
+        getLogger().info(f"Next: {shlex.join(words)}")
     return record
 
 

@@ -53,6 +53,27 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+#: Format of raw data by the end of a file's name, before .gz.
+RAW_FORMATS = {
+    **dict.fromkeys((".csv", ".tsv", ".dat", ".txt"), "ratings"),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+}
+
+
+def raw_format(path: str | os.PathLike) -> str:
+    """The format of raw data that the end of a file's name stands for; empty for another end."""
+    return RAW_FORMATS.get(Path(os.fspath(path).lower().removesuffix(".gz")).suffix, "")
+
+
+def raw_stem(path: str | os.PathLike) -> str:
+    """The name of a data set that is made of a file: of `data/my ratings.csv.gz` `my_ratings`."""
+    name = Path(path).name
+    for suffix in (".gz", *RAW_FORMATS):
+        name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
+    return re.sub(r"[^\w.+-]", "_", name)
+
+
 def sync_directory(path: str | os.PathLike) -> None:
     """Make the names in a directory durable: a synced file can still lose its name when the power fails."""
     if os.name == "nt":  # where a directory cannot be opened
