@@ -272,6 +272,8 @@ class Config(RecBoleConfig):
                 final[name] = {**copy.deepcopy(shipped[name]), **final[name]}
         if isinstance(final.get("gpu_id"), list):
             final["gpu_id"] = tuple(final["gpu_id"])
+        if final.get("show_progress") == "auto":
+            final["show_progress"] = bool(sys.stderr and sys.stderr.isatty())
         if isinstance(final.get("topk"), tuple):
             final["topk"] = list(final["topk"])
 
@@ -448,6 +450,11 @@ class Config(RecBoleConfig):
         protocol = dict(options["eval_args"])
         protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
         return {**options, "eval_args": protocol}
+
+    @property
+    def log_folder(self) -> Path:
+        """Where log files and boards of a run go."""
+        return Path(self.final_config_dict["log_dir"] or self.final_config_dict["checkpoint_dir"])
 
     @property
     def not_training(self) -> frozenset[str]:

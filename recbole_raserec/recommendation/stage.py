@@ -19,7 +19,7 @@ from recbole_raserec.training import DECIMALS, Outcome, Trial, evaluate_test, ru
 
 def train_model(
     config: Config, checkpoint: Optional[str] = None, regenerated: Any = None, trial: Optional[Trial] = None,
-    backbone: bool = False,
+    backbone: bool = False, stage: str = "recommendation",
 ) -> Outcome:  # fmt: skip
     """Stage ii: train the configured model, continue its training, or reuse what a run with the same fingerprint left.
 
@@ -29,6 +29,7 @@ def train_model(
         regenerated: of stage i (`RegeneratedData`); it joins the training split.
         trial: given where the run is one of a search.
         backbone: refuse a model that cannot be one before it is trained.
+        stage: first part of the names of its figures in trackers.
 
     Raises:
         ConfigError: it cannot be a backbone.
@@ -40,7 +41,9 @@ def train_model(
     if config["collaborative"] and checkpoint:  # the checkpoint holds its own
         config["collaborative_options"] = read_manifest(checkpoint)["options"].get("collaborative_options")
     elif config["collaborative"]:
-        collaborative = find_collaborative_model(config, lambda other: train_model(other).directory)
+        collaborative = find_collaborative_model(
+            config, lambda other: train_model(other, stage="collaborative").directory
+        )
     splits = prepare_data(config, None if regenerated is None else regenerated.data)
     if regenerated is not None and regenerated.data.training is not None:
         own = splits.train._dataset.original
@@ -66,7 +69,7 @@ def train_model(
         parts += [manifest["fingerprint"]]
     parts += model.fingerprint_parts() if hasattr(model, "fingerprint_parts") else []
     mark = fingerprint(options, splits.fingerprint, *parts)
-    return run_stage(config, splits, model, splits.train, mark, {"options": config.explain()}, trial=trial)
+    return run_stage(config, splits, model, splits.train, mark, {"options": config.explain()}, trial=trial, stage=stage)
 
 
 def _from_checkpoint(config: Config, splits: Splits, model: Any, directory: Path, trial: Optional[Trial]) -> Outcome:

@@ -165,4 +165,5 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
         "validation_in_memory": True,
     }
     init_seed(config["seed"], config["reproducibility"])
-    return run_stage(stage, splits, model, loader, mark, manifest, hooks, trial)
+    name = "retrieval_regenerated" if config["regeneration"] else "retrieval"
+    return run_stage(stage, splits, model, loader, mark, manifest, hooks, trial, name)
