@@ -13,11 +13,11 @@ from recbole_raserec.data.loaders import (
 from recbole_raserec.data.patterns import Patterns, mine_patterns
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined, training_hash
 from recbole_raserec.data.sequences import SequenceStore, pad_lists, pad_rows
-from recbole_raserec.data.splits import Splits, check_same_split, prepare_data
+from recbole_raserec.data.splits import Splits, check_same_options, check_same_split, prepare_data
 
 __all__ = [
     "ORIGINS", "PACKED_TARGETS", "POSITION", "SAME_TARGET", "SAME_TARGET_ROWS", "SEQUENCE", "WEIGHT", "BucketLoader",
     "Catalogue", "Histories", "PackedWindows", "Patterns", "Regenerated", "RowLoader", "SequenceDataset",
-    "SequenceStore", "Splits", "catalogue_of", "check_same_split", "joined", "mine_patterns", "pad_lists", "pad_rows",
-    "prepare_data", "training_hash",
+    "SequenceStore", "Splits", "catalogue_of", "check_same_options", "check_same_split", "joined", "mine_patterns",
+    "pad_lists", "pad_rows", "prepare_data", "training_hash",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from recbole.data.dataloader import TrainDataLoader
 from recbole.data.utils import create_samplers, get_dataloader
 from recbole.utils import ModelType
 
-from recbole_raserec.config import Config, get_model, trims
+from recbole_raserec.config import Config, get_model, model_keys, trims
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.data.loaders import BucketLoader, PackedLoader
 from recbole_raserec.data.regenerated import Regenerated, joined
@@ -162,6 +162,46 @@ def check_same_split(
         problem += "have learned what is tested here; train one on this split"
     if problem:
         raise CheckpointError(f"{option}: {directory} was trained on {problem}.")
+
+
+#: Options that decide which interactions are read, and how items are numbered.
+_LOG = (
+    "dataset", "user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter",
+    "benchmark_filename", "filter_inter_by_user_or_item", "MAX_ITEM_LIST_LENGTH",
+)  # fmt: skip
+#: Parts of the names of options that a trained model's scores do not depend on.
+_TRAINING = (
+    "dropout",
+    "loss",
+    "learn",
+    "train",
+    "init",
+    "reg",
+    "neg",
+    "epochs",
+    "stopping_step",
+    "precision",
+    "kernels",
+)
+
+
+def check_same_options(option: str, path: Path, theirs: Mapping[str, Any], config: Config) -> None:
+    """Refuse a checkpoint of RecBole, which names no users and items, unless its run read the same and scores alike.
+
+    Raises:
+        CheckpointError: naming all options that differ.
+    """
+    name = str(theirs.get("model")).rpartition(":")[2]
+    if name != config["model"]:
+        remedy = f"set --backbone={name} or name another file"
+        raise CheckpointError(f"{option}: {path} holds a {name}, but the backbone is {config['model']}; {remedy}.")
+    own = (key for key in model_keys().get(name, ()) if not any(part in key for part in _TRAINING))
+    names = [key for key in (*_LOG, *sorted(own)) if key in theirs]
+    pairs = {key: (plain(theirs[key]), plain(config[key])) for key in names}
+    pairs["eval_args"] = _split(theirs), _split(config)
+    wrong = [f"{key}: {shown(a)} (here {shown(b)})" for key, (a, b) in pairs.items() if a != b]
+    if wrong:
+        raise CheckpointError(f"{option}: {path} was trained with {', '.join(wrong)}; set the options to its values.")
 
 
 def _split(options: Any) -> dict[str, Any]:
