@@ -1,6 +1,6 @@
 """Interactions as sequences, their splits, and the batches of a training."""
 
-from recbole_raserec.data.catalogue import Catalogue, Histories, catalogue_of
+from recbole_raserec.data.catalogue import Catalogue, Features, Histories, catalogue_of
 from recbole_raserec.data.dataset import POSITION, SEQUENCE, WEIGHT, SequenceDataset
 from recbole_raserec.data.loaders import (
     PACKED_TARGETS,
@@ -17,7 +17,7 @@ from recbole_raserec.data.splits import Splits, check_same_options, check_same_s
 
 __all__ = [
     "ORIGINS", "PACKED_TARGETS", "POSITION", "SAME_TARGET", "SAME_TARGET_ROWS", "SEQUENCE", "WEIGHT", "BucketLoader",
-    "Catalogue", "Histories", "PackedWindows", "Patterns", "Regenerated", "RowLoader", "SequenceDataset",
+    "Catalogue", "Features", "Histories", "PackedWindows", "Patterns", "Regenerated", "RowLoader", "SequenceDataset",
     "SequenceStore", "Splits", "catalogue_of", "check_same_options", "check_same_split", "joined", "mine_patterns",
     "pad_lists", "pad_rows", "prepare_data", "training_hash",
 ]  # fmt: skip

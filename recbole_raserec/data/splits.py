@@ -197,9 +197,9 @@ def check_same_options(option: str, path: Path, theirs: Mapping[str, Any], confi
         raise CheckpointError(f"{option}: {path} holds a {name}, but the backbone is {config['model']}; {remedy}.")
     own = (key for key in model_keys().get(name, ()) if not any(part in key for part in _TRAINING))
     names = [key for key in (*_LOG, *sorted(own)) if key in theirs]
-    pairs = {key: (plain(theirs[key]), plain(config[key])) for key in names}
+    pairs = {key: (plain(theirs[key]), plain(config[key])) for key in names}  # RecBole's files write 'None' for None
     pairs["eval_args"] = _split(theirs), _split(config)
-    wrong = [f"{key}: {shown(a)} (here {shown(b)})" for key, (a, b) in pairs.items() if a != b]
+    wrong = [f"{key}: {shown(a)} (here {shown(b)})" for key, (a, b) in pairs.items() if a != b and str(a) != str(b)]
     if wrong:
         raise CheckpointError(f"{option}: {path} was trained with {', '.join(wrong)}; set the options to its values.")
 

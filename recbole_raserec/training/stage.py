@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from recbole_raserec.config import Config, get_trainer_class, selection_protocol, short_name
-from recbole_raserec.data import Splits, catalogue_of
+from recbole_raserec.data import Features, Splits, catalogue_of
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.evaluation import Ranks, collect_ranks, evaluate, metrics_by_protocol
@@ -178,5 +178,7 @@ def run_stage(
             full = {"model": name, "dataset": config["dataset"], "fingerprint": mark, "data": splits.fingerprint}
             full.update(manifest, metrics=metrics, seconds=trainer.seconds, curve=curve)
             known = catalogue_of(splits, config)
-            write_checkpoint(directory, full, splits.vocabulary(), getattr(model, "memory", None), known)
+            write_checkpoint(
+                directory, full, splits.vocabulary(), getattr(model, "memory", None), known, Features.of(splits.dataset)
+            )
     return outcome
