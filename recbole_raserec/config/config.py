@@ -263,8 +263,9 @@ class Config(RecBoleConfig):
     def _get_final_config_dict(self) -> dict[str, Any]:
         given, shipped = self.external_config_dict, self.internal_config_dict
         final = {**copy.deepcopy(shipped), **copy.deepcopy(given)}
-        if final.get("training") == "packed" and final.get("loss_type", "CE") != "CE" and "training" not in given:
-            final["training"] = "prefix"  # a data set's file asks for packed where the loss allows it
+        if final.get("training") == "auto" or "training" not in given:  # or a data set's file asks for packed
+            by_windows = final.get("loss_type", "CE") != "CE" or final.get("filter_scope") == "window"
+            final.update({"training": "prefix"} if by_windows and "training" in final else {})
         if "train_neg_sample_args" not in given and self._needs_no_negatives(final):
             final["train_neg_sample_args"] = None
         for name in NESTED:

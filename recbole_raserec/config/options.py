@@ -455,8 +455,10 @@ class LearningOptions(Options):
 class EncoderOptions(LearningOptions):
     """How SASRec, DuoRec, BSARec, GRU4Rec and NARM are trained."""
 
-    training: Literal["prefix", "packed"] = option(
-        "prefix", "prefix: one window per target; packed: all targets of a sequence in one pass"
+    training: Literal["auto", "prefix", "packed"] = option(
+        "auto",
+        "prefix: one window per target; packed: all targets of a sequence in one pass; auto: packed where it can be "
+        "(loss_type: CE, filter_scope: causal) and histories have 30 items or more on average, otherwise prefix",
     )
     packed_copies: Count = option(1, "rows among which `packed` distributes a sequence's targets in each epoch")
 

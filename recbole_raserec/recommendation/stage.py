@@ -55,6 +55,7 @@ def train_model(
                 "from: users or items without features are dropped from its log. "
                 "Set filter_inter_by_user_or_item: false, or complete the feature files."
             )
+    splits.settle(config)
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
     if backbone:

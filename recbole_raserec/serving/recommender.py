@@ -64,6 +64,9 @@ class Recommender:
         if not isinstance(model, SequentialRecommender):
             what = f"{directory} holds a {type(model).__name__}, which reads no histories"
             raise CheckpointError(f"{what}; recommendations for a history need a sequential model.")
+        if hasattr(model, "NEG_ITEM_SEQ"):
+            what = f"{directory} holds a {type(model).__name__}, which reads sampled negative items beside a history"
+            raise CheckpointError(f"{what}, also where it scores; it cannot recommend for a history alone.")
         self.model, self.options, self.catalogue = model, checkpoint.options, catalogue
         self.name, self.dataset, self.fingerprint = manifest["model"], manifest.get("dataset"), manifest["fingerprint"]
         self.live = LiveMemory(checkpoint, catalogue, Path(directory))
