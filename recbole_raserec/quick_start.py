@@ -6,7 +6,8 @@ import time
 from typing import Any, Optional
 
 import torch
-from recbole.utils import init_logger, init_seed
+from recbole.utils import init_seed
+from recbole.utils.logger import init_logger
 
 from recbole_raserec.config import RETRIEVAL_MODEL, Config, check_run, with_names
 from recbole_raserec.data.preparation import ensure_dataset

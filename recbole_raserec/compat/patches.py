@@ -163,6 +163,8 @@ def _log_folder(module: Any) -> None:
         for handler in [handler for handler in root.handlers if handler.name == "recbole_raserec"]:
             root.removeHandler(handler)
             handler.close()
+        if root.handlers:
+            return None  # the program has its own
         name = re.split("[.:]", config["model"])[-1]
         values = "".join(map(str, config.final_config_dict.values()))
         mark, folder = hashlib.md5(values.encode(), usedforsecurity=False).hexdigest()[:6], config.log_folder / "log"

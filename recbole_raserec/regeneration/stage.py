@@ -11,7 +11,8 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from recbole.utils import init_logger, init_seed
+from recbole.utils import init_seed
+from recbole.utils.logger import init_logger
 
 from recbole_raserec.config import ENCODERS, MINING, REGENERATION, Config, trains_regenerator
 from recbole_raserec.data import Regenerated, SequenceDataset, Splits, prepare_data, training_hash

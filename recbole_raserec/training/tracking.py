@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from recbole.utils import get_local_time
 
-from recbole_raserec.config import Config, selection_protocol, short_name
+from recbole_raserec.config import selection_protocol, short_name
 from recbole_raserec.distributed import current
 from recbole_raserec.storage import plain
 
@@ -25,7 +25,7 @@ _OPEN: ContextVar[Optional[Tracker]] = ContextVar("tracker", default=None)
 class Board:
     """TensorBoard: a folder of its own for each run below `log_tensorboard/`."""
 
-    def __init__(self, config: Config, name: str):
+    def __init__(self, config: Any, name: str):
         from torch.utils.tensorboard import SummaryWriter  # loads much
 
         folder, number = config.log_folder / "log_tensorboard", 1
@@ -46,7 +46,7 @@ class Board:
 class WeightsAndBiases:
     """A run of wandb: the one that goes on already, or a new one. Figures of the whole training are its summary."""
 
-    def __init__(self, config: Config, name: str):
+    def __init__(self, config: Any, name: str):
         import wandb
 
         self._own, self._stages = wandb.run is None, set[str]()
@@ -76,7 +76,7 @@ class WeightsAndBiases:
 class MLflow:
     """A run of MLflow: the one that goes on already, or a new one. Its names have no @: `ndcg_at_10`."""
 
-    def __init__(self, config: Config, name: str):
+    def __init__(self, config: Any, name: str):
         import mlflow
 
         self._mlflow, self._own = mlflow, mlflow.active_run() is None
@@ -101,22 +101,24 @@ class MLflow:
 
 
 class Tracker:
-    """All places that a run's options name, each opened with the first figure; in a group the first process's alone."""
+    """All places that a run's options name, in a group of processes the first one's alone."""
 
     def __init__(self, config: Any):
         self._config, self._opened = config, list[Any]()
 
     def log(self, stage: str, figures: Mapping[str, float], step: Optional[int] = None) -> None:
         """Log figures of an epoch, its number being the `step`, or of the whole training."""
-        if not current().first:
-            return
-        if not self._opened:
+        self.open()
+        for place in self._opened:
+            place.log(stage, figures, step)
+
+    def open(self) -> None:
+        """Open all places, which may take seconds."""
+        if current().first and not self._opened:
             name = f"{short_name(self._config['model'])}-{self._config['dataset']}-{get_local_time()}"
             kinds = {WeightsAndBiases: "log_wandb", MLflow: "log_mlflow"}
             wanted = [Board, *(kind for kind, option in kinds.items() if self._config[option])]
             self._opened = [kind(self._config, name) for kind in wanted]
-        for place in self._opened:
-            place.log(stage, figures, step)
 
     def log_metrics(
         self, stage: str, phase: str, metrics: Mapping[str, Mapping[str, float]], step: Optional[int] = None
@@ -148,11 +150,12 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def tracked(config: Config) -> Iterator[None]:
+def tracked(config: Any) -> Iterator[None]:
     """What is trained inside is one run for the trackers."""
     tracker = Tracker(config)
     token = _OPEN.set(tracker)
     try:
+        tracker.open()
         yield
     except BaseException:
         tracker.close(failed=True)

@@ -222,10 +222,10 @@ class ResumableTrainer(Trainer):
         started = time.perf_counter()
         losses = super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
         self._freed.bound()
+        self._epoch, seconds = epoch_idx, time.perf_counter() - started
         parts = losses if isinstance(losses, tuple) else (losses,)
         figures = {"train/loss": sum(parts), **{f"train/loss{n}": part for n, part in enumerate(parts, 1)}}
         self._tracker.log(self._stage, figures if len(parts) > 1 else {"train/loss": parts[0]}, epoch_idx)
-        self._epoch, seconds = epoch_idx, time.perf_counter() - started
         text = " + ".join(f"{part:.{self.config['loss_decimal_place'] or 4}f}" for part in parts)
         self._said = f"{self._stage} epoch {epoch_idx} [{seconds:.2f} s]: loss {text}"
         if self._brief and (self.eval_step <= 0 or (epoch_idx + 1) % self.eval_step):
