@@ -131,29 +131,34 @@ class Features:
         fields: RecBole's type and size of each field, (type, number of values, length of a sequence).
         items: attributes of items by field, [V, ...]; None where the data set has none.
         weights: pre-trained vectors by field.
+        personal: names of the attributes of users that were read.
     """
 
     fields: dict[str, tuple[str, int, Optional[int]]]
     items: Optional[dict[str, Any]]
     weights: dict[str, Any]
+    personal: list[str]
 
     @classmethod
     def of(cls, dataset: Any) -> Optional[Features]:
         """Those of a data set of RecBole; None where it has sequences alone."""
-        items, weights = dataset.item_feat, dict(dataset._preloaded_weight)
-        if items is None and not weights:
+        items, users, weights = dataset.item_feat, dataset.user_feat, dict(dataset._preloaded_weight)
+        personal = [] if users is None else [name for name in users.interaction if name != dataset.uid_field]
+        if items is None and not weights and not personal:
             return None
         known = {*(items.interaction if items is not None else ()), *weights}
         known |= {dataset.config[name] for name in ("ENTITY_ID_FIELD", "RELATION_ID_FIELD")}
         kinds, lengths = dataset.field2type, dataset.field2seqlen
         fields = {f: (kinds[f].value, int(dataset.num(f)), lengths[f]) for f in sorted(known) if f in kinds}
-        return cls(fields, None if items is None else dict(items.interaction), weights)
+        return cls(fields, None if items is None else dict(items.interaction), weights, personal)
 
     def save(self, path: Path) -> None:
         """Write them as one file of tensors."""
         parts = {"items": self.items or {}, "weights": self.weights}
         tensors = {f"{part}.{f}": torch.as_tensor(x) for part, of in parts.items() for f, x in of.items()}
-        write_tensors(path, tensors, {"fields": self.fields, "items": self.items is not None})
+        write_tensors(
+            path, tensors, {"fields": self.fields, "items": self.items is not None, "personal": self.personal}
+        )
 
     @classmethod
     def load(cls, path: Path, digest: Optional[str]) -> Optional[Features]:
@@ -161,13 +166,13 @@ class Features:
         if digest is None:
             return None
         tensors, meta = read_tensors(path)
-        if sha256(path) != digest or not isinstance(meta, dict) or not {"fields", "items"} <= set(meta):
+        if sha256(path) != digest or not isinstance(meta, dict) or not {"fields", "items", "personal"} <= set(meta):
             raise CheckpointError(
                 f"{path} is not what its checkpoint was written with; it is damaged or of another one."
             )
         fields = {name: (kind, count, length) for name, (kind, count, length) in meta["fields"].items()}
         weights = {name: value.numpy() for name, value in part_of(tensors, "weights").items()}
-        return cls(fields, part_of(tensors, "items") if meta["items"] else None, weights)
+        return cls(fields, part_of(tensors, "items") if meta["items"] else None, weights, meta["personal"])
 
 
 def catalogue_of(splits: Any, config: Config) -> Catalogue:

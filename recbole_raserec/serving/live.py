@@ -99,7 +99,10 @@ class Vocabulary:
         return Interaction(known if known is not None else {self.iid_field: torch.arange(self.item_num)})
 
     def get_user_feature(self) -> Interaction:
-        """The users' ids: a checkpoint holds no attributes of users."""
+        """The users' ids; a ValueError where the model was trained with more, which a checkpoint does not hold."""
+        if self._features is not None and self._features.personal:
+            names = ", ".join(self._features.personal)
+            raise ValueError(f"it reads attributes of users ({names}), which are personal and not kept; unload them")
         return Interaction({self.uid_field: torch.arange(self.user_num)})
 
     def get_preload_weight(self, field: str) -> np.ndarray:
