@@ -201,7 +201,7 @@ def run(context: click.Context, model: str | None, dataset: str | None, config_f
     \b
       --data_path=DIR            directory that contains NAME/NAME.inter
       --backbone=NAME            RaSeRec: a sequential model of this package, of RecBole, or package.module:Class
-      --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
+      --backbone_checkpoint=DIR  RaSeRec: use this trained backbone (or RecBole's .pth) instead of training one
       --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
       --epochs=N                 largest number of training epochs
       --MAX_ITEM_LIST_LENGTH=N   the model sees the last N items of a history

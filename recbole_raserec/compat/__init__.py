@@ -2,5 +2,6 @@
 
 from recbole_raserec.compat import patches as _registered  # noqa: F401
 from recbole_raserec.compat.import_hooks import all_patches, apply
+from recbole_raserec.compat.recbole_checkpoint import read_recbole_checkpoint
 
-__all__ = ["all_patches", "apply"]
+__all__ = ["all_patches", "apply", "read_recbole_checkpoint"]

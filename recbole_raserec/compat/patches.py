@@ -9,14 +9,17 @@ import builtins
 import contextlib
 import enum
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import pickle
+import re
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from packaging.version import Version
@@ -143,6 +146,67 @@ def _ensure_dir(module: Any) -> None:
             raise ConfigError([f"{os.path.abspath(dir_path)}: {problem}"]) from None
 
     module.ensure_dir = ensure_dir
+
+
+@patch("log-folder", "recbole.utils.logger")
+def _log_folder(module: Any) -> None:
+    """RecBole logs into log/ of the working directory, names the file after the model, colours its texts whatever reads
+    them, and logs a second run into the file of the first. With a configuration of this package the file lies below its
+    `log_folder`, a model of one's own has the name of its class, and each run has its file. Colours are for terminals;
+    with NO_COLOR there are none."""
+    original, colour = module.init_logger, module.set_color
+
+    def init_logger(config: Any) -> None:
+        root, plain = logging.getLogger(), module.RemoveColorFilter()
+        if not hasattr(config, "log_folder"):
+            return original(config)
+        for handler in [handler for handler in root.handlers if handler.name == "recbole_raserec"]:
+            root.removeHandler(handler)
+            handler.close()
+        if root.handlers:
+            return None  # the program has its own
+        name = re.split("[.:]", config["model"])[-1]
+        values = "".join(map(str, config.final_config_dict.values()))
+        mark, folder = hashlib.md5(values.encode(), usedforsecurity=False).hexdigest()[:6], config.log_folder / "log"
+        module.ensure_dir(str(folder / name))
+        path = folder / name / f"{name}-{config['dataset']}-{module.get_local_time()}-{mark}.log"
+        file, screen = logging.FileHandler(path, delay=True), logging.StreamHandler()
+        line = "%(asctime)-15s %(levelname)s  %(message)s"
+        file.setFormatter(logging.Formatter(line, "%a %d %b %Y %H:%M:%S"))
+        file.addFilter(plain)
+        colours = {"log_colors": module.log_colors_config}
+        screen.setFormatter(module.colorlog.ColoredFormatter(f"%(log_color)s{line}", "%d %b %H:%M", **colours))
+        if os.environ.get("NO_COLOR") or not getattr(screen.stream, "isatty", bool)():
+            screen.setFormatter(logging.Formatter(line, "%d %b %H:%M"))
+            screen.addFilter(plain)
+        elif os.name == "nt":
+            module.init()  # colours on a console of Windows
+        for handler in (screen, file):
+            handler.name = "recbole_raserec"
+        logging.basicConfig(level=str(config["state"] or "info").upper(), handlers=[screen, file])
+
+    def set_color(log: Any, color: Any, highlight: bool = True) -> str:
+        return str(log) if os.environ.get("NO_COLOR") else colour(log, color, highlight)
+
+    module.init_logger, module.set_color = init_logger, set_color
+
+
+class Later:
+    """What `make` returns, made when it is first used."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make = functools.cache(make)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._make(), name)
+
+
+@patch("tensorboard-later", _TRAINER)
+def _tensorboard_later(module: Any) -> None:
+    """RecBole's Trainer makes a folder log_tensorboard/ in the working directory even if nothing is written to it; here
+    it is made when something is."""
+    make = module.get_tensorboard
+    module.get_tensorboard = lambda logger: Later(lambda: make(logger))
 
 
 @patch("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))

@@ -274,8 +274,9 @@ class Config(RecBoleConfig):
     def _get_final_config_dict(self) -> dict[str, Any]:
         given, shipped = self.external_config_dict, self.internal_config_dict
         final = {**copy.deepcopy(shipped), **copy.deepcopy(given)}
-        if final.get("training") == "packed" and final.get("loss_type", "CE") != "CE" and "training" not in given:
-            final["training"] = "prefix"  # a data set's file asks for packed where the loss allows it
+        if final.get("training") == "auto" or "training" not in given:  # or a data set's file asks for packed
+            by_windows = final.get("loss_type", "CE") != "CE" or final.get("filter_scope") == "window"
+            final.update({"training": "prefix"} if by_windows and "training" in final else {})
         if "train_neg_sample_args" not in given and self._needs_no_negatives(final):
             final["train_neg_sample_args"] = None
         for name in NESTED:
@@ -283,6 +284,8 @@ class Config(RecBoleConfig):
                 final[name] = {**copy.deepcopy(shipped[name]), **final[name]}
         if isinstance(final.get("gpu_id"), list):
             final["gpu_id"] = tuple(final["gpu_id"])
+        if final.get("show_progress") == "auto":
+            final["show_progress"] = bool(sys.stderr and sys.stderr.isatty())
         if isinstance(final.get("topk"), tuple):
             final["topk"] = list(final["topk"])
 
@@ -459,6 +462,11 @@ class Config(RecBoleConfig):
         protocol = dict(options["eval_args"])
         protocol["mode"] = protocol["mode"]["valid"]  # the test is after the training
         return {**options, "eval_args": protocol}
+
+    @property
+    def log_folder(self) -> Path:
+        """Where log files and boards of a run go."""
+        return Path(self.final_config_dict["log_dir"] or self.final_config_dict["checkpoint_dir"])
 
     @property
     def not_training(self) -> frozenset[str]:

@@ -45,7 +45,9 @@ class RaSeRecOptions(Options):
         heading="The backbone",
     )
     backbone_checkpoint: Optional[Text] = option(
-        None, "directory of a trained backbone; null: train, or reuse one in checkpoint_dir", training=False
+        None,
+        "directory of a trained backbone, or .pth of RecBole's; null: train, or reuse one in checkpoint_dir",
+        training=False,
     )
     freeze_backbone: bool = option(True, "train the module alone, as the paper; false: the backbone too")
     memory: Literal["pairs", "patterns", "both"] = option(
