@@ -165,7 +165,10 @@ def _compare(made: dict[str, Any], ours: Mapping[int, Finished], base: Mapping[i
             gain = improvement(statistics.fmean(by_seed[1]), statistics.fmean(by_seed[0]))
             gains[protocol][metric] = None if gain is None else round(gain, 2)
             tests[protocol][metric] = {
-                "users": paired_p(ours_values[metric][left], base_values[metric][right]),
+                # a metric of lists or scores has no value for each user
+                "users": paired_p(ours_values[metric][left], base_values[metric][right])
+                if metric in ours_values
+                else None,
                 "seeds": paired_p(*by_seed),
             }
 

@@ -3,6 +3,7 @@
 from recbole_raserec.config.checks import (
     check_run,
     evaluation_problems,
+    metric_needs,
     selection_protocol,
 )
 from recbole_raserec.config.config import (
@@ -13,6 +14,7 @@ from recbole_raserec.config.options import (
     MINING,
     REGENERATION,
     RETRIEVAL_MODEL,
+    SAMPLED,
     SEEN_KEPT,
     SEEN_REMOVED,
     Count,
@@ -53,10 +55,10 @@ from recbole_raserec.config.sources import (
 )
 
 __all__ = [
-    "ENCODERS", "MINING", "MODELS", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
-    "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
+    "ENCODERS", "MINING", "MODELS", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SAMPLED",
+    "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
     "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
-    "get_model", "get_trainer_class", "option", "parse_value", "read_yaml", "regeneration_options",
+    "get_model", "get_trainer_class", "metric_needs", "option", "parse_value", "read_yaml", "regeneration_options",
     "selection_protocol", "trains_regenerator", "trims",
 ]  # fmt: skip

@@ -258,7 +258,7 @@ ModelName = Annotated[Any, Accepts("a model", _anything)]
 # Options of every run, by section of `properties/overall.yaml`.
 
 #: The two protocols of evaluation: items of the history stay in the ranking (RecBole's way), or are taken out.
-SEEN_KEPT, SEEN_REMOVED = "seen_kept", "seen_removed"
+SEEN_KEPT, SEEN_REMOVED, SAMPLED = "seen_kept", "seen_removed", "sampled"
 
 
 class RunOptions(Options):

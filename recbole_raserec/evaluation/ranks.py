@@ -140,16 +140,19 @@ def grouped(ranks: StageRanks, options: Mapping[str, Any], metric: str) -> dict[
     """One metric ("ndcg@10", say; `options` give `metrics` and `topk`) in quintiles of the targets, each its own query.
 
     Returns:
-        {"popularity" | "history": {"3-7": {"targets": n, protocol: value}}}; empty for ranks without groupings.
+        {"popularity" | "history": {"3-7": {"targets": n, protocol: value}}}; empty for ranks without groupings, and for
+        a metric that needs more than ranks.
     """
     found: dict[str, dict[str, Any]] = {}
     for grouping, values in ranks.groupings.items():
         found[grouping] = {}
         for rows in quintiles(values):
             figures = {
-                name: metrics_from_ranks(torch.from_numpy(each[rows]), options, decimals=DECIMALS)[metric]
+                name: metrics_from_ranks(torch.from_numpy(each[rows]), options, decimals=DECIMALS).get(metric)
                 for name, each in ranks.ranks.items()
             }
+            if None in figures.values():
+                return {}  # a metric of lists or scores
             label = f"{values[rows].min()}-{values[rows].max()}"
             found[grouping][label] = {"targets": len(rows), **figures}
     return found

@@ -17,7 +17,7 @@ from recbole.utils import ModelType
 from tabulate import LATEX_ESCAPE_RULES, DataRow, Line, TableFormat, tabulate
 
 from recbole_raserec.config import Config
-from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics, Options
+from recbole_raserec.evaluation.protocols import PROTOCOLS, SAMPLED, SEEN_KEPT, SEEN_REMOVED, Metrics, Options
 from recbole_raserec.evaluation.ranks import write_ranks
 from recbole_raserec.kernels import loaded, peak_memory_mb
 from recbole_raserec.storage import plain, write_json
@@ -25,6 +25,7 @@ from recbole_raserec.storage import plain, write_json
 PROTOCOL_TITLES = {
     SEEN_KEPT: "seen items kept in the ranking (RecBole's way for sequential models)",
     SEEN_REMOVED: "seen items removed from the ranking",
+    SAMPLED: "the targets among sampled items (RecBole's modes uniN and popN)",
 }
 ABSENT = "-"
 #: Columns of a terminal that the text of a comparison may take.
@@ -131,15 +132,28 @@ def protocol_description(
         validation_in_memory: the validation pairs had joined the memory when the test was run.
     """
     eval_args = config["eval_args"] or {}
+    mode = eval_args.get("mode") or "full"
+    modes = dict(mode) if isinstance(mode, Mapping) else {"valid": mode, "test": mode}
+    names = (SEEN_KEPT, SEEN_REMOVED) if modes.get("test", "full") == "full" else (SAMPLED,)
+    ways = {phase: _way(mode) for phase, mode in modes.items()}
+    same = len(set(ways.values())) == 1
     return {
         **{name: eval_args.get(name) for name in ("split", "group_by", "order")},
-        "ranking": "every item of the data set",
-        "seen_items": {name: PROTOCOL_TITLES[name] for name in PROTOCOLS},
+        "ranking": ways["test"] if same else f"{ways['test']}; in the validation {ways['valid']}",
+        "seen_items": {name: PROTOCOL_TITLES[name] for name in names},
         "seen_means": "every item of the user before the target, in the whole log; the target itself is never removed",
         "ties": "among equal scores the lower internal item id ranks first",
         "validation_in_history": validation_in_history,
         "validation_in_memory": validation_in_memory,
     }
+
+
+def _way(mode: str) -> str:
+    """What is ranked in an evaluation mode of RecBole, in words."""
+    if mode == "full":
+        return "every item of the data set"
+    how = "uniformly" if mode.startswith("uni") else "by popularity"
+    return f"the target and {mode[3:]} items drawn {how} by RecBole's sampler, by the seed"
 
 
 def versions() -> dict[str, str | None]:

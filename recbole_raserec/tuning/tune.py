@@ -270,10 +270,11 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
     best = ranked[0]
     chosen = options_of(trials[best.number]["options"])
     how = f"sampler {search.sampler}, pruner {search.pruner}, seed {config['seed']}"
-    seen = "kept in" if selection_protocol(config) == SEEN_KEPT else "removed from"
+    seen = {SEEN_KEPT: "seen items kept in the ranking", "sampled": "among sampled items"}
+    ranked = seen.get(selection_protocol(config), "seen items removed from the ranking")
     header = [
         f"The best of {len(trials)} trials of the study {search.name} ({how}):",
-        f"trial {best.number}, validation {search.metric} {best.value:.6f}, seen items {seen} the ranking.",
+        f"trial {best.number}, validation {search.metric} {best.value:.6f}, {ranked}.",
         f"Searched: {', '.join(search.options)}.",
     ]
     shared = {"model": config["model"], "dataset": config["dataset"], **search.given}
