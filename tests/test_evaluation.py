@@ -200,7 +200,12 @@ def test_metrics_by_hand():
 
 def test_every_wrong_evaluation_option_is_named_with_its_remedy():
     mode = {"valid": "uni100", "test": "labeled"}
-    given = {**OPTIONS, "metrics": ["NDCG", "AUC", "Nonsense"], "eval_args": {"mode": mode}, "valid_protocol": "seen_kept"}
+    given = {
+        **OPTIONS,
+        "metrics": ["NDCG", "AUC", "Nonsense"],
+        "eval_args": {"mode": mode},
+        "valid_protocol": "seen_kept",
+    }
     nonsense, labeled, protocol = evaluation_problems(given)
     assert "Nonsense is unknown" in nonsense
     assert "mode of test is 'labeled'" in labeled

@@ -29,7 +29,15 @@ from scipy.sparse import csr_matrix
 from recbole_raserec.config import SAMPLED, SEEN_KEPT, SEEN_REMOVED, Config, evaluation_problems, metric_needs
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import ConfigError, DatasetError
-from recbole_raserec.evaluation.ranking import Scorer, batches_of, csr_pairs, even_blocks, fill_lists, option_of, target_ranks
+from recbole_raserec.evaluation.ranking import (
+    Scorer,
+    batches_of,
+    csr_pairs,
+    even_blocks,
+    fill_lists,
+    option_of,
+    target_ranks,
+)
 
 PROTOCOLS = (SEEN_KEPT, SEEN_REMOVED, SAMPLED)
 

@@ -333,7 +333,9 @@ class Scorer:
         ])  # [N], the positive whose history a row repeats: it is encoded once  # fmt: skip
         offsets = (ends - positives) * times
         rows = torch.cat([torch.arange(a, a + n) for a, n in zip(offsets.tolist(), positives.tolist())])
-        h, table, bias = self._vectors(Interaction({k: v[rows] for k, v in interaction.interaction.items()}).to(self.device))
+        h, table, bias = self._vectors(
+            Interaction({k: v[rows] for k, v in interaction.interaction.items()}).to(self.device)
+        )
         found = (h[history.to(h.device)] * table[items]).sum(1)
         return found if bias is None else found + bias[items]
 
