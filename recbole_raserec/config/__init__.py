@@ -6,12 +6,11 @@ from recbole_raserec.config.checks import (
     metric_needs,
     selection_protocol,
 )
-from recbole_raserec.config.config import (
-    Config,
-)
+from recbole_raserec.config.config import Config, model_versions
 from recbole_raserec.config.options import (
     ENCODERS,
     MINING,
+    OVERALL,
     REGENERATION,
     RETRIEVAL_MODEL,
     SAMPLED,
@@ -37,6 +36,7 @@ from recbole_raserec.config.options import (
     Sizes,
     Text,
     Weight,
+    in_words,
     option,
     regeneration_options,
     trains_regenerator,
@@ -47,18 +47,26 @@ from recbole_raserec.config.sources import (
     REFUSED,
     SUPPORTED,
     TRIMMABLE,
+    folder_of,
     get_model,
     get_trainer_class,
+    is_own,
+    model_names,
+    name_of,
+    options_of,
     parse_value,
     read_yaml,
+    short_name,
     trims,
+    with_names,
 )
 
 __all__ = [
-    "ENCODERS", "MINING", "MODELS", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SAMPLED",
+    "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SAMPLED",
     "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
     "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
-    "get_model", "get_trainer_class", "metric_needs", "option", "parse_value", "read_yaml", "regeneration_options",
-    "selection_protocol", "trains_regenerator", "trims",
+    "folder_of", "get_model", "get_trainer_class", "in_words", "is_own", "metric_needs", "model_names", "model_versions",
+    "name_of", "option", "options_of", "parse_value", "read_yaml", "regeneration_options", "selection_protocol",
+    "short_name", "trains_regenerator", "trims", "with_names",
 ]  # fmt: skip

@@ -86,18 +86,20 @@ def prepare(
         train = train_class(config, built[0], samplers[0], shuffle=config["shuffle"])
     users_per_batch = config["eval_batch_size"]
     seen, loaders = {}, []
-    for number, phase in enumerate(("valid", "test"), start=1):
-        if lazy:
-            seen[phase] = dataset.store.seen(*built[number].windows()[:2])
-        else:
-            seen[phase] = _seen_without(log_users, log_items, built[number:], dataset)
-        kind = get_dataloader(config, phase)
-        kind = SampledLoader if kind is NegSampleEvalDataLoader else kind
-        if config["MODEL_TYPE"] != ModelType.SEQUENTIAL and kind is not SampledLoader:  # RecBole counts users x items
-            config["eval_batch_size"] = users_per_batch * dataset.item_num
-        loaders.append(kind(config, built[number], samplers[number], shuffle=False))
+    try:
+        for number, phase in enumerate(("valid", "test"), start=1):
+            if lazy:
+                seen[phase] = dataset.store.seen(*built[number].windows()[:2])
+            else:
+                seen[phase] = _seen_without(log_users, log_items, built[number:], dataset)
+            kind = get_dataloader(config, phase)
+            kind = SampledLoader if kind is NegSampleEvalDataLoader else kind
+            full = config["MODEL_TYPE"] != ModelType.SEQUENTIAL and kind is not SampledLoader
+            config["eval_batch_size"] = users_per_batch * (dataset.item_num if full else 1)  # there users x items
+            loaders.append(kind(config, built[number], samplers[number], shuffle=False))
+            loaders[-1].training = getattr(built[0], "original", None) or built[0]  # whose counts some metrics read
+    finally:
         config["eval_batch_size"] = users_per_batch
-        loaders[-1].training = getattr(built[0], "original", None) or built[0]  # whose counts some metrics read
     return Splits(dataset, train, loaders[0], loaders[1], seen, digest)
 
 
