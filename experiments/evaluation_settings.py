@@ -2,8 +2,8 @@
 
     python experiments/evaluation_settings.py --data_path=DIR --dataset=ml-100k
 
-Twenty-four settings: a general model (BPR) and a sequential one (SASRec of this package) by four modes of the items that
-are ranked by three groups of metrics. Random weights, the test split. Both evaluate the same model on the same loader;
+Twenty-four settings: a general model (BPR) and a sequential one (SASRec of this package) by four modes of the items
+that are ranked by three groups of metrics. Random weights, the test split. Both evaluate the same model on the same loader;
 the table has the largest difference between two figures of eight digits.
 """
 

@@ -1,4 +1,4 @@
-"""Evaluation as RecBole's users set it: sampled items, metrics of lists and scores; against RecBole's Trainer.evaluate."""
+"""Sampled items, metrics of lists and of scores: evaluation as RecBole's users set it, and as its Trainer does it."""
 
 from __future__ import annotations
 

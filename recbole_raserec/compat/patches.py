@@ -312,8 +312,8 @@ def _dok_update(_: Any) -> None:
 
 @patch("collector-counts", "recbole.evaluator.collector")
 def _collector_counts(module: Any) -> None:
-    """RecBole bug: at the end of an evaluation its Collector moves all that it holds to the CPU, the number of items and
-    the counts of each too, an int and a Counter, which have no such method. So ItemCoverage, GiniIndex,
+    """RecBole bug: at the end of an evaluation its Collector moves all that it holds to the CPU, the number of items
+    and the counts of each too, an int and a Counter, which have no such method. So ItemCoverage, GiniIndex,
     AveragePopularity and TailPercentage fail. These are put aside meanwhile."""
     collect = module.Collector.get_data_struct
 

@@ -66,7 +66,7 @@ __all__ = [
     "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
     "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
-    "folder_of", "get_model", "get_trainer_class", "in_words", "is_own", "metric_needs", "model_names", "model_versions",
-    "name_of", "option", "options_of", "parse_value", "read_yaml", "regeneration_options", "selection_protocol",
-    "short_name", "trains_regenerator", "trims", "with_names",
+    "folder_of", "get_model", "get_trainer_class", "in_words", "is_own", "metric_needs", "model_names",
+    "model_versions", "name_of", "option", "options_of", "parse_value", "read_yaml", "regeneration_options",
+    "selection_protocol", "short_name", "trains_regenerator", "trims", "with_names",
 ]  # fmt: skip

@@ -397,7 +397,7 @@ def evaluation_problems(config: RecBoleConfig) -> list[str]:
             problems.append(
                 f"eval_args: mode of {phase} is 'labeled', but items are ranked here; set it to full, uniN or popN."
             )
-    chosen = config["valid_protocol"] if "valid_protocol" in config else "auto"
+    chosen = config["valid_protocol"] if "valid_protocol" in config else "auto"  # noqa: SIM401
     if modes["valid"] != "full" and chosen not in (None, "auto"):
         problems.append(
             f"valid_protocol: {chosen} is of all items, but the mode of valid is {modes['valid']!r}; leave it out."
@@ -413,7 +413,7 @@ def metric_needs(config: Any, metric: str | None = None) -> set[str]:
 
 
 def _modes(config: Any) -> dict[str, str]:
-    """How items are ranked in each phase: full, labeled, uniN or popN; as RecBole, one that is left out as the other."""
+    """Which items are ranked in each phase: full, labeled, uniN or popN; one left out is as the other."""
     mode = (config["eval_args"] or {}).get("mode") or "full"
     given = mode if isinstance(mode, Mapping) else {"valid": mode}
     first = next(iter(given.values()), "full")

@@ -78,9 +78,7 @@ def prepare(
         loader_class = PackedLoader if packed else BucketLoader
         bounded = {"costs": costs(config, built[0])} if packed and costs is not None else {}
         train = loader_class(config, built[0], samplers[0], config["shuffle"], bucket, same_target, **bounded)
-        for phase, part in zip(
-            ("valid", "test"), built[1:]
-        ):  # RecBole joins the windows of sampled items, of one length
+        for phase, part in zip(("valid", "test"), built[1:]):  # RecBole joins windows of sampled items: of one length
             part.trim = config["eval_args"]["mode"][phase] == "full"
     else:
         train = train_class(config, built[0], samplers[0], shuffle=config["shuffle"])

@@ -109,7 +109,7 @@ def collect_ranks(
 
     Args:
         model: a RecBole model; its training mode is restored afterwards.
-        eval_data: RecBole's FullSortEvalDataLoader or NegSampleEvalDataLoader, or one whose batches have the same parts.
+        eval_data: RecBole's FullSortEvalDataLoader or NegSampleEvalDataLoader, or one with batches of the same parts.
         config: gives `metrics`, `topk`, `eval_args`, `USER_ID_FIELD`, `device`, `eval_memory_mb`.
         seen: what has been seen before the targets of this phase (training data for validation; training and
             validation data for test), the whole log and not just the part the model reads: bool [n_users, n_items].
