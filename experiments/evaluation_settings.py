@@ -2,9 +2,9 @@
 
     python experiments/evaluation_settings.py --data_path=DIR --dataset=ml-100k
 
-Twenty-four settings: a general model (BPR) and a sequential one (SASRec of this package) by four modes of the items
-that are ranked by three groups of metrics. Random weights, the test split. Both evaluate the same model on the same loader;
-the table has the largest difference between two figures of eight digits.
+Twenty-four settings: a general model (BPR) and a sequential one (SASRec of this package), four modes of the items that
+are ranked, three groups of metrics. The weights are random. Both evaluate the same model on the same loaders, validation
+and test; the table has the largest difference between two figures of eight digits.
 """
 
 from __future__ import annotations
@@ -30,17 +30,14 @@ from recbole_raserec.evaluation import evaluate  # noqa: E402
 
 
 class Setting(NamedTuple):
-    """What is evaluated, on which items, by what."""
+    """What is evaluated, which items are ranked in validation and test, and the metrics."""
 
     model: str
-    mode: dict[str, str]
+    modes: tuple[str, str]
     metrics: tuple[str, ...]
 
 
-MODES = (
-    {"valid": "full", "test": "full"}, {"valid": "full", "test": "uni100"}, {"valid": "pop100", "test": "pop100"},
-    {"valid": "uni50", "test": "pop100"},
-)  # fmt: skip
+MODES = (("full", "full"), ("full", "uni100"), ("pop100", "pop100"), ("uni50", "pop100"))
 METRICS = (
     ("Recall", "NDCG", "MRR", "Hit", "Precision", "MAP", "GAUC"),
     ("ItemCoverage", "GiniIndex", "ShannonEntropy"),
@@ -51,16 +48,15 @@ SETTINGS = [Setting(*parts) for parts in itertools.product(("BPR", "SASRec"), MO
 
 def name_of(setting: Setting) -> str:
     """In one line."""
-    modes = "/".join(dict.fromkeys(setting.mode.values()))
-    return f"{setting.model}, {modes}: {', '.join(setting.metrics)}"
+    return f"{setting.model}, {'/'.join(setting.modes)}: {', '.join(setting.metrics)}"
 
 
 def prepared(setting: Setting, data_path: Path, dataset: str) -> tuple[Any, Any, Any]:
     """Configuration, model with random weights, splits."""
     options = {
         "data_path": str(data_path), "metrics": list(setting.metrics), "topk": [5, 10], "metric_decimal_place": 8,
-        "eval_args": {"mode": dict(setting.mode)}, "use_gpu": False, "show_progress": False, "state": "ERROR",
-        "valid_metric": setting.metrics[0] + "@10",
+        "eval_args": {"mode": dict(zip(("valid", "test"), setting.modes))}, "use_gpu": False, "show_progress": False,
+        "state": "ERROR", "valid_metric": setting.metrics[0] + "@10",
     }  # fmt: skip
     config = Config(setting.model, dataset, config_dict=options, argv=[])
     splits = prepare_data(config)
@@ -72,18 +68,22 @@ def prepared(setting: Setting, data_path: Path, dataset: str) -> tuple[Any, Any,
 
 
 def measure(setting: Setting, data_path: Path, dataset: str) -> dict[str, Any]:
-    """The figures of both, and the largest difference."""
+    """The figures of both by phase, and the largest difference."""
     from recbole.trainer import Trainer
 
     config, model, splits = prepared(setting, data_path, dataset)
-    found = evaluate(model, splits.test, config, splits.seen["test"])
-    protocol = "sampled" if "sampled" in found else "seen_kept" if setting.model == "SASRec" else "seen_removed"
     trainer = Trainer(config, model)
     trainer.eval_collector.data_collect(splits.train)
-    theirs = {name: float(value) for name, value in trainer.evaluate(splits.test, load_best_model=False).items()}
-    ours = found[protocol]
-    largest = max(abs(ours[name] - theirs[name]) for name in theirs)
-    return {"setting": name_of(setting), "protocol": protocol, "ours": ours, "recbole": theirs, "difference": largest}
+    row: dict[str, Any] = {"setting": name_of(setting), "phases": {}, "difference": 0.0}
+    for phase, mode, data in zip(("valid", "test"), setting.modes, (splits.valid, splits.test)):
+        protocol = "sampled" if mode != "full" else "seen_kept" if setting.model == "SASRec" else "seen_removed"
+        ours = evaluate(model, data, config, splits.seen[phase])[protocol]
+        theirs = {name: float(value) for name, value in trainer.evaluate(data, load_best_model=False).items()}
+        if ours.keys() != theirs.keys():
+            raise RuntimeError(f"{row['setting']}: {sorted(ours)} against {sorted(theirs)}")
+        row["phases"][phase] = {"protocol": protocol, "ours": ours, "recbole": theirs}
+        row["difference"] = max(row["difference"], *(abs(ours[name] - theirs[name]) for name in theirs))
+    return row
 
 
 def main() -> None:
@@ -91,20 +91,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", type=Path, default=Path("dataset"))
     parser.add_argument("--dataset", default="planted")
-    parser.add_argument("--output", type=Path, default=Path("results/evaluation_settings.json"))
+    parser.add_argument("--output", type=Path, help="default: results/evaluation_settings_DATASET.json")
     args = parser.parse_args()
+    output = args.output or Path(f"results/evaluation_settings_{args.dataset}.json")
     rows = [measure(setting, args.data_path, args.dataset) for setting in SETTINGS]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"dataset": args.dataset, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    command = f"python experiments/evaluation_settings.py --data_path=DIR --dataset={args.dataset}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"dataset": args.dataset, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     lines = [
-        f"# Evaluation settings on {args.dataset}: this package against RecBole", "", f"`{command}`", "",
-        "Random weights, the test split, figures of eight digits; what each setting is, is in the script.", "",
-        "| setting | protocol | figures | largest difference |", "|---|---|---:|---:|",
+        f"# Evaluation settings on {args.dataset}: this package against RecBole", "",
+        "Each setting is a model, the items that are ranked in validation and test, and metrics (at 5 and 10). The same",
+        "model, with random weights, is evaluated by this package and by RecBole's `Trainer.evaluate` on both splits;",
+        "figures have eight digits. The protocols are explained in [docs/protocols.md](../docs/protocols.md), the figures",
+        f"are in [{output.name}]({output.name}).", "",
+        f"    python experiments/evaluation_settings.py --data_path=DIR --dataset={args.dataset}", "",
+        "| setting | protocols | figures | largest difference |", "|---|---|---:|---:|",
     ]  # fmt: skip
-    lines += [f"| {r['setting']} | {r['protocol']} | {len(r['ours'])} | {r['difference']:g} |" for r in rows]
-    args.output.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines[6:]))
+    for row in rows:
+        protocols = ", ".join(dict.fromkeys(part["protocol"] for part in row["phases"].values()))
+        count = sum(len(part["ours"]) for part in row["phases"].values())
+        lines.append(f"| {row['setting']} | {protocols} | {count} | {row['difference']:g} |")
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines[9:]))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from recbole_raserec.evaluation.ranking import (
     target_ranks,
 )
 
-PROTOCOLS = (SEEN_KEPT, SEEN_REMOVED, SAMPLED)
+PROTOCOLS = (SEEN_KEPT, SEEN_REMOVED)
 
 Metrics = dict[str, float]
 #: Where only `metrics`, `topk` and the like are read, a plain mapping will do.

@@ -31,7 +31,7 @@ from scipy import stats
 from scipy.sparse import csr_matrix
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.evaluation.protocols import PROTOCOLS, Ranks, metrics_from_ranks, query_metrics
+from recbole_raserec.evaluation.protocols import PROTOCOLS, SAMPLED, Ranks, metrics_from_ranks, query_metrics
 from recbole_raserec.storage import replacing
 
 #: Names in the file: `<stage>/users`, `<stage>/queries`, `<stage>/<protocol>` for the ranks, and what targets are
@@ -105,7 +105,7 @@ def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
         return {
             stage: StageRanks(
                 parts[USERS], parts[QUERIES],
-                *({name: parts[name] for name in names if name in parts} for names in (PROTOCOLS, GROUPINGS)),
+                *({name: parts[name] for name in names if name in parts} for names in ((*PROTOCOLS, SAMPLED), GROUPINGS)),
             )
             for stage, parts in stages.items()
         }  # fmt: skip

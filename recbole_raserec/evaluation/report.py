@@ -137,11 +137,12 @@ def protocol_description(
     names = (SEEN_KEPT, SEEN_REMOVED) if modes.get("test", "full") == "full" else (SAMPLED,)
     ways = {phase: _way(mode) for phase, mode in modes.items()}
     same = len(set(ways.values())) == 1
+    before = "every item of the user before the target, in the whole log; the target itself is never removed"
     return {
         **{name: eval_args.get(name) for name in ("split", "group_by", "order")},
         "ranking": ways["test"] if same else f"{ways['test']}; in the validation {ways['valid']}",
         "seen_items": {name: PROTOCOL_TITLES[name] for name in names},
-        "seen_means": "every item of the user before the target, in the whole log; the target itself is never removed",
+        "seen_means": before if SAMPLED not in names else "a target of the user up to this phase; none is drawn",
         "ties": "among equal scores the lower internal item id ranks first",
         "validation_in_history": validation_in_history,
         "validation_in_memory": validation_in_memory,
@@ -186,7 +187,10 @@ def record_table(record: Record, *, style: str = "text", width: int = 80, digits
     stages, name = record["metrics"].get("stages", record["metrics"]), record["backbone"] or record["model"]
     titles = (record["model"] if stage == "ours" else stage.replace("base", short_name(name)) for stage in stages)
     rows = [(title, phases["test"]) for title, phases in zip(titles, stages.values())]
-    return results_table(rows, len(rows) > 1, style=style, width=width, digits=digits)
+    table = results_table(rows, len(rows) > 1, style=style, width=width, digits=digits)
+    if any(SAMPLED in results for _, results in rows):
+        table += "\n\n" + textwrap.fill(f"Ranked: {record['protocol']['ranking']}.", width)
+    return table
 
 
 def results_table(
