@@ -172,7 +172,8 @@ def _compare(made: dict[str, Any], ours: Mapping[int, Finished], base: Mapping[i
             tests[protocol][metric] = {
                 # a metric of lists or scores has no value for each user
                 "users": paired_p(ours_values[metric][left], base_values[metric][right])
-                if metric in ours_values else None,
+                if metric in ours_values
+                else None,
                 "seeds": paired_p(*by_seed),
             }
 

@@ -257,8 +257,8 @@ ModelName = Annotated[Any, Accepts("a model", _anything)]
 
 # Options of every run, by section of `properties/overall.yaml`.
 
-#: The two protocols of a ranking of all items: those of the history stay in it (RecBole's way), or are taken out; and the
-#: one of a ranking among sampled items.
+#: The two protocols of a ranking of all items: those of the history stay in it (RecBole's way), or are taken out. The
+#: third is of a ranking among sampled items.
 SEEN_KEPT, SEEN_REMOVED, SAMPLED = "seen_kept", "seen_removed", "sampled"
 
 

@@ -96,6 +96,7 @@ def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path} does not exist.")
+    protocols = (*PROTOCOLS, SAMPLED)
     try:
         stages: dict[str, dict[str, np.ndarray]] = {}
         with np.load(path, allow_pickle=False) as file:
@@ -105,7 +106,7 @@ def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
         return {
             stage: StageRanks(
                 parts[USERS], parts[QUERIES],
-                *({name: parts[name] for name in names if name in parts} for names in ((*PROTOCOLS, SAMPLED), GROUPINGS)),
+                *({name: parts[name] for name in names if name in parts} for names in (protocols, GROUPINGS)),
             )
             for stage, parts in stages.items()
         }  # fmt: skip
