@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,27 @@ def test_the_items_are_the_same_whenever_they_are_read(workdir):
     assert (np.random.get_state()[1] == before).all()  # the draws of a training go on as without an evaluation
 
 
+def test_the_draws_are_recboles_and_regenerated_rows_do_not_change_them(small_config, extra):
+    from recbole.config import Config as RecBoleConfig
+    from recbole.data import create_dataset, data_preparation
+
+    config = small_config("SASRec", eval_args=SAMPLED)
+    given = {name: config[name] for name in ("data_path", "eval_args", "MAX_ITEM_LIST_LENGTH", "load_col")}
+    theirs = RecBoleConfig("SASRec", "tiny", config_dict={
+        **given, "data_path": str(Path(config["data_path"]).parent), "eval_batch_size": config["eval_batch_size"],
+        "train_neg_sample_args": None,
+    })  # fmt: skip
+    loaders = data_preparation(theirs, create_dataset(theirs))[1:]
+    for regenerated in (None, extra):
+        splits = prepare_data(config, regenerated=regenerated)
+        for own, other in zip((splits.valid, splits.test), loaders):
+            np.random.seed(config["seed"])
+            wanted = [(batch[0]["item_id"], batch[1]) for batch in other]
+            found = [(batch[0]["item_id"], batch[1]) for batch in own]
+            assert len(found) == len(wanted)
+            assert all(torch.equal(*pair) for each in zip(found, wanted) for pair in zip(*each))
+
+
 def test_ranks_among_sampled_items_by_hand(small_config):
     """One plus the items of the query's draws with a higher score; an item that is drawn twice counts once."""
     config = small_config("SASRec", eval_args=SAMPLED, metrics=["MRR", "GAUC"], valid_metric="MRR@10")
@@ -140,6 +162,7 @@ def test_a_pipeline_among_sampled_items(tiny_run, tmp_path):
     assert "the targets among sampled items" in made.printed
     assert "10 items drawn by popularity" in " ".join(made.printed.split())
     assert "seen items" not in made.printed
+    assert made.record["protocol"]["seen_means"].endswith("they may be drawn")
     stored = read_ranks(tmp_path / "ranks.npz")["base + (iii)"]
     assert list(stored.ranks) == ["sampled"]
     assert stored.ranks["sampled"].max() <= 11

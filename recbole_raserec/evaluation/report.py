@@ -18,6 +18,7 @@ from tabulate import LATEX_ESCAPE_RULES, DataRow, Line, TableFormat, tabulate
 
 from recbole_raserec.config import Config, short_name
 from recbole_raserec.evaluation.protocols import PROTOCOLS, SAMPLED, SEEN_KEPT, SEEN_REMOVED, Metrics, Options
+from recbole_raserec.evaluation.ranking import option_of
 from recbole_raserec.evaluation.ranks import write_ranks
 from recbole_raserec.kernels import loaded, peak_memory_mb
 from recbole_raserec.storage import plain, write_json
@@ -137,12 +138,14 @@ def protocol_description(
     names = (SEEN_KEPT, SEEN_REMOVED) if modes.get("test", "full") == "full" else (SAMPLED,)
     ways = {phase: _way(mode) for phase, mode in modes.items()}
     same = len(set(ways.values())) == 1
-    before = "every item of the user before the target, in the whole log; the target itself is never removed"
+    seen = "every item of the user before the target, in the whole log"
+    if SAMPLED in names:
+        seen += "; " + ("they may be drawn" if option_of(config, "repeatable") else "none is drawn")
     return {
         **{name: eval_args.get(name) for name in ("split", "group_by", "order")},
         "ranking": ways["test"] if same else f"{ways['test']}; in the validation {ways['valid']}",
         "seen_items": {name: PROTOCOL_TITLES[name] for name in names},
-        "seen_means": before if SAMPLED not in names else "a target of the user up to this phase; none is drawn",
+        "seen_means": seen if SAMPLED in names else f"{seen}; the target itself is never removed",
         "ties": "among equal scores the lower internal item id ranks first",
         "validation_in_history": validation_in_history,
         "validation_in_memory": validation_in_memory,
