@@ -3,6 +3,7 @@
 from recbole_raserec.config.checks import (
     check_run,
     evaluation_problems,
+    metric_needs,
     selection_protocol,
 )
 from recbole_raserec.config.config import Config, model_versions
@@ -12,6 +13,7 @@ from recbole_raserec.config.options import (
     OVERALL,
     REGENERATION,
     RETRIEVAL_MODEL,
+    SAMPLED,
     SEEN_KEPT,
     SEEN_REMOVED,
     Count,
@@ -61,11 +63,11 @@ from recbole_raserec.config.sources import (
 )
 
 __all__ = [
-    "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
-    "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
+    "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SAMPLED",
+    "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
-    "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run",
-    "evaluation_problems", "folder_of", "get_model", "get_trainer_class", "in_words", "is_own", "model_keys",
-    "model_names", "model_versions", "name_of", "option", "options_of", "parse_value", "read_yaml",
-    "regeneration_options", "selection_protocol", "short_name", "trains_regenerator", "trims", "with_names",
+    "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
+    "folder_of", "get_model", "get_trainer_class", "in_words", "is_own", "metric_needs", "model_keys", "model_names",
+    "model_versions", "name_of", "option", "options_of", "parse_value", "read_yaml", "regeneration_options",
+    "selection_protocol", "short_name", "trains_regenerator", "trims", "with_names",
 ]  # fmt: skip

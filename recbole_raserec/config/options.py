@@ -261,8 +261,9 @@ ModelName = Annotated[Any, Accepts("a model", _anything)]
 
 # Options of every run, by section of `properties/overall.yaml`.
 
-#: The two protocols of evaluation: items of the history stay in the ranking (RecBole's way), or are taken out.
-SEEN_KEPT, SEEN_REMOVED = "seen_kept", "seen_removed"
+#: The two protocols of a ranking of all items: those of the history stay in it (RecBole's way), or are taken out. The
+#: third is of a ranking among sampled items.
+SEEN_KEPT, SEEN_REMOVED, SAMPLED = "seen_kept", "seen_removed", "sampled"
 
 
 class RunOptions(Options):
@@ -419,11 +420,13 @@ class RegenerationOptions(Options):
 
 
 class EvaluationOptions(Options):
-    """Evaluation: leave-one-out in time order, every item ranked"""
+    """Evaluation: by default leave-one-out in time order, every item ranked"""
 
     eval_args: EvalArgs = option(
         {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user",
-         "mode": {"valid": "full", "test": "full"}}, "keys that are left out keep the value they have here",
+         "mode": {"valid": "full", "test": "full"}},
+        "keys that are left out keep the value they have here; mode: full ranks all items; uniN, popN, such as uni100: "
+        "the target among N items that RecBole draws uniformly or by popularity",
     )  # fmt: skip
     metrics: Metrics = option(["Recall", "NDCG"], training=False)
     topk: Cutoffs = option([5, 10, 20], training=False)
@@ -431,7 +434,7 @@ class EvaluationOptions(Options):
     valid_protocol: Literal["auto", "seen_kept", "seen_removed"] = option(
         "auto",
         "validation figures of which protocol stop a training and tune the kNN head: seen_kept, seen_removed; auto: "
-        "RecBole's, kept for sequential models, removed for general ones",
+        "RecBole's, kept for sequential models, removed for general ones; validation among sampled items has only one",
         later=True,
     )
     eval_batch_size: Count = option(1024, training=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 import recbole.data.dataset
 import scipy.sparse as sp
-from recbole.data.dataloader import TrainDataLoader
+from recbole.data.dataloader import NegSampleEvalDataLoader, TrainDataLoader
 from recbole.data.utils import create_samplers, get_dataloader
 from recbole.utils import ModelType
 
@@ -95,12 +95,11 @@ def prepare(
         loader_class = PackedLoader if packed else BucketLoader
         bounded = {"costs": costs(config, built[0])} if packed and costs is not None else {}
         train = loader_class(config, built[0], samplers[0], config["shuffle"], bucket, same_target, **bounded)
-        built[1].trim = built[2].trim = True
+        for phase, part in zip(("valid", "test"), built[1:]):  # RecBole joins windows of sampled items: of one length
+            part.trim = config["eval_args"]["mode"][phase] == "full"
     else:
         train = train_class(config, built[0], samplers[0], shuffle=config["shuffle"])
     users_per_batch = config["eval_batch_size"]
-    if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:  # there RecBole counts users x items
-        config["eval_batch_size"] = users_per_batch * dataset.item_num
     seen, loaders = {}, []
     try:
         for number, phase in enumerate(("valid", "test"), start=1):
@@ -108,10 +107,31 @@ def prepare(
                 seen[phase] = dataset.store.seen(*built[number].windows()[:2])
             else:
                 seen[phase] = _seen_without(log_users, log_items, built[number:], dataset)
-            loaders.append(get_dataloader(config, phase)(config, built[number], samplers[number], shuffle=False))
+            kind = get_dataloader(config, phase)
+            kind = SampledLoader if kind is NegSampleEvalDataLoader else kind
+            full = config["MODEL_TYPE"] != ModelType.SEQUENTIAL and kind is not SampledLoader
+            config["eval_batch_size"] = users_per_batch * (dataset.item_num if full else 1)  # there users x items
+            loaders.append(kind(config, built[number], samplers[number], shuffle=False))
+            loaders[-1].training = getattr(built[0], "original", None) or built[0]  # whose counts some metrics read
     finally:
         config["eval_batch_size"] = users_per_batch
     return Splits(dataset, train, loaders[0], loaders[1], seen, digest, "packed" if packed else "prefix")
+
+
+class SampledLoader(NegSampleEvalDataLoader):
+    """RecBole's loader of sampled items, which draws the same ones whenever it is read: by the seed of the run.
+
+    So the epochs of a training, all models and a resumed run are measured alike, and the training's own draws are not
+    changed by an evaluation.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        state = np.random.get_state()
+        np.random.seed(self.config["seed"])
+        try:
+            yield from super().__iter__()
+        finally:
+            np.random.set_state(state)
 
 
 def _samplers(config: Config, dataset: Any, built: list[Any]) -> Any:
