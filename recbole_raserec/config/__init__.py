@@ -7,6 +7,7 @@ from recbole_raserec.config.checks import (
 )
 from recbole_raserec.config.config import (
     Config,
+    saved_config,
 )
 from recbole_raserec.config.options import (
     ENCODERS,
@@ -58,5 +59,5 @@ __all__ = [
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
     "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
     "get_model", "get_trainer_class", "option", "parse_value", "read_yaml", "regeneration_options",
-    "selection_protocol", "trains_regenerator", "trims",
+    "saved_config", "selection_protocol", "trains_regenerator", "trims",
 ]  # fmt: skip

@@ -441,3 +441,14 @@ class Config(RecBoleConfig):
     def explain(self) -> dict[str, Any]:
         """All final options, JSON-able, sorted by name."""
         return {name: plain(self.final_config_dict[name]) for name in sorted(self.final_config_dict)}
+
+
+def saved_config(manifest: Mapping[str, Any]) -> Config:
+    """The configuration of the run whose checkpoint has this manifest."""
+    options = dict(manifest["options"])
+    if options["train_neg_sample_args"]["distribution"] == "none":
+        del options["train_neg_sample_args"]
+    name, dataset, path = options.pop("model"), options.pop("dataset"), options.pop("data_path")
+    bare = Config(name, dataset, config_dict=Parsed({k: v for k, v in options.items() if k == "backbone"}), argv=[])
+    given = {**bare._known(options), "data_path": os.path.dirname(path)}
+    return Config(name, dataset, config_dict=Parsed(given), argv=[])

@@ -151,8 +151,8 @@ def options_of(name: str, model_class: Any) -> list[type[Options]]:
 
 
 def get_trainer_class(config: Any) -> Any:
-    """RecBole's trainer class for the configured model."""
-    return recbole_get_trainer(config["MODEL_TYPE"], config["model"])
+    """RecBole's trainer class for the configured model; for ours, the plain one."""
+    return recbole_get_trainer(config["MODEL_TYPE"], "" if config["model"] in MODELS else config["model"])
 
 
 @functools.cache

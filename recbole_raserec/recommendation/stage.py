@@ -17,7 +17,11 @@ from recbole_raserec.training import DECIMALS, Outcome, Trial, evaluate_test, ru
 
 
 def train_model(
-    config: Config, checkpoint: Optional[str] = None, regenerated: Any = None, trial: Optional[Trial] = None
+    config: Config,
+    checkpoint: Optional[str] = None,
+    regenerated: Any = None,
+    trial: Optional[Trial] = None,
+    splits: Optional[Splits] = None,
 ) -> Outcome:
     """Stage ii: train the configured model, continue its training, or reuse what a run with the same fingerprint left.
 
@@ -26,6 +30,7 @@ def train_model(
         checkpoint: checkpoint directory whose weights are used instead of training.
         regenerated: of stage i (`RegeneratedData`); it joins the training split.
         trial: given where the run is one of a search.
+        splits: the data, where they are prepared already.
 
     Raises:
         CheckpointError: `checkpoint`, or that of the collaborative model, belongs to another model or data set, or is
@@ -37,7 +42,7 @@ def train_model(
         config["collaborative_options"] = read_manifest(checkpoint)["options"].get("collaborative_options")
     elif config["collaborative"]:
         collaborative = find_collaborative_model(config, lambda other: train_model(other).directory)
-    splits = prepare_data(config, None if regenerated is None else regenerated.data)
+    splits = splits or prepare_data(config, None if regenerated is None else regenerated.data)
     if regenerated is not None and regenerated.data.training is not None:
         own = splits.train._dataset.original
         if training_hash(own, splits.vocabulary()) != regenerated.data.training:

@@ -23,12 +23,13 @@ from recbole_raserec.config import (
     Share,
     Text,
     Weight,
+    get_model,
     option,
 )
 from recbole_raserec.data import POSITION
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy
-from recbole_raserec.recommendation import Backbone
+from recbole_raserec.recommendation import Backbone, wrap_backbone
 from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
@@ -133,11 +134,12 @@ class RaSeRec(SequentialRecommender):
     Args:
         config: options of `properties/model/RaSeRec.yaml`.
         dataset: RecBole data set, or anything with `num(field)`.
-        backbone: gives user and item vectors.
+        backbone: gives user and item vectors; None: one as the options name it, untrained, which the trainer trains.
 
     Attributes:
         known: vectors and neighbours of some splits, where rows (user and position) are looked up first; a change of
             the memory empties it.
+        makes_backbone: whether the backbone is its own, to be trained.
         augments: whether user vectors are augmented.
         knn: whether the kNN head is there.
     """
@@ -147,8 +149,12 @@ class RaSeRec(SequentialRecommender):
     knn_share: Tensor
     knn_tau: Tensor
 
-    def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Backbone):
+    def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Optional[Backbone] = None):
         super().__init__(config, dataset)
+        self.makes_backbone = backbone is None
+        if backbone is None:
+            own = config.for_backbone()  # type: ignore[union-attr]
+            backbone = wrap_backbone(get_model(own["model"])(own, dataset), own, dataset)
         self.backbone = backbone
         self.n_users = int(dataset.num(self.USER_ID))
         self.top_k, self.time_field, self.frozen = config["top_k"], config["TIME_FIELD"], config["freeze_backbone"]

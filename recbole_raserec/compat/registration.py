@@ -1,0 +1,214 @@
+"""Our models in RecBole's own hands: where RecBole looks a name up, it finds ours.
+
+Nothing is imported until a name is used; `recbole_raserec.plugin` then does the work.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import os
+import sys
+import types
+from collections.abc import Callable, Mapping
+from logging import getLogger
+from typing import Any
+
+from recbole_raserec.compat.import_hooks import patch
+
+#: In front of a name that RecBole has too: its own class.
+PREFIX = "recbole:"
+
+
+def _models() -> Mapping[str, str]:
+    """Names of our models, and where their classes are."""
+    return importlib.import_module("recbole_raserec.config").MODELS
+
+
+def _plugin() -> Any:
+    return importlib.import_module("recbole_raserec.plugin")
+
+
+def _is_ours(model: Any) -> bool:
+    """Whether a name, or a class, is one of our models."""
+    if isinstance(model, type):
+        return any(base.__module__.startswith("recbole_raserec.") for base in model.__mro__)
+    return isinstance(model, str) and model in _models()
+
+
+def _runs_ours(config: Any) -> bool:
+    return _is_ours(getattr(config, "model_class", None)) and hasattr(config, "training_options")
+
+
+def _class_of(name: str) -> Any:
+    return getattr(importlib.import_module(_models()[name]), name)
+
+
+@functools.cache
+def _announce(name: str) -> None:
+    getLogger().info(f"{name} is the model of recbole_raserec; {PREFIX}{name} is RecBole's")
+
+
+def _forward(*args: Any, **options: Any) -> Any:
+    return REPLACEMENT(*args, **options)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _replace(function: Any, make: Callable[[Any], Callable]) -> None:
+    """Let `function` do what `make(original)` does, wherever it was imported already."""
+    parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    key = f"_recbole_raserec_{function.__name__}"
+    function.__signature__ = inspect.signature(function)
+    function.__globals__[key] = make(types.FunctionType(*parts))
+    function.__code__ = _forward.__code__.replace(co_names=(key,), co_name=function.__name__)
+
+
+def _find_lazily(module: Any, suffix: str, find: Callable[[str], Any]) -> None:
+    """Let `module` have `find(name)` under the name of each of our models and `suffix`."""
+
+    def __getattr__(name: str) -> Any:
+        if name.endswith(suffix) and not name.startswith("_") and name.removesuffix(suffix) in _models():
+            return find(name.removesuffix(suffix))
+        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+    module.__getattr__ = __getattr__
+
+
+@patch("our-models", "recbole.utils.utils")
+def _lookups(module: Any) -> None:
+    """get_model and get_trainer know the models of this package. A name that RecBole has too is ours; with `recbole:`
+    in front it is RecBole's."""
+
+    def find_model(original: Any) -> Any:
+        def get_model(model_name: str) -> Any:
+            if model_name not in _models():
+                return original(model_name.removeprefix(PREFIX))
+            _announce(model_name)
+            return _class_of(model_name)
+
+        return get_model
+
+    def find_trainer(original: Any) -> Any:
+        def get_trainer(model_type: Any, model_name: str) -> Any:
+            name = model_name.removeprefix(PREFIX)
+            return original(model_type, "" if name != model_name and name in _models() else name)
+
+        return get_trainer
+
+    _replace(module.get_model, find_model)
+    _replace(module.get_trainer, find_trainer)
+
+
+class _Modules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """A module below RecBole's sequential models for each of ours that RecBole has none for."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        package, _, name = fullname.rpartition(".")
+        known = package == "recbole.model.sequential_recommender" and name in map(str.lower, _models())
+        return importlib.util.spec_from_loader(fullname, self) if known else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        _find_lazily(module, "", _class_of)
+
+
+@patch("our-modules", "recbole.model.sequential_recommender")
+def _modules(module: Any) -> None:
+    """RecBole keeps a model in a module of its name among the sequential models; ours can be imported from there."""
+    _find_lazily(module, "", _class_of)
+    if not any(isinstance(finder, _Modules) for finder in sys.meta_path):
+        sys.meta_path.append(_Modules())
+
+
+class _Ours(Exception):
+    """The configuration being made is of one of our models."""
+
+
+@patch("our-options", "recbole.config.configurator")
+def _options(module: Any) -> None:
+    """RecBole's Config knows the options of RecBole's models. Of a model of this package it becomes our Config, with our
+    properties and checks."""
+    config = module.Config
+    init, find, load = config.__init__, config._get_model_and_dataset, config._load_internal_config_dict
+
+    @functools.wraps(init)
+    def __init__(
+        self: Any, model: Any = None, dataset: Any = None, config_file_list: Any = None, config_dict: Any = None
+    ) -> None:
+        if type(self) is not config:
+            return init(self, model, dataset, config_file_list, config_dict)
+        try:
+            init(self, model, dataset, config_file_list, dict(config_dict or {}))
+        except _Ours:
+            vars(self).clear()
+            self.__class__ = importlib.import_module("recbole_raserec.config").Config
+            given = [] if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:]
+            argv = [argument for argument in given if argument.startswith("--") and "=" in argument]
+            self.__init__(model, dataset, config_file_list, config_dict, argv)
+
+    def _get_model_and_dataset(self: Any, model: Any, dataset: Any) -> Any:
+        if _is_ours(self.external_config_dict.get("model") if model is None else model):
+            raise _Ours
+        name, kind, dataset = find(self, model, dataset)
+        return PREFIX + name if name in _models() else name, kind, dataset
+
+    def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
+        load(self, model.removeprefix(PREFIX), model_class, dataset)
+
+    config.__init__, config._get_model_and_dataset = __init__, _get_model_and_dataset
+    config._load_internal_config_dict = _load_internal_config_dict
+
+
+@patch("our-data", "recbole.data.dataset")
+def _datasets(module: Any) -> None:
+    """create_dataset looks for a class named after the model; ours read sequences without copies of them."""
+    _find_lazily(module, "Dataset", lambda _: importlib.import_module("recbole_raserec.data").SequenceDataset)
+
+
+@patch("our-loaders", "recbole.data.utils")
+def _loaders(module: Any) -> None:
+    """data_preparation gives our models the loaders that they train with."""
+
+    def make(original: Any) -> Any:
+        def data_preparation(config: Any, dataset: Any) -> Any:
+            return (_plugin().data_preparation if _runs_ours(config) else original)(config, dataset)
+
+        return data_preparation
+
+    _replace(module.data_preparation, make)
+
+
+@patch("our-trainers", "recbole.trainer")
+def _trainers(module: Any) -> None:
+    """get_trainer looks for a class named after the model."""
+    _find_lazily(module, "Trainer", lambda name: _plugin().trainer_of(name))
+
+
+@patch("our-trainer", "recbole.trainer.trainer")
+def _trainer(module: Any) -> None:
+    """A Trainer made for one of our models by hand is the one that get_trainer gives."""
+    trainer = module.Trainer
+    init = trainer.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, config: Any, model: Any) -> None:
+        if type(self) is not trainer or not _runs_ours(config):
+            return init(self, config, model)
+        self.__class__ = _plugin().trainer_of(config["model"])
+        self.__init__(config, model)
+
+    trainer.__init__ = __init__
+
+
+@patch("our-checkpoints", "recbole.quick_start.quick_start")
+def _checkpoints(module: Any) -> None:
+    """load_data_and_model also reads a checkpoint directory of this package."""
+
+    def make(original: Any) -> Any:
+        def load_data_and_model(model_file: Any) -> Any:
+            return (_plugin().load_data_and_model if os.path.isdir(model_file) else original)(model_file)
+
+        return load_data_and_model
+
+    _replace(module.load_data_and_model, make)
