@@ -56,8 +56,7 @@ def main() -> None:
     ours = {}
     for model in FIGURES:
         record = recbole_raserec.run_recbole_raserec(model, dataset, config_dict=options(model, "runner"), argv=[])
-        last = list(record["stages"].values())[-1] if isinstance(record["stages"], dict) else record["stages"][-1]
-        ours[model] = last["metrics"]["test"]["seen_kept"] if "metrics" in last else last["test"]["seen_kept"]
+        ours[model] = list(record["metrics"].values())[-1]["test"]["seen_kept"]
 
     for model in FIGURES:  # 1-3
         found = run_recbole(model, dataset, config_dict=options(model, "recbole"))
@@ -75,7 +74,7 @@ def main() -> None:
     assert RaSeRec is recbole_raserec.RaSeRec
     done("from recbole.model.sequential_recommender.raserec import RaSeRec")
     data = create_dataset(config)  # 8
-    train, valid, test = data_preparation(config, data)
+    train, _, test = data_preparation(config, data)
     done(f"create_dataset, data_preparation: {type(data).__name__}, {type(train).__name__}")
     for make in (get_trainer(config["MODEL_TYPE"], "SASRec"), Trainer):  # 9, 10
         loaders = data_preparation(config, create_dataset(config))
@@ -92,7 +91,7 @@ def main() -> None:
         same(found, ours[name])
         done(f"load_data_and_model of RecBole's .pth of {name}")
     for name in ("SASRec", "RaSeRec"):  # 13
-        file = [path for path in glob.glob(f"{folder}/runner/{name}-*") if os.path.isdir(path)][0]
+        file = next(path for path in glob.glob(f"{folder}/runner/{name}-*") if os.path.isdir(path))
         config, model, data, _, _, test = load_data_and_model(file)
         found = get_trainer(config["MODEL_TYPE"], config["model"])(config, model).evaluate(test, load_best_model=False)
         same(found, ours[name])
@@ -100,7 +99,8 @@ def main() -> None:
     users = data.token2id(data.uid_field, ["196", "186"]) if dataset == "ml-100k" else [1, 2]  # 14
     scores, items = full_sort_topk(users, model, test, k=10, device=config["device"])
     every = full_sort_scores(users, model, test, device=config["device"])
-    assert scores.shape == (2, 10) and bool((every.gather(1, items) == scores).all())
+    assert scores.shape == (2, 10)
+    assert bool((every.gather(1, items) == scores).all())
     done("full_sort_topk, full_sort_scores")
     quiet = types.SimpleNamespace(report=lambda **_: None)  # 15: objective_function reports to a session of ray
     sys.modules["recbole.quick_start.quick_start"].tune = quiet

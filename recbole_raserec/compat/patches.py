@@ -21,7 +21,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from recbole_raserec.compat.import_hooks import View, patch
+from recbole_raserec.compat.import_hooks import View, patch, replace_function
 from recbole_raserec.errors import ConfigError
 
 _DATASET = "recbole.data.dataset.dataset"
@@ -103,10 +103,7 @@ def _load_data_and_model(module: Any) -> None:
     module.__builtins__ = {**vars(builtins), "__import__": import_}
     new = types.FunctionType(old.__code__, vars(module), old.__name__, old.__defaults__, old.__closure__)
     functools.update_wrapper(new, old)
-    package: Any = sys.modules[module.__name__.rpartition(".")[0]]
-    for owner in (module, package):
-        if vars(owner).get("load_data_and_model") is old:
-            owner.load_data_and_model = new
+    replace_function(old, lambda _: new)
 
 
 @patch("ensure-dir", "recbole.utils.utils")

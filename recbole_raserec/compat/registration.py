@@ -9,7 +9,6 @@ import functools
 import importlib
 import importlib.abc
 import importlib.util
-import inspect
 import os
 import sys
 import types
@@ -17,7 +16,7 @@ from collections.abc import Callable, Mapping
 from logging import getLogger
 from typing import Any
 
-from recbole_raserec.compat.import_hooks import patch
+from recbole_raserec.compat.import_hooks import patch, replace_function
 
 #: In front of a name that RecBole has too: its own class.
 PREFIX = "recbole:"
@@ -52,19 +51,6 @@ def _announce(name: str) -> None:
     getLogger().info(f"{name} is the model of recbole_raserec; {PREFIX}{name} is RecBole's")
 
 
-def _forward(*args: Any, **options: Any) -> Any:
-    return REPLACEMENT(*args, **options)  # type: ignore[name-defined]  # noqa: F821
-
-
-def _replace(function: Any, make: Callable[[Any], Callable]) -> None:
-    """Let `function` do what `make(original)` does, wherever it was imported already."""
-    parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
-    key = f"_recbole_raserec_{function.__name__}"
-    function.__signature__ = inspect.signature(function)
-    function.__globals__[key] = make(types.FunctionType(*parts))
-    function.__code__ = _forward.__code__.replace(co_names=(key,), co_name=function.__name__)
-
-
 def _find_lazily(module: Any, suffix: str, find: Callable[[str], Any]) -> None:
     """Let `module` have `find(name)` under the name of each of our models and `suffix`."""
 
@@ -97,8 +83,8 @@ def _lookups(module: Any) -> None:
 
         return get_trainer
 
-    _replace(module.get_model, find_model)
-    _replace(module.get_trainer, find_trainer)
+    replace_function(module.get_model, find_model)
+    replace_function(module.get_trainer, find_trainer)
 
 
 class _Modules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -127,8 +113,7 @@ class _Ours(Exception):
 
 @patch("our-options", "recbole.config.configurator")
 def _options(module: Any) -> None:
-    """RecBole's Config knows the options of RecBole's models. Of a model of this package it becomes our Config, with our
-    properties and checks."""
+    """RecBole's Config knows the options of RecBole's models. For a model of this package it becomes our Config."""
     config = module.Config
     init, find, load = config.__init__, config._get_model_and_dataset, config._load_internal_config_dict
 
@@ -176,7 +161,7 @@ def _loaders(module: Any) -> None:
 
         return data_preparation
 
-    _replace(module.data_preparation, make)
+    replace_function(module.data_preparation, make)
 
 
 @patch("our-trainers", "recbole.trainer")
@@ -211,4 +196,4 @@ def _checkpoints(module: Any) -> None:
 
         return load_data_and_model
 
-    _replace(module.load_data_and_model, make)
+    replace_function(module.load_data_and_model, make)
