@@ -6,13 +6,23 @@ from setuptools import Extension, find_packages, setup
 
 README = Path(__file__).with_name("README.md")
 
+#: What RecBole 1.2.1 imports and this package does not.
+RECBOLE_IMPORTS = [
+    *("colorlog>=4.7.2", "colorama>=0.4.4", "scikit-learn>=1.3", "tensorboard>=2.5", "texttable>=0.9"),
+    "thop>=0.1.1.post2207130030",
+]
+
 INSTALL_REQUIRES = [
-    "recbole==1.2.1",  # compat/patches.py patches this version and no other
-    "torch>=2.0",
+    # compat/patches.py patches this version and no other. It asks for ray<=2.6.3, which has no wheel for Python 3.12 or
+    # later and which its own tuning alone needs. There `pip install --no-deps recbole==1.2.1` installs it, and what it
+    # imports is named here.
+    "recbole==1.2.1; python_version < '3.12'",
+    *(f"{name}; python_version >= '3.12'" for name in RECBOLE_IMPORTS),
+    "torch>=2.4",
     "faiss-cpu>=1.7.4",
-    "numpy>=1.22,<2",  # RecBole names aliases that numpy 2 removed
+    "numpy>=1.26,<3",
     "scipy>=1.7",
-    "pandas>=1.5,<3",  # RecBole fills missing values by chained assignment, which pandas 3 ignores
+    "pandas>=2.0,<4",
     "safetensors>=0.4",
     "tqdm>=4.60",
     "pyyaml>=6.0",
@@ -23,7 +33,9 @@ INSTALL_REQUIRES = [
     "psutil>=5.9",
     "pydantic>=2.8",
     "tabulate>=0.9",
-    "setuptools<81",  # ray 2.6, which RecBole imports, imports pkg_resources, on its way out of setuptools
+    # ray 2.6 imports pkg_resources, on its way out of setuptools; thop distutils, which is there alone from 3.12 on
+    "setuptools<81; python_version < '3.12'",
+    "setuptools; python_version >= '3.12'",
 ]
 
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
@@ -42,7 +54,7 @@ EXTRAS_REQUIRE = {
         *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=0.20", *SERVE, "httpx>=0.27"),
         *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20", "optuna>=4.0", "import-linter>=2.5"),
     ],
-    "fuzz": ["schemathesis>=4.10"],  # wants Python 3.10
+    "fuzz": ["schemathesis>=4.10"],
     "dev": [
         *("ruff>=0.6", "mypy>=1.11", "import-linter>=2.5", "types-PyYAML", "types-tqdm", "types-setuptools"),
         *("types-tabulate", "types-psutil"),
@@ -77,7 +89,7 @@ setup(
     long_description_content_type="text/markdown",
     author="recbole-raserec contributors",
     license="MIT",
-    python_requires=">=3.9,<3.12",  # ray 2.6 has no wheel for Python 3.12
+    python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     packages=[*find_packages(include=["recbole_raserec", "recbole_raserec.*"]), "recbole_raserec.properties"],
@@ -91,9 +103,11 @@ setup(
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
-        "Programming Language :: Python :: 3.9",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

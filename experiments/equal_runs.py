@@ -5,7 +5,7 @@
     python experiments/equal_runs.py --tree=DIR
 
 starts the same command twice, RaSeRec over SASRec with regeneration on the small data set of the repository, in one
-current directory with one `checkpoint_dir`, and does so for each pair afresh. Two such processes want the same patterns,
+current directory with one `checkpoint_dir`, again for each pair. Two such processes want the same patterns,
 backbones, memory and module. One may make them while the other waits for and reuses them; but neither may fail, nor
 read what is half written. One run alone comes first: its metrics, validation curves, training losses and numbers of
 parameters are what all the others must have, to the last digit. Seconds are not compared. `--apart=S` starts the second

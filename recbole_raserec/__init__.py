@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from typing import Any
 
 from recbole_raserec.compat import apply
+
+if importlib.util.find_spec("recbole") is None:
+    # No dependency on Python 3.12 or later: its metadata ask for a ray that has no wheel there.
+    raise ModuleNotFoundError("RecBole is not installed; pip install --no-deps recbole==1.2.1", name="recbole")
 
 apply()
 
@@ -35,6 +41,4 @@ __all__ = ["__version__", *_PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'recbole_raserec' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_PUBLIC[name]), name)

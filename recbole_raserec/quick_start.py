@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from recbole.utils import init_logger, init_seed
 
-from recbole_raserec.config import RETRIEVAL_MODEL, Config, check_run
+from recbole_raserec.config import RETRIEVAL_MODEL, Config, check_run, with_names
 from recbole_raserec.data.preparation import ensure_dataset
 from recbole_raserec.distributed import current, layout_of, silence, start
 from recbole_raserec.evaluation import report_stages
@@ -20,7 +20,7 @@ from recbole_raserec.training import Outcome, Trial
 
 
 def run_recbole_raserec(
-    model: Optional[str] = None, dataset: Optional[str] = None, config_file_list: Optional[list[str]] = None,
+    model: Any = None, dataset: Optional[str] = None, config_file_list: Optional[list[str]] = None,
     config_dict: Optional[dict[str, Any]] = None, argv: Optional[list[str]] = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and evaluate a model, for RaSeRec its backbone first, and return the record that `result_file` receives.
@@ -28,7 +28,7 @@ def run_recbole_raserec(
     What an earlier run with the same options, data and seed finished is reused, what it left unfinished is continued.
 
     Args:
-        model: name, of this package or of RecBole.
+        model: name, of this package or of RecBole, or `package.module:Class` of your own; or a class.
         dataset: its name.
         config_file_list: YAML files of options.
         config_dict: options; they win over the files.
@@ -45,7 +45,7 @@ def run_recbole_raserec(
     check_run(config)
     layout = layout_of(config.final_config_dict)
     if layout.size > 1:
-        given = (model, dataset, config_file_list, config_dict, config._argv)
+        given = (config.model, dataset, config_file_list, with_names(config_dict or {}), config._argv)
         return start(layout, run_process, given, config["device"].type == "cuda", config["threads"]) or {}
     init_logger(config)
     return run(config)
@@ -85,7 +85,7 @@ def run_stages(config: Config, trial: Optional[Trial] = None) -> tuple[dict[str,
     first, second = (plain.for_backbone(), config.for_backbone()) if retrieval else (plain, config)
     last = before if retrieval else trial
     stages["base"] = base = train_model(  # stage ii: the backbone, or a model that stands alone
-        first, config["backbone_checkpoint"], trial=before if regeneration else last
+        first, config["backbone_checkpoint"], trial=before if regeneration else last, backbone=retrieval
     )
     if regeneration == "personalised":
         data = current().from_first(lambda: personalise(second, data, base))

@@ -172,7 +172,7 @@ def test_untrimmed_batches_run(built: Built):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_models_name_the_reason(name: str):
-    model = type(name, (nn.Module,), {})()
+    model = type(name, (nn.Module,), {"__module__": "recbole.model"})()
     with pytest.raises(ConfigError) as caught:
         wrap_backbone(model, {}, None)
     message = str(caught.value)

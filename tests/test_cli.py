@@ -168,6 +168,19 @@ def test_help(runner, capsys, words, shown):
     assert runner.calls == []
 
 
+def test_options_are_listed_from_their_declarations(capsys):
+    assert cli.main(["options"]) == 0
+    printed = capsys.readouterr().out
+    assert "--seed=2020" in printed
+    assert "--regen_gamma=0.1" in printed
+    assert cli.main(["options", "RaSeRec"]) == 0
+    assert "neighbours per query; K in the paper, 20 in its Beauty run (an integer >= 1)" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert cli.main(["options", "RaSeRek"]) == 2
+    assert "did you mean RaSeRec?" in capsys.readouterr().err
+
+
 def test_no_words_at_all_is_a_usage_error(capsys):
     assert cli.main([]) == 2
     assert "Usage:" in capsys.readouterr().err

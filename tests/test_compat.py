@@ -52,7 +52,7 @@ def test_apply_twice_changes_nothing():
 
 
 @pytest.mark.skipif(
-    compat._at_least("numpy", "2") or compat._without_pkg_resources(),
+    compat._at_least("numpy", "2") or compat._without_pkg_resources() or compat._without_ray(),
     reason="here RecBole cannot be imported before its patches",
 )
 def test_modules_imported_before_apply_are_patched_too():
@@ -120,9 +120,44 @@ def test_quick_start_imports_without_pkg_resources():
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.skipif(compat._without_ray(), reason="ray is not installed")
 def test_ray_alone_does_not_import_without_pkg_resources():
     done = run_python(HIDE_PKG_RESOURCES + "import ray")
     assert "No module named 'pkg_resources'" in done.stderr
+
+
+HIDE = """
+import importlib.machinery, sys
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name == {name!r} else find(name, *rest)
+sys.path.insert(0, ".")
+"""
+
+
+def test_quick_start_imports_without_ray_and_its_stand_in_stays_hidden():
+    done = run_python(
+        HIDE.format(name="ray") + "import importlib.util, recbole_raserec\n"
+        "from recbole.quick_start import quick_start\n"
+        "assert quick_start.tune.report(ndcg=1.0) is None\n"
+        "assert 'ray' not in sys.modules and importlib.util.find_spec('ray') is None\n"
+        "from recbole_raserec.compat import all_patches\n"
+        "assert {patch.name: patch.active for patch in all_patches()}['no-ray']\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(compat._without_ray(), reason="ray is not installed")
+def test_a_ray_that_is_installed_is_the_one_that_recbole_sees():
+    done = run_python(
+        "import recbole_raserec, ray.tune; from recbole.quick_start import quick_start as q; assert q.tune is ray.tune"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_recbole_is_one_error_with_its_remedy():
+    done = run_python(HIDE.format(name="recbole") + "import recbole_raserec")
+    wanted = "ModuleNotFoundError: RecBole is not installed; pip install --no-deps recbole==1.2.1"
+    assert done.stderr.strip().splitlines()[-1] == wanted
 
 
 # --------------------------------------------------------------------------------------------------------------- torch
@@ -224,6 +259,20 @@ def test_agg_len_gives_a_length_per_row():
     column = pd.Series([[1], [1, 2], []])
     assert list(module.len(column)) == [1, 2, 0]
     assert list(column.map(module.len)) == [1, 2, 0]
+
+
+def test_tensors_do_not_share_the_read_only_arrays_of_a_frame():
+    module = types.ModuleType("dataset")
+    compat._pandas_read_only(module)
+    numbers, mine = np.arange(3), np.arange(3)
+    numbers.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tensors = [module.torch.LongTensor(given) for given in (numbers, mine, [0, 1, 2])]
+    for tensor in tensors:
+        tensor[0] = 7
+    assert (numbers[0], mine[0], tensors[0].dtype) == (0, 7, torch.int64)
+    assert module.torch.FloatTensor([0.5]).dtype == torch.float32
 
 
 def test_dok_update_sets_the_values():

@@ -172,7 +172,7 @@ def test_a_new_option_of_a_model_is_written_in_one_place():
     assert {**changed, "widening": 3} == config.training_options()
     assert Config(Widened, "planted", argv=["--shape=square"]).training_options() == config.training_options()
     plain = Config(SASRec, "planted", argv=[]).training_options()
-    assert config.training_options() == {**plain, "model": "Widened", "widening": 3}
+    assert config.training_options() == {**plain, "model": "test_config:Widened", "widening": 3}
     slack = Config(Widened, "planted", argv=["--slack=1"]).training_options()
     assert slack == {**config.training_options(), "slack": 1.0}
     assert "  # (int) how much wider the last layer is\n" in properties.yaml_of(WidenedOptions)

@@ -90,7 +90,7 @@ def alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    stat = f"/proc/{pid}/stat"  # one that has ended and that nobody has asked for is still there
+    stat = f"/proc/{pid}/stat"  # one that has ended and was not waited for is still there
     return not os.path.exists(stat) or open(stat).read().rpartition(")")[2].split()[0] != "Z"
 
 

@@ -58,7 +58,7 @@ def results(notebook, tmp_path_factory):
 
 
 def test_committed_without_outputs(notebook):
-    # They would differ from machine to machine; this test and the site make them anew.
+    # They would differ from machine to machine; this test and the site make them again.
     for cell in notebook.cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None

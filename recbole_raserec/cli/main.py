@@ -28,7 +28,7 @@ class _Application(click.Group):
     """Commands in the order of their use. Without a command it is `run`; all wrong words are reported at once."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["run", "prepare", "regenerate", "recommend", "explain", "serve", "compare", "tune", "doctor"]
+        return ["run", "prepare", "regenerate", "recommend", "explain", "serve", "compare", "tune", "options", "doctor"]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args[:1] == ["help"]:
@@ -164,7 +164,7 @@ def _paths(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 _RUN_OPTIONS = (
-    _option("--model", "NAME", "RaSeRec, SASRec, DuoRec, BSARec, DARec, or any of RecBole", "-m"),
+    _option("--model", "NAME", "RaSeRec, SASRec, DuoRec, BSARec, DARec, any of RecBole, or package.module:Class", "-m"),
     _option("--dataset", "NAME", "folder under data_path, or ml-100k (comes with RecBole)", "-d"),
     _option("--config_files", '"A B"', "YAML files, later ones win over earlier ones", callback=_paths),
 )
@@ -191,11 +191,12 @@ def run(context: click.Context, model: str | None, dataset: str | None, config_f
     removed). RaSeRec trains its backbone first, or reuses it, and is compared with it. The same command continues an
     interrupted run from the last finished epoch.
 
-    Every option of RecBole can be given as --OPTION=VALUE and wins over the files. Those that matter most:
+    Every option of RecBole can be given as --OPTION=VALUE and wins over the files; `recbole-raserec options` and
+    `recbole-raserec options MODEL` list this package's. Those that matter most:
 
     \b
       --data_path=DIR            directory that contains NAME/NAME.inter
-      --backbone=NAME            RaSeRec: a sequential model of this package or of RecBole
+      --backbone=NAME            RaSeRec: a sequential model of this package, of RecBole, or package.module:Class
       --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
       --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
       --epochs=N                 largest number of training epochs
@@ -209,6 +210,31 @@ def run(context: click.Context, model: str | None, dataset: str | None, config_f
 
     given: dict[str, Any] = {"model": model, "dataset": dataset, "config_file_list": config_files, "config_dict": None}
     run_recbole_raserec(**given, argv=context.args)
+
+
+@app.command(short_help="the options of every run, or those of a model")
+@click.argument("model", required=False)
+def options(model: str | None) -> None:
+    """List the options of every run, or those of MODEL, with their defaults, what they accept and what they do."""
+    from recbole_raserec.config import MODELS, OVERALL, in_words, options_of
+
+    sections = OVERALL if model is None else options_of(model, None)
+    if not sections:
+        guess = nearest(model, MODELS)
+        remedy = f"did you mean {guess}?" if guess else f"choose one of {', '.join(MODELS)}."
+        raise ConfigError([f"model: {model} has no options of this package; {remedy}"])
+    formatter = click.HelpFormatter(width=118)
+    for section in sections:
+        formatter.write_text(" ".join((section.__doc__ or "").split()))
+        rows = []
+        for name, field in section.model_fields.items():
+            if field.description:
+                default = "" if field.default is None else field.default
+                rows.append((f"--{name}={default}", f"{field.description} ({in_words(field).requirement})"))
+        with formatter.indentation():
+            formatter.write_dl(rows, col_max=32)
+        formatter.write_paragraph()
+    click.echo(formatter.getvalue().rstrip())
 
 
 @_command(

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from recbole_raserec.comparison.figures import Row, figures
-from recbole_raserec.comparison.plan import CELLS, SAVED, Plan, Problems, Run, Seeds, Several, make_plan
+from recbole_raserec.comparison.plan import CELLS, SAVED, Plan, Problems, Run, Seeds, Several, make_plan, named
 from recbole_raserec.comparison.runner import command_words, environment_of, finished, run_all
+from recbole_raserec.config import folder_of
 from recbole_raserec.distributed import cores, layout_of
 from recbole_raserec.errors import MissingExtraError, RaSeRecError, nearest
 from recbole_raserec.evaluation import PROTOCOL_TITLES, STYLES, metric_title, plot_bars, plot_lines, versions
@@ -44,7 +45,8 @@ def compare(
     and of one with regeneration, is a row of its own, once for all that are built on it.
 
     Args:
-        models: specs `NAME[:key=value[:key=value...]]`, a list or joined by commas: a model and its own options.
+        models: specs `NAME[:key=value[:key=value...]]`, a list or joined by commas: a model and its own options. A
+            model of one's own is `package.module:Class`, or in a list the class.
         datasets: names, a list or joined by commas.
         seeds: how many, from the default of `seed` on (5 or "5": 2020 to 2024); or a list ([2020, 2021] or "2020,2021",
             the one seed 2020 as "2020,").
@@ -61,7 +63,17 @@ def compare(
 
     Raises:
         ConfigError: with every problem, before anything runs; also where `output` holds figures of another protocol.
+        RaSeRecError: runs failed, the first of them first, with their last words; all files are written.
     """
+    content = _compare(models, datasets, seeds, output, jobs, config_file_list, argv, problems)
+    _raise_failed(content)
+    return content
+
+
+def _compare(
+    models: Several, datasets: Several, seeds: Seeds, output: str, jobs: Union[str, int],
+    config_file_list: Optional[Sequence[str]], argv: Sequence[str], problems: Optional[Problems],
+) -> dict[str, Any]:  # fmt: skip
     environment = environment_of(os.environ)  # before a configuration chooses devices for this process
     problems, text = problems or Problems(), str(jobs).strip()
     if (count := int(text) if text.isascii() and text.isdigit() else 0) < 1:
@@ -79,6 +91,10 @@ def compare(
         return command_words(run, folder, made)
 
     say = functools.partial(print, file=sys.stderr, flush=True)
+    named_models = [name for run in plan.runs for name in (run.model, str(run.options.get("backbone", "")))]
+    paths = [*(place for name in named_models for place in folder_of(name)), environment.get("PYTHONPATH")]
+    if any(paths):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))
     failed = run_all(plan.runs, folder, count, words, environment, say)
     content = {
         "format": "recbole-raserec comparison",
@@ -122,8 +138,12 @@ def run_command(
         guess = nearest(style, files)
         remedy = f"did you mean {guess}?" if guess else f"choose one of {', '.join(files)}"
         problems.add(f"format: {style!r} is unknown; {remedy}")
-    content = compare(models, datasets, seeds, output, jobs, config_files, argv, problems=problems)
+    content = _compare(models, datasets, seeds, output, jobs, config_files, argv, problems)
     print((Path(output) / files[style]).read_text(encoding="utf-8"), end="")
+    _raise_failed(content)
+
+
+def _raise_failed(content: Mapping[str, Any]) -> None:
     if content["failed"]:
         parts = [f"{len(content['failed'])} of the runs failed; the same command tries them again"]
         for of in content["failed"]:
@@ -133,7 +153,10 @@ def run_command(
 
 
 def _command(several: Mapping[str, Several], seeds: Sequence[int], output: str, files: Any, argv: Sequence[str]) -> str:
-    words = [f"--{name}={given if isinstance(given, str) else ','.join(given)}" for name, given in several.items()]
+    words = [
+        f"--{name}={given if isinstance(given, str) else ','.join(map(named, given))}"
+        for name, given in several.items()
+    ]
     words.append(f"--seeds={','.join(map(str, seeds))}{',' if len(seeds) == 1 else ''}")
     words += [f"--config_files={' '.join(files)}"] if files else []
     return shlex.join(["recbole-raserec", "compare", *words, *argv, f"--output={output}"])

@@ -20,8 +20,12 @@ from recbole_raserec.config import (
     RETRIEVAL_MODEL,
     Config,
     check_run,
+    model_names,
+    model_versions,
+    name_of,
     read_yaml,
     regeneration_options,
+    short_name,
     trains_regenerator,
 )
 from recbole_raserec.data.preparation import ensure_dataset, inter_files, recbole_urls
@@ -32,7 +36,7 @@ from recbole_raserec.storage import MANIFEST, MODEL_VERSIONS, fingerprint, plain
 #: Below the output directory: the files of the runs, and what the runs keep where `checkpoint_dir` is not given.
 CELLS, SAVED = "cells", "saved"
 #: Several values: a list, or a text with commas between them.
-Several = Union[str, Sequence[str]]
+Several = Union[str, Sequence[Any]]
 #: A count of seeds, a list of them, or the text of one of the two.
 Seeds = Union[str, int, Sequence[int]]
 #: Paths of data files -> the hash of their contents.
@@ -181,9 +185,14 @@ def parse_specs(models: Several, problems: Problems) -> list[Spec]:
     specs = []
     for text in parse_names("models", models, problems):
         name, *rest = split_outside(text, ":;")
+        if rest and "=" not in rest[0] and name.strip() not in model_names():
+            name = f"{name.strip()}:{rest.pop(0).strip()}"  # package.module:Class
         options: dict[str, str] = {}
-        for part in rest:
+        while rest:
+            part = rest.pop(0)
             key, equals, value = (piece.strip() for piece in part.partition("="))
+            if key == "backbone" and rest and "=" not in rest[0] and value not in model_names():
+                value = f"{value}:{rest.pop(0).strip()}"
             if not equals or not key or not value:
                 problems.add(f"models: {text!r}: {part!r} is not of the form key=value; write {name}:key=value")
             elif key in _TAKEN:
@@ -201,13 +210,18 @@ def parse_specs(models: Several, problems: Problems) -> list[Spec]:
 
 def parse_names(option: str, given: Several, problems: Problems) -> list[str]:
     """The values of an option, each once."""
-    texts = split_outside(given, ",") if isinstance(given, str) else list(given)
+    texts = split_outside(given, ",") if isinstance(given, str) else [named(each) for each in given]
     names = [text.strip() for text in texts if text.strip()]
     if not names:
         problems.add(f"{option}: is not given; name one or more, for example --{option}={_EXAMPLES[option]}")
     unique = list(dict.fromkeys(names))
     problems.add(*(f"{option}: {name} is given twice; leave one out" for name in unique if names.count(name) > 1))
     return unique
+
+
+def named(given: Any) -> str:
+    """The name of what a comparison was given: a text, or a model class."""
+    return name_of(given) if isinstance(given, type) else given
 
 
 def parse_seeds(given: Seeds, problems: Problems) -> tuple[int, ...]:
@@ -265,6 +279,11 @@ def _request(spec: Spec, dataset: str, seed: int, files: Sequence[str], shared: 
         problems.add(f"resume: is false; {_TAKEN['resume']}")
     with problems.noted():
         check_run(config)
+    for name in (config.model, config["backbone"] or ""):
+        if name.startswith("__main__:"):
+            problems.add(
+                f"models: {name} lies in the program itself, which the runs cannot import; move it to a module"
+            )
     problems.raise_all(0)
     base = config.without_regeneration() if config["regeneration"] else config
     base = base.for_backbone() if config["model"] == RETRIEVAL_MODEL else base
@@ -388,8 +407,10 @@ def run_name(config: Config, hashes: Hashes) -> str:
         parts.append(sha256(Path(collaborative) / MANIFEST))
     found = versions()
     options["versions"] = {name: found[name] for name in _VERSIONS}
-    options["model_versions"] = {name: MODEL_VERSIONS.get(name) for name in sorted(models)}
-    return f"{config.model}-{config['dataset']}-{config['seed']}-{fingerprint(options, *parts)[:12]}"
+    options["model_versions"] = {
+        name: model_versions(name) if ":" in name else MODEL_VERSIONS.get(name) for name in sorted(models)
+    }
+    return f"{short_name(config.model)}-{config['dataset']}-{config['seed']}-{fingerprint(options, *parts)[:12]}"
 
 
 def _content(config: Config, hashes: Hashes) -> str:

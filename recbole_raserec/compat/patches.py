@@ -74,6 +74,27 @@ def _pkg_resources() -> Iterator[None]:
         yield
 
 
+def _without_ray() -> bool:
+    return "ray" not in sys.modules and importlib.util.find_spec("ray") is None
+
+
+@patch("no-ray", _QUICK_START, needed=_without_ray, around=True)
+def _no_ray() -> Iterator[None]:
+    """RecBole's quick start imports ray 2.6, which has no wheel for Python 3.12 or later, to report the figures of its
+    own tuning. Where there is no ray, a stand-in whose report does nothing takes its place during this one import, and
+    no other module sees it."""
+    import recbole.data.transform  # what quick start imports beside ray: none of it is to meet the stand-in
+    import recbole.utils  # noqa: F401
+
+    with contextlib.ExitStack() as stack:
+        if _without_ray():
+            stand_in: Any = types.ModuleType("ray", "A stand-in while RecBole's quick start is imported.")
+            stand_in.tune = types.SimpleNamespace(report=lambda **figures: None)
+            sys.modules["ray"] = stand_in
+            stack.callback(sys.modules.pop, "ray", None)
+        yield
+
+
 def _torch_view() -> types.ModuleType:
     import torch
 
@@ -211,10 +232,11 @@ def _pandas_fillna(module: Any) -> None:
 
     @functools.wraps(fill_nan)
     def _fill_nan(self: Any) -> None:
-        for feat in (getattr(self, name) for name in self.feat_name_list):
+        for name in self.feat_name_list:
+            feat = getattr(self, name)
             zero = {field: 0 for field in feat if self.field2type[field] == kinds.TOKEN}
             mean = {field: feat[field].mean() for field in feat if self.field2type[field] == kinds.FLOAT}
-            feat.fillna({**zero, **mean}, inplace=True)
+            setattr(self, name, feat.fillna({**zero, **mean}))
         fill_nan(self)
 
     def read_csv(*args: Any, **options: Any) -> Any:
@@ -226,11 +248,24 @@ def _pandas_fillna(module: Any) -> None:
     def _from_scratch(self: Any) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="A value is (trying to be|being) set on a copy")
+            warnings.filterwarnings("ignore", message="The inplace keyword in .* is deprecated")  # pandas 3.1
             warnings.filterwarnings("ignore", message="using <.*> in Series.agg cannot aggregate")
             from_scratch(self)
 
     dataset._fill_nan, dataset._from_scratch = _fill_nan, _from_scratch
     module.pd = View(pd, read_csv=read_csv)
+
+
+@patch("pandas-read-only", _DATASET, needed=lambda: _at_least("pandas", "3"))
+def _pandas_read_only(module: Any) -> None:
+    """RecBole makes its tensors of the arrays in a data frame, without a copy where the types agree. Those of pandas 3
+    are read-only; torch warns, and a write to the tensor would reach the frame. In RecBole's module they are copied."""
+    import torch
+
+    def copied(kind: Any) -> Any:
+        return lambda data: kind(data if getattr(data, "flags", None) is None or data.flags.writeable else data.copy())
+
+    module.torch = View(torch, LongTensor=copied(torch.LongTensor), FloatTensor=copied(torch.FloatTensor))
 
 
 @patch("missing-ids", _DATASET)

@@ -5,13 +5,11 @@ from recbole_raserec.config.checks import (
     evaluation_problems,
     selection_protocol,
 )
-from recbole_raserec.config.config import (
-    Config,
-    saved_config,
-)
+from recbole_raserec.config.config import Config, model_versions, saved_config
 from recbole_raserec.config.options import (
     ENCODERS,
     MINING,
+    OVERALL,
     REGENERATION,
     RETRIEVAL_MODEL,
     SEEN_KEPT,
@@ -36,6 +34,7 @@ from recbole_raserec.config.options import (
     Sizes,
     Text,
     Weight,
+    in_words,
     option,
     regeneration_options,
     trains_regenerator,
@@ -46,18 +45,26 @@ from recbole_raserec.config.sources import (
     REFUSED,
     SUPPORTED,
     TRIMMABLE,
+    folder_of,
     get_model,
     get_trainer_class,
+    is_own,
+    model_names,
+    name_of,
+    options_of,
     parse_value,
     read_yaml,
+    short_name,
     trims,
+    with_names,
 )
 
 __all__ = [
-    "ENCODERS", "MINING", "MODELS", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
+    "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
     "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
     "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
     "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
-    "get_model", "get_trainer_class", "option", "parse_value", "read_yaml", "regeneration_options",
-    "saved_config", "selection_protocol", "trains_regenerator", "trims",
+    "folder_of", "get_model", "get_trainer_class", "in_words", "is_own", "model_names", "model_versions", "name_of",
+    "option", "options_of", "parse_value", "read_yaml", "regeneration_options", "saved_config", "selection_protocol",
+    "short_name", "trains_regenerator", "trims", "with_names",
 ]  # fmt: skip

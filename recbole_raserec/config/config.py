@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,16 +42,22 @@ from recbole_raserec.config.sources import (
     Parsed,
     config_files_in,
     find_model,
+    get_model,
+    is_own,
     keys_read_by,
     model_names,
+    name_of,
     options_of,
+    own_defaults,
     parse_arguments,
     parse_value,
     read_yaml,
+    with_names,
+    yaml_beside,
 )
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
-from recbole_raserec.storage import plain, read_manifest
+from recbole_raserec.storage import fingerprint, plain, read_manifest, version_of
 
 #: The devices visible when the program started. RecBole overwrites the variable with gpu_id at every configuration.
 _VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -68,6 +76,16 @@ def _ours(name: str) -> dict[str, Any]:
     return read_yaml(path) if path.is_file() else {}
 
 
+def model_versions(name: str) -> list[str]:
+    """What a fingerprint of a model holds beside options and data; of one of the user's a hash of its module."""
+    if ":" in name:
+        model = get_model(name)
+        for part in (inspect.getmodule(model), model):
+            with contextlib.suppress(OSError, TypeError):
+                return [fingerprint(inspect.getsource(part))]  # type: ignore[arg-type]
+    return version_of(name)
+
+
 class Config(RecBoleConfig):
     """RecBole's Config for the models of this package and of RecBole.
 
@@ -77,7 +95,7 @@ class Config(RecBoleConfig):
     read safely, and texts are parsed as literals, never evaluated.
 
     Args:
-        model: name or class; default: the option `model`.
+        model: name (of one's own: `package.module:Class`) or class; default: the option `model`.
         dataset: name; default: the option `dataset`.
         config_file_list: paths of YAML files; those of an option `--config_files="a.yaml b.yaml"` are added.
         config_dict: options by name.
@@ -142,7 +160,7 @@ class Config(RecBoleConfig):
         return options
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
-        given = dict(config_dict or {})
+        given = with_names(config_dict or {})
         for name in [name for name in given if not isinstance(name, str)]:
             self._problems.append(f"config_dict: the key {shown(name)} is not a text; use names of options")
             del given[name]
@@ -184,8 +202,7 @@ class Config(RecBoleConfig):
             options = options_for(options_of(meant, model_class), False)
             self._problems += check_values(dict(given), options, self._origins, {})
             raise ConfigError(self._problems)
-        name = model_class.__name__ if isinstance(model, type) else model
-        return name, model_class, dataset
+        return name_of(model_class), model_class, dataset
 
     def _find_model(self, option: str, name: Any) -> Any:
         """The class of a model; None, with the problem noted, when there is none."""
@@ -205,12 +222,14 @@ class Config(RecBoleConfig):
                 "choose SASRec, DuoRec or another sequential model"
             )
             backbone = None
-        return (name, backbone) if backbone is not None else (None, None)
+        return (name_of(backbone), backbone) if backbone is not None else (None, None)
 
     @staticmethod
     def _shipped(name: str, model_class: Any) -> dict[str, Any]:
         """The defaults of a model: declared beside it, or changed in its YAML file."""
         declared = {key: value for options in options_of(name, model_class) for key, value in defaults(options).items()}
+        if is_own(model_class):
+            return {**own_defaults(model_class), **declared, **yaml_beside(model_class)}
         return {**declared, **_ours(f"model/{name}")}
 
     def _update_internal_config_dict(self, file: str | os.PathLike) -> dict[str, Any]:
@@ -279,6 +298,7 @@ class Config(RecBoleConfig):
         if retrieval:
             # The retrieval stage learns by cross entropy, whatever the backbone learned by.
             final["loss_type"], final["train_neg_sample_args"] = "CE", None
+            final["backbone"] = next(iter(self._models))  # its full name, however it was written
         return final
 
     def _own(self) -> list[type[Options]]:

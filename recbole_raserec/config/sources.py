@@ -8,7 +8,9 @@ import importlib
 import inspect
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +128,114 @@ MODELS = {
 }
 
 
+#: Entry points of installed packages that name model classes.
+ENTRY_POINTS = "recbole_raserec.models"
+
+#: Classes that were given as such, by name: those of a function or a notebook cannot be imported.
+_GIVEN: dict[str, Any] = {}
+
+
 def get_model(name: str) -> Any:
-    """Model class by name.
+    """Model class by name: one of this package, an entry point's, RecBole's, or `package.module:Class`.
 
     Raises:
         ValueError: neither this package nor RecBole has a model of that name.
+        ImportError: a model of the user's cannot be imported, or is none.
     """
     if name in MODELS:
         return getattr(importlib.import_module(MODELS[name]), name)
-    return recbole_get_model(name)
+    if ":" in name:
+        return _import_model(name)
+    found = {} if name in model_keys() else {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    return _import_model(found[name]) if name in found else recbole_get_model(name)
+
+
+def _import_model(name: str) -> Any:
+    """The class that `package.module:Class` names; a module in the working directory is found too."""
+    module, _, path = name.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module.strip())
+        for part in path.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # whatever the user's module raises
+        if name in _GIVEN:
+            return _GIVEN[name]
+        if isinstance(error, AttributeError) and module in sys.modules:
+            known = [key for key, kind in vars(sys.modules[module]).items() if not _no_model(kind)]
+            guess = nearest(path, known)
+            remedy = f"did you mean {module}:{guess}?" if guess else f"its models: {', '.join(known) or 'none'}"
+            raise ImportError(f"the module {module} has no {path}; {remedy}") from None
+        why = f"the module {module} cannot be imported ({type(error).__name__}: {error})"
+        raise ImportError(f"{why}; install it, or put its folder on PYTHONPATH") from error
+    if problem := _no_model(found):
+        raise ImportError(problem)
+    return found
+
+
+def _no_model(found: Any) -> str:
+    """Why something is no model class; empty if it is one."""
+    from recbole.model.abstract_recommender import AbstractRecommender  # loads much
+
+    if isinstance(found, type) and issubclass(found, AbstractRecommender) and hasattr(found, "type"):
+        declared = getattr(found, "options", Options)
+        is_options = isinstance(declared, type) and issubclass(declared, Options)
+        return "" if is_options else f"{found.__name__}.options is no subclass of recbole_raserec.config.Options"
+    name = getattr(found, "__name__", shown(found))
+    return f"{name} is not a model; derive it from recbole.model.abstract_recommender.SequentialRecommender"
+
+
+def is_own(model: Any) -> bool:
+    """Whether a class, or the class of a model, is neither of this package nor of RecBole."""
+    kind = model if isinstance(model, type) else type(model)
+    return kind.__module__.partition(".")[0] not in ("recbole", "recbole_raserec")
+
+
+def name_of(model: type) -> str:
+    """The name by which `get_model` finds a class: its own, or `package.module:Class` of one of the user's."""
+    if not is_own(model):
+        return model.__name__
+    name = f"{model.__module__}:{model.__qualname__}"
+    place: Any = sys.modules.get(model.__module__)
+    if (
+        functools.reduce(lambda found, part: getattr(found, part, None), model.__qualname__.split("."), place)
+        is not model
+    ):
+        _GIVEN[name] = model
+    return name
+
+
+def short_name(name: str) -> str:
+    """The name of a model for files and tables: of `package.module:Class` the class."""
+    return re.split("[.:]", name)[-1]
+
+
+def with_names(options: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The options, with names in place of model classes."""
+    return {key: name_of(value) if isinstance(value, type) else value for key, value in options.items()}
+
+
+def own_defaults(model: type) -> dict[str, Any]:
+    """Defaults of a user's model: of the model of RecBole it derives from, or that it learns by softmax."""
+    values = {} if hasattr(model, "input_type") else {"loss_type": "CE"}
+    for base in reversed(model.__mro__):
+        path = RECBOLE_PROPERTIES / "model" / f"{base.__name__}.yaml"
+        values.update(read_yaml(path) if base.__module__.startswith("recbole.model.") and path.is_file() else {})
+    return values
+
+
+def yaml_beside(model: type) -> dict[str, Any]:
+    """The options in the file `Class.yaml` beside the module of a user's model; none if there is no such file."""
+    path = Path(getattr(sys.modules.get(model.__module__), "__file__", None) or "").with_name(f"{model.__name__}.yaml")
+    return read_yaml(path) if path.is_file() else {}
+
+
+def folder_of(name: str) -> list[str]:
+    """The folder from which a process started elsewhere can import `package.module:Class`, in a list if it needs it."""
+    top = sys.modules.get(name.partition(":")[0].partition(".")[0]) if ":" in name else None
+    places = [os.path.dirname(path) for path in getattr(top, "__path__", [getattr(top, "__file__", None)]) if path]
+    return [os.path.abspath(place) for place in places if "-packages" not in place][:1]
 
 
 def options_of(name: str, model_class: Any) -> list[type[Options]]:
@@ -168,11 +269,12 @@ def model_keys() -> Mapping[str, frozenset[str]]:
 def model_names() -> list[str]:
     """Names a model can be asked for by, for suggestions."""
     exceptions = {"lightgbm": "LightGBM", "xgboost": "XGBoost"}
-    return sorted({exceptions.get(name, name) for name in model_keys()} | {"Random"})
+    installed = {entry.name for entry in entry_points(group=ENTRY_POINTS)}
+    return sorted({exceptions.get(name, name) for name in model_keys()} | {"Random"} | installed)
 
 
 def find_model(option: str, name: Any, where: str) -> Any:
-    """The class of a model of this package or of RecBole.
+    """The class of a model of this package, of RecBole or of the user.
 
     Args:
         option: the option that names it.
@@ -184,10 +286,12 @@ def find_model(option: str, name: Any, where: str) -> Any:
     """
     if name is None:
         raise ConfigError([f"{option}: is not given; name one, for example --{option}=SASRec"])
-    if isinstance(name, str) and name.isidentifier():
+    if isinstance(name, str) and (name.isidentifier() or ":" in name):
         try:
             return get_model(name)
         except ImportError as error:
+            if ":" in name or name in {entry.name for entry in entry_points(group=ENTRY_POINTS)}:
+                raise ConfigError([f"{option}: {name}{where}: {error}"]) from error
             # RecBole looks through all its packages for an unknown name, and one of them imports lightgbm.
             if name in model_names():
                 problem = f"{option}: {name}{where} cannot be imported ({error}); install what it needs"
@@ -195,7 +299,8 @@ def find_model(option: str, name: Any, where: str) -> Any:
         except (ValueError, AttributeError):
             pass
     guess = nearest(name, model_names())
-    remedy = f"did you mean {guess}?" if guess else "choose RaSeRec, DuoRec, SASRec or a model of RecBole"
+    some = "choose RaSeRec, DuoRec, SASRec or a model of RecBole, or write package.module:Class for one of your own"
+    remedy = f"did you mean {guess}?" if guess else some
     raise ConfigError([f"{option}: {shown(name)}{where} is not a model; {remedy}"])
 
 
@@ -251,7 +356,7 @@ def trims(model: Any) -> bool:
     A model that `TRIMMABLE` does not know says so itself with a class attribute `trims = True`.
     """
     kind = model if isinstance(model, type) else type(model)
-    return bool(getattr(kind, "trims", kind.__name__ in TRIMMABLE))
+    return bool(getattr(kind, "trims", not is_own(kind) and kind.__name__ in TRIMMABLE))
 
 
 #: What the option `backbone` may name.

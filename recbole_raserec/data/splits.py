@@ -87,13 +87,15 @@ def prepare(
     if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:  # there RecBole counts users x items
         config["eval_batch_size"] = users_per_batch * dataset.item_num
     seen, loaders = {}, []
-    for number, phase in enumerate(("valid", "test"), start=1):
-        if lazy:
-            seen[phase] = dataset.store.seen(*built[number].windows()[:2])
-        else:
-            seen[phase] = _seen_without(log_users, log_items, built[number:], dataset)
-        loaders.append(get_dataloader(config, phase)(config, built[number], samplers[number], shuffle=False))
-    config["eval_batch_size"] = users_per_batch
+    try:
+        for number, phase in enumerate(("valid", "test"), start=1):
+            if lazy:
+                seen[phase] = dataset.store.seen(*built[number].windows()[:2])
+            else:
+                seen[phase] = _seen_without(log_users, log_items, built[number:], dataset)
+            loaders.append(get_dataloader(config, phase)(config, built[number], samplers[number], shuffle=False))
+    finally:
+        config["eval_batch_size"] = users_per_batch
     return Splits(dataset, train, loaders[0], loaders[1], seen, digest)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 from recbole.utils import ModelType
 from tabulate import LATEX_ESCAPE_RULES, DataRow, Line, TableFormat, tabulate
 
-from recbole_raserec.config import Config
+from recbole_raserec.config import Config, short_name
 from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics, Options
 from recbole_raserec.evaluation.ranks import write_ranks
 from recbole_raserec.kernels import loaded, peak_memory_mb
@@ -170,7 +170,7 @@ def _rounded(value: Optional[float], digits: int) -> Optional[float]:
 def record_table(record: Record, *, style: str = "text", width: int = 80, digits: int = 4) -> str:
     """The test figures of a record: of each stage, or of the base and the model over it, or of a baseline."""
     stages, name = record["metrics"].get("stages", record["metrics"]), record["backbone"] or record["model"]
-    titles = (record["model"] if stage == "ours" else stage.replace("base", name) for stage in stages)
+    titles = (record["model"] if stage == "ours" else stage.replace("base", short_name(name)) for stage in stages)
     rows = [(title, phases["test"]) for title, phases in zip(titles, stages.values())]
     return results_table(rows, len(rows) > 1, style=style, width=width, digits=digits)
 

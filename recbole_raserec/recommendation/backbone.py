@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from recbole_raserec.config import REFUSED, SUPPORTED, TRIMMABLE, Config, trims
+from recbole_raserec.config import REFUSED, SUPPORTED, TRIMMABLE, Config, is_own, trims
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation import scores
 
@@ -68,8 +69,9 @@ class Backbone(nn.Module):
     def __init__(self, model: nn.Module, n_items: int):
         super().__init__()
         self.model, self.n_items = model, n_items
-        self.arguments = ARGUMENTS.get(type(model).__name__, ("item_seq", "item_seq_len"))
-        self.item_table = ITEM_TABLES.get(type(model).__name__, "item_embedding")
+        known = "" if is_own(model) else type(model).__name__
+        self.arguments = ARGUMENTS.get(known, ("item_seq", "item_seq_len"))
+        self.item_table = ITEM_TABLES.get(known, "item_embedding")
         self.needs_user = "user" in self.arguments
         self.trims = trims(model)
         with torch.no_grad():
@@ -172,9 +174,9 @@ ADAPTERS: dict[str, type[Backbone]] = {
 def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset: Any) -> Backbone:
     """The adapter around a RecBole sequential model, after a comparison of the scores of both.
 
-    Models are known by the name of their class. One that is in neither `ADAPTERS` nor `REFUSED` is taken for
-    `forward(item_seq, item_seq_len) -> [B, H]` times `item_embedding`. The comparison needs no training data, draws
-    nothing from the global random generators and leaves train/eval mode as it was.
+    Models of this package and of RecBole are known by the name of their class. Any other is taken for
+    `forward(item_seq, item_seq_len) -> [B, H]` times `item_embedding`, or `item_vectors()`. The comparison needs no
+    training data, draws nothing from the global random generators and leaves train/eval mode as it was.
 
     Args:
         model: the model, trained or not.
@@ -185,12 +187,15 @@ def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset:
         ConfigError: naming `backbone`, the model and those that work, when the model does not score by a dot product
             of a user vector with item vectors, or needs data beyond the sequences.
     """
-    name = type(model).__name__
-    if name in REFUSED:
+    name, own_class = type(model).__name__, is_own(model)
+    if name in REFUSED and not own_class:
         raise _refusal(name, REFUSED[name])
+    if own_class and (unmet := _unmet(model)):
+        raise _refusal(name, unmet)
     try:
-        backbone = ADAPTERS.get(name, Backbone)(model, int(dataset.num(config["ITEM_ID_FIELD"])))
-        ours, own = _compare(backbone, config, dataset)
+        kind = Backbone if own_class else ADAPTERS.get(name, Backbone)
+        backbone = kind(model, int(dataset.num(config["ITEM_ID_FIELD"])))
+        ours, own, cut = _compare(backbone, config, dataset)
     except Exception as error:
         # Whatever an unknown model does on this call, the error has to say what was expected of it.
         raise _refusal(name, f"encoding a small random batch failed with {type(error).__name__}: {error}") from error
@@ -200,11 +205,24 @@ def wrap_backbone(model: nn.Module, config: Config | Mapping[str, Any], dataset:
     if not gap <= TOLERANCE * scale:  # so written, NaN is refused too
         what = "user vectors times item vectors differ from its scores"
         raise _refusal(name, f"{what} by {gap:.2g} (scores to {scale:.2g})")
+    if own_class and not float((cut - ours[: len(cut)]).abs().max()) <= TOLERANCE * scale:
+        raise _refusal(name, "it says trims = True, and a batch cut to its longest sequence has other scores")
     return backbone
 
 
-def _compare(backbone: Backbone, config: Config | Mapping[str, Any], dataset: Any) -> tuple[Tensor, Tensor]:
-    """Scores a random batch of B = 4 in both ways: float [B, V] each."""
+def _unmet(model: Any) -> str:
+    """What a model of the user's lacks of a backbone; empty if the methods are there."""
+    if not isinstance(model, SequentialRecommender):
+        return "it is no SequentialRecommender"
+    if type(model).full_sort_predict is SequentialRecommender.full_sort_predict:
+        return "it has no full_sort_predict(interaction), which gives the scores of all items"
+    if callable(getattr(model, "item_vectors", None)) or isinstance(getattr(model, "item_embedding", None), nn.Module):
+        return ""
+    return "it has neither an embedding named item_embedding nor a method item_vectors()"
+
+
+def _compare(backbone: Backbone, config: Config | Mapping[str, Any], dataset: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores a random batch of B = 4 in both ways, float [B, V] each; and, where it `trims`, the first 2 rows cut."""
     generator = torch.Generator().manual_seed(0)
     length, item_id = int(config["MAX_ITEM_LIST_LENGTH"]), config["ITEM_ID_FIELD"]
     n_users = int(dataset.num(config["USER_ID_FIELD"]))
@@ -222,7 +240,9 @@ def _compare(backbone: Backbone, config: Config | Mapping[str, Any], dataset: An
     }
     with _evaluating(backbone), torch.no_grad():
         own = backbone.model.full_sort_predict(Interaction(fields)).view(4, -1)
-        return backbone.scores(item_seq, item_seq_len, user), own
+        ours = backbone.scores(item_seq, item_seq_len, user)
+        longest = int(item_seq_len[1]) if backbone.trims else length
+        return ours, own, backbone.scores(item_seq[:2, :longest], item_seq_len[:2], user[:2])
 
 
 @contextmanager

@@ -7,22 +7,20 @@ from typing import Any, Optional
 
 from recbole.utils import init_seed
 
-from recbole_raserec.config import Config, get_model
+from recbole_raserec.config import Config, get_model, model_versions
 from recbole_raserec.data import Splits, check_same_split, prepare_data, training_hash
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.evaluation import evaluate
+from recbole_raserec.recommendation.backbone import wrap_backbone
 from recbole_raserec.recommendation.darec import find_collaborative_model
-from recbole_raserec.storage import BEST, fingerprint, load_weights, read_manifest, read_weights, version_of
+from recbole_raserec.storage import BEST, fingerprint, load_weights, read_manifest, read_weights
 from recbole_raserec.training import DECIMALS, Outcome, Trial, evaluate_test, run_stage
 
 
 def train_model(
-    config: Config,
-    checkpoint: Optional[str] = None,
-    regenerated: Any = None,
-    trial: Optional[Trial] = None,
-    splits: Optional[Splits] = None,
-) -> Outcome:
+    config: Config, checkpoint: Optional[str] = None, regenerated: Any = None, trial: Optional[Trial] = None,
+    backbone: bool = False, splits: Optional[Splits] = None,
+) -> Outcome:  # fmt: skip
     """Stage ii: train the configured model, continue its training, or reuse what a run with the same fingerprint left.
 
     Args:
@@ -30,9 +28,11 @@ def train_model(
         checkpoint: checkpoint directory whose weights are used instead of training.
         regenerated: of stage i (`RegeneratedData`); it joins the training split.
         trial: given where the run is one of a search.
+        backbone: refuse a model that cannot be one before it is trained.
         splits: the data, where they are prepared already.
 
     Raises:
+        ConfigError: it cannot be a backbone.
         CheckpointError: `checkpoint`, or that of the collaborative model, belongs to another model or data set, or is
             damaged.
         DatasetError: `regenerated` was made from another training split.
@@ -53,11 +53,13 @@ def train_model(
             )
     init_seed(config["seed"], config["reproducibility"])
     model = get_model(config["model"])(config, splits.train._dataset).to(config["device"])
+    if backbone:
+        wrap_backbone(model, config, splits.dataset)
     options = config.training_options()
     if checkpoint:
         return _from_checkpoint(config, splits, model, Path(checkpoint), trial)
     parts = [] if regenerated is None else [regenerated.fingerprint]
-    parts += version_of(config["model"])
+    parts += model_versions(config["model"])
     if collaborative is not None:
         directory, manifest = collaborative
         check_same_split("collaborative", directory, manifest, config, splits)

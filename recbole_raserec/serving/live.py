@@ -139,6 +139,8 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
             memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
         else:
             model = get_model(name)(options, vocabulary)
+    except ImportError as error:
+        raise CheckpointError(f"{directory} holds a model that is not installed here: {error}.") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: {name} cannot be rebuilt from its checkpoint alone ({error!r}).") from None
     weights = read_weights(directory, manifest).items()

@@ -15,7 +15,7 @@ from typing import Optional
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-#: What a file system without locks answers. (filelock 3, on Python 3.9, reports ENOSYS alone.)
+#: What a file system without locks answers.
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, getattr(errno, "ENOTSUP", errno.ENOSYS)})
 
 

@@ -8,7 +8,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from recbole_raserec.config import Config, get_trainer_class, selection_protocol
+from recbole_raserec.config import Config, get_trainer_class, selection_protocol, short_name
 from recbole_raserec.data import Splits, catalogue_of
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError, DatasetError
@@ -124,7 +124,7 @@ def run_stage(
     """
     group, hooks = current(), hooks or Hooks()
     name, protocol = config["model"], selection_protocol(config)
-    directory = Path(config["checkpoint_dir"]) / f"{name}-{config['dataset']}-{mark[:12]}"
+    directory = Path(config["checkpoint_dir"]) / f"{short_name(name)}-{config['dataset']}-{mark[:12]}"
     if not group.agreed(mark):
         differ = f"world_size: {group.size} processes read different data or options"
         raise DatasetError(f"{differ}; give all machines the same.")
@@ -143,7 +143,7 @@ def run_stage(
     done = group.from_first(finished)
     with contextlib.ExitStack() as held:
         if done is None:
-            group.from_first(lambda: held.enter_context(locked(directory, name)))
+            group.from_first(lambda: held.enter_context(locked(directory, short_name(name))))
             done = group.from_first(finished)
         if done is not None:
             held.close()
