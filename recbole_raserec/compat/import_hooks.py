@@ -109,7 +109,12 @@ def _forward(*args: Any, **options: Any) -> Any:
 
 
 def replace_function(function: Any, make: Callable[[Any], Callable]) -> None:
-    """Let `function` do what `make(original)` does, wherever it was imported already."""
+    """Let `function` do what `make(original)` does, wherever it was imported already.
+
+    A module's attribute could be replaced instead, but RecBole's modules and its users' scripts import these functions
+    by name, often before this package; such a name would keep the old function, and silently train another model. The
+    object stays the same, so pickles, comparisons and other patches of it go on working.
+    """
     parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     key = f"_recbole_raserec_{function.__name__}"
     while key in function.__globals__:  # replaced before

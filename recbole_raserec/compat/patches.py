@@ -139,7 +139,7 @@ def _ensure_dir(module: Any) -> None:
             problem = "RecBole needs a directory of this name; move the file, or start elsewhere"
             raise ConfigError([f"{os.path.abspath(dir_path)}: {problem}"]) from None
 
-    module.ensure_dir = ensure_dir
+    replace_function(module.ensure_dir, lambda _: ensure_dir)
 
 
 @patch("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))
@@ -202,7 +202,8 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
     """torch.load for a checkpoint of RecBole's Trainer; with `weights_only` or `pickle_module` it is torch.load itself.
 
     `file` may also be a checkpoint directory of this package (S3Rec's and RaCT's `pre_model_path`); of its weights,
-    {"state_dict": tensors} is returned.
+    {"state_dict": tensors} is returned. The file of a model of RecBole's own names that one also where its name is that
+    of one of this package.
 
     Raises:
         pickle.UnpicklingError: the file names a global that no checkpoint of RecBole names.
@@ -218,7 +219,13 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
         reader.__dict__.update(vars(pickle), Unpickler=CheckpointUnpickler)
         reader.load = lambda file, **more: CheckpointUnpickler(file, **more).load()  # torch < 1.6: a row of pickles
         options.update(weights_only=False, pickle_module=reader)
-    return torch.load(file, map_location, **options)
+    found = torch.load(file, map_location, **options)
+    config: Any = found.get("config") if isinstance(found, dict) else None
+    if hasattr(config, "model_class"):
+        from recbole_raserec.config import name_of, recbole_name
+
+        config["model"] = (name_of if hasattr(config, "training_options") else recbole_name)(config.model_class)
+    return found
 
 
 @patch("pandas-fillna", _DATASET)

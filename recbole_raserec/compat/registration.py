@@ -12,79 +12,71 @@ import importlib.util
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
-from logging import getLogger
+from collections.abc import Callable
+from logging import INFO, getLogger
 from typing import Any
 
 from recbole_raserec.compat.import_hooks import patch, replace_function
+from recbole_raserec.errors import nearest
 
-#: In front of a name that RecBole has too: its own class.
-PREFIX = "recbole:"
+_NAMED: set[str] = set()  # models of which the log says whose they are
 
 
-def _models() -> Mapping[str, str]:
-    """Names of our models, and where their classes are."""
-    return importlib.import_module("recbole_raserec.config").MODELS
+def _config() -> Any:
+    return importlib.import_module("recbole_raserec.config")
 
 
 def _plugin() -> Any:
     return importlib.import_module("recbole_raserec.plugin")
 
 
-def _is_ours(model: Any) -> bool:
-    """Whether a name, or a class, is one of our models."""
-    if isinstance(model, type):
-        return any(base.__module__.startswith("recbole_raserec.") for base in model.__mro__)
-    return isinstance(model, str) and model in _models()
-
-
 def _runs_ours(config: Any) -> bool:
-    return _is_ours(getattr(config, "model_class", None)) and hasattr(config, "training_options")
-
-
-def _class_of(name: str) -> Any:
-    return getattr(importlib.import_module(_models()[name]), name)
-
-
-@functools.cache
-def _announce(name: str) -> None:
-    getLogger().info(f"{name} is the model of recbole_raserec; {PREFIX}{name} is RecBole's")
+    """Whether it is a configuration of this package, of a model that RecBole has not."""
+    return hasattr(config, "training_options") and _config().is_ours(config["model"])
 
 
 def _find_lazily(module: Any, suffix: str, find: Callable[[str], Any]) -> None:
-    """Let `module` have `find(name)` under the name of each of our models and `suffix`."""
+    """Let `module` have `find(name)` under the name of each of our models and `suffix`; None: it has none."""
 
     def __getattr__(name: str) -> Any:
-        if name.endswith(suffix) and not name.startswith("_") and name.removesuffix(suffix) in _models():
-            return find(name.removesuffix(suffix))
-        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        model = name.removesuffix(suffix)
+        found = find(model) if name.endswith(suffix) and name[:1] != "_" and _config().is_ours(model) else None
+        if found is None:
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+        return found
 
     module.__getattr__ = __getattr__
 
 
 @patch("our-models", "recbole.utils.utils")
 def _lookups(module: Any) -> None:
-    """get_model and get_trainer know the models of this package. A name that RecBole has too is ours; with `recbole:`
-    in front it is RecBole's."""
+    """get_model knows the models of this package. A name that RecBole has too is ours, which the log says once; with
+    `recbole:` in front it is RecBole's."""
 
-    def find_model(original: Any) -> Any:
+    def make(original: Any) -> Any:
         def get_model(model_name: str) -> Any:
-            if model_name not in _models():
-                return original(model_name.removeprefix(PREFIX))
-            _announce(model_name)
-            return _class_of(model_name)
+            config, logger = _config(), getLogger()
+            if not config.is_ours(model_name):
+                name = model_name.removeprefix(config.RECBOLE)
+                try:
+                    found = original(name)
+                except ModuleNotFoundError:  # RecBole looks everywhere, and in one place it imports lightgbm
+                    if name in config.model_names():
+                        raise
+                    guess = nearest(name, config.model_names())
+                    remedy = f"did you mean {guess}?" if guess else "write package.module:Class for one of your own"
+                    raise ValueError(f"`model_name` [{model_name}] is not the name of a model; {remedy}") from None
+                if config.is_ours(found):
+                    raise ValueError(f"`model_name` [{model_name}] is not a model of RecBole's")
+                return found
+            if config.in_recbole(model_name) and model_name not in _NAMED and logger.isEnabledFor(INFO):
+                _NAMED.add(model_name)
+                logger.info(f"{model_name} is recbole_raserec's model; {config.RECBOLE}{model_name} is RecBole's")
+            return config.get_model(model_name)
 
         return get_model
 
-    def find_trainer(original: Any) -> Any:
-        def get_trainer(model_type: Any, model_name: str) -> Any:
-            name = model_name.removeprefix(PREFIX)
-            return original(model_type, "" if name != model_name and name in _models() else name)
-
-        return get_trainer
-
-    replace_function(module.get_model, find_model)
-    replace_function(module.get_trainer, find_trainer)
+    replace_function(module.get_model, make)
 
 
 class _Modules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -92,17 +84,17 @@ class _Modules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
         package, _, name = fullname.rpartition(".")
-        known = package == "recbole.model.sequential_recommender" and name in map(str.lower, _models())
+        known = package == "recbole.model.sequential_recommender" and name in map(str.lower, _config().MODELS)
         return importlib.util.spec_from_loader(fullname, self) if known else None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        _find_lazily(module, "", _class_of)
+        _find_lazily(module, "", lambda name: _config().get_model(name))
 
 
 @patch("our-modules", "recbole.model.sequential_recommender")
 def _modules(module: Any) -> None:
     """RecBole keeps a model in a module of its name among the sequential models; ours can be imported from there."""
-    _find_lazily(module, "", _class_of)
+    _find_lazily(module, "", lambda name: _config().get_model(name))
     if not any(isinstance(finder, _Modules) for finder in sys.meta_path):
         sys.meta_path.append(_Modules())
 
@@ -113,7 +105,8 @@ class _Ours(Exception):
 
 @patch("our-options", "recbole.config.configurator")
 def _options(module: Any) -> None:
-    """RecBole's Config knows the options of RecBole's models. For a model of this package it becomes our Config."""
+    """RecBole's Config knows the options of RecBole's models. For a model of this package it becomes our Config, which
+    names the options that the model does not read in a warning, for RecBole takes any."""
     config = module.Config
     init, find, load = config.__init__, config._get_model_and_dataset, config._load_internal_config_dict
 
@@ -127,19 +120,19 @@ def _options(module: Any) -> None:
             init(self, model, dataset, config_file_list, dict(config_dict or {}))
         except _Ours:
             vars(self).clear()
-            self.__class__ = importlib.import_module("recbole_raserec.config").Config
+            self.__class__ = _config().Config
             given = [] if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:]
             argv = [argument for argument in given if argument.startswith("--") and "=" in argument]
-            self.__init__(model, dataset, config_file_list, config_dict, argv)
+            self.__init__(model, dataset, config_file_list, config_dict, argv, strict=False)
 
     def _get_model_and_dataset(self: Any, model: Any, dataset: Any) -> Any:
-        if _is_ours(self.external_config_dict.get("model") if model is None else model):
+        if _config().is_ours(self.external_config_dict.get("model") if model is None else model):
             raise _Ours
-        name, kind, dataset = find(self, model, dataset)
-        return PREFIX + name if name in _models() else name, kind, dataset
+        _, kind, dataset = find(self, model, dataset)
+        return _config().recbole_name(kind), kind, dataset
 
     def _load_internal_config_dict(self: Any, model: str, model_class: Any, dataset: str) -> None:
-        load(self, model.removeprefix(PREFIX), model_class, dataset)
+        load(self, model.removeprefix(_config().RECBOLE), model_class, dataset)
 
     config.__init__, config._get_model_and_dataset = __init__, _get_model_and_dataset
     config._load_internal_config_dict = _load_internal_config_dict
@@ -148,7 +141,12 @@ def _options(module: Any) -> None:
 @patch("our-data", "recbole.data.dataset")
 def _datasets(module: Any) -> None:
     """create_dataset looks for a class named after the model; ours read sequences without copies of them."""
-    _find_lazily(module, "Dataset", lambda _: importlib.import_module("recbole_raserec.data").SequenceDataset)
+
+    def find(name: str) -> Any:
+        sequential = _config().get_model(name).type.name == "SEQUENTIAL"
+        return importlib.import_module("recbole_raserec.data").SequenceDataset if sequential else None
+
+    _find_lazily(module, "Dataset", find)
 
 
 @patch("our-loaders", "recbole.data.utils")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Callable, Literal, Optional, Union
 
@@ -33,6 +34,7 @@ from recbole_raserec.recommendation import Backbone, wrap_backbone
 from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
+from recbole_raserec.storage import load_weights, read_manifest, read_weights
 
 
 class RaSeRecOptions(Options):
@@ -134,7 +136,8 @@ class RaSeRec(SequentialRecommender):
     Args:
         config: options of `properties/model/RaSeRec.yaml`.
         dataset: RecBole data set, or anything with `num(field)`.
-        backbone: gives user and item vectors; None: one as the options name it, untrained, which the trainer trains.
+        backbone: gives user and item vectors; None: one as the options name it, with the weights of
+            `backbone_checkpoint`, or untrained: the trainer trains it.
 
     Attributes:
         known: vectors and neighbours of some splits, where rows (user and position) are looked up first; a change of
@@ -154,7 +157,11 @@ class RaSeRec(SequentialRecommender):
         self.makes_backbone = backbone is None
         if backbone is None:
             own = config.for_backbone()  # type: ignore[union-attr]
-            backbone = wrap_backbone(get_model(own["model"])(own, dataset), own, dataset)
+            model = get_model(own["model"])(own, dataset)
+            path = config["backbone_checkpoint"]
+            if path and os.path.isdir(path):
+                load_weights(model, read_weights(path, read_manifest(path)), path)
+            backbone = wrap_backbone(model, own, dataset)
         self.backbone = backbone
         self.n_users = int(dataset.num(self.USER_ID))
         self.top_k, self.time_field, self.frozen = config["top_k"], config["TIME_FIELD"], config["freeze_backbone"]
@@ -269,6 +276,11 @@ class RaSeRec(SequentialRecommender):
             raise ValueError(f"the memory's keys have length {memory.hidden_size}, user vectors {size}.")
         self.memory, self._copy = memory, None
         self._memory_changed()
+
+    def load_other_parameter(self, para: Any) -> None:
+        """The memory of one of RecBole's checkpoints."""
+        if para:
+            self.use_memory(para["memory"])
 
     def _memory_changed(self) -> None:
         if self.memory.retrieve_by == "target":
