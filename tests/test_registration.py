@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import logging
 import os
 import subprocess
@@ -26,7 +27,7 @@ from recbole.utils.case_study import full_sort_scores, full_sort_topk
 import recbole_raserec
 from recbole_raserec.comparison.plan import Problems, parse_specs
 from recbole_raserec.compat import registration
-from recbole_raserec.config import get_trainer_class, model_versions, name_of, short_name
+from recbole_raserec.config import get_trainer_class, model_versions, name_of, short_name, sources
 from recbole_raserec.data import SequenceDataset
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.plugin import ModelTrainer
@@ -145,7 +146,7 @@ def test_weights_that_were_not_saved_are_those_validated(log):
     assert len(trainer.evaluate(test, load_best_model=False)) == len(best)
 
 
-def test_names_and_classes(log):
+def test_names_and_classes(log, monkeypatch):
     config = Config("SASRec", "tiny", config_dict=options())
     assert type(config) is recbole_raserec.Config
     assert config.model_class is recbole_raserec.SASRec
@@ -158,13 +159,18 @@ def test_names_and_classes(log):
 
     assert (named, RaSeRec) == (recbole_raserec.DuoRec, recbole_raserec.RaSeRec)
     assert recbole.data.dataset.RaSeRecDataset is SequenceDataset
+    entry = importlib.metadata.EntryPoint("Named", f"{__name__}:OwnSASRec", "recbole_raserec.models")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "entry_points", lambda group: [entry])
+        assert get_model("Named") is OwnSASRec
+        assert Config("Named", "tiny", config_dict=options()).model_class is OwnSASRec
     assert recbole.trainer.RaSeRecTrainer is ModelTrainer
     assert get_trainer_class(config) is Trainer  # in our own stages
     with pytest.raises(AttributeError, match="NoSuchDataset"):
         recbole.data.dataset.NoSuchDataset  # noqa: B018
     with pytest.raises(ImportError):
         from recbole.model.sequential_recommender import NoSuch  # noqa: F401
-    with pytest.raises(ValueError, match="DuoRek.*; did you mean DuoRec?"):
+    with pytest.raises(ValueError, match="did you mean DuoRec"):
         get_model("DuoRek")  # RecBole misses lightgbm on its way
     with pytest.raises(ModuleNotFoundError, match="lightgbm"):
         get_model("LightGBM")
@@ -310,6 +316,8 @@ def test_raserec_over_a_backbone_that_is_given_or_loaded(log):
         assert list(values) == [0, 1]
         figures[how] = trainer.evaluate(test)
     assert figures["given"] == figures["loaded"] == ours("RaSeRec")
+    with pytest.raises(ValueError, match="RaSeRecTrainer"):
+        recbole_raserec.RaSeRec(config, train._dataset).calculate_loss(next(iter(train)))
     with pytest.raises(ConfigError, match="data_preparation"):
         trainer.fit(torch.utils.data.DataLoader([1]))
     config["regeneration"] = True

@@ -300,7 +300,9 @@ class RaSeRec(SequentialRecommender):
         return (h, *self.neighbours(h, user, position, time))
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """Cross-entropy of h~ over all items (report, loss L)."""
+        """Cross-entropy of h~ over all items (report, loss L); raises ValueError while the memory is empty."""
+        if not len(self.memory):
+            raise ValueError("RaSeRec: its memory is empty; train it with RaSeRecTrainer, whose fit builds it")
         if self.frozen:
             h, ids, mask = self.retrieved(interaction)
         else:
