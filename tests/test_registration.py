@@ -14,6 +14,7 @@ import recbole.evaluator.register as register
 import recbole.quick_start
 import torch
 from conftest import random_log, write_log
+from darec_helpers import small, tiny_llm, write_items
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.data.dataset import SequentialDataset
@@ -296,6 +297,18 @@ def test_regeneration_is_a_stage_of_fit(log, model):
         del more["ram_epochs"]
     found = run_recbole(model, "tiny", config_dict=options(model, **more))
     assert dict(found["test_result"]) == ours(model, **more)
+
+
+def test_darec_with_its_collaborative_model(log):
+    pytest.importorskip("transformers")
+    write_items(log / "data")
+    given = small(log / "data", tiny_llm(log), epochs=1, collaborative="SASRec", metric_decimal_place=6)
+    runner = {**given, "checkpoint_dir": "runner"}
+    record = recbole_raserec.run_recbole_raserec("DARec", "tiny", config_dict=runner, argv=[])
+    found = run_recbole("DARec", "tiny", config_dict=given)
+    assert dict(found["test_result"]) == record["metrics"]["base"]["test"]["seen_kept"]
+    config, loaded, _, _, _, test = load_data_and_model(next(str(p) for p in (log / "data/saved").glob("DARec-*.pth")))
+    assert Trainer(config, loaded).evaluate(test, load_best_model=False) == found["test_result"]
 
 
 def test_raserec_over_a_backbone_that_is_given_or_loaded(log):

@@ -126,7 +126,8 @@ def _options(module: Any) -> None:
             self.__init__(model, dataset, config_file_list, config_dict, argv, strict=False)
 
     def _get_model_and_dataset(self: Any, model: Any, dataset: Any) -> Any:
-        if _config().is_ours(self.external_config_dict.get("model") if model is None else model):
+        named = self.external_config_dict.get("model") if model is None else model
+        if type(self) is config and _config().is_ours(named):
             raise _Ours
         _, kind, dataset = find(self, model, dataset)
         return _config().recbole_name(kind), kind, dataset
