@@ -24,7 +24,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from recbole_raserec.compat.import_hooks import View, patch
+from recbole_raserec.compat.import_hooks import View, patch, replace_function
 from recbole_raserec.errors import ConfigError
 
 _DATASET = "recbole.data.dataset.dataset"
@@ -127,10 +127,7 @@ def _load_data_and_model(module: Any) -> None:
     module.__builtins__ = {**vars(builtins), "__import__": import_}
     new = types.FunctionType(old.__code__, vars(module), old.__name__, old.__defaults__, old.__closure__)
     functools.update_wrapper(new, old)
-    package: Any = sys.modules[module.__name__.rpartition(".")[0]]
-    for owner in (module, package):
-        if vars(owner).get("load_data_and_model") is old:
-            owner.load_data_and_model = new
+    replace_function(old, lambda _: new)
 
 
 @patch("ensure-dir", "recbole.utils.utils")
@@ -145,7 +142,7 @@ def _ensure_dir(module: Any) -> None:
             problem = "RecBole needs a directory of this name; move the file, or start elsewhere"
             raise ConfigError([f"{os.path.abspath(dir_path)}: {problem}"]) from None
 
-    module.ensure_dir = ensure_dir
+    replace_function(module.ensure_dir, lambda _: ensure_dir)
 
 
 @patch("log-folder", "recbole.utils.logger")
@@ -269,7 +266,8 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
     """torch.load for a checkpoint of RecBole's Trainer; with `weights_only` or `pickle_module` it is torch.load itself.
 
     `file` may also be a checkpoint directory of this package (S3Rec's and RaCT's `pre_model_path`); of its weights,
-    {"state_dict": tensors} is returned.
+    {"state_dict": tensors} is returned. The file of a model of RecBole's own names that one also where its name is that
+    of one of this package.
 
     Raises:
         pickle.UnpicklingError: the file names a global that no checkpoint of RecBole names.
@@ -285,7 +283,13 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
         reader.__dict__.update(vars(pickle), Unpickler=CheckpointUnpickler)
         reader.load = lambda file, **more: CheckpointUnpickler(file, **more).load()  # torch < 1.6: a row of pickles
         options.update(weights_only=False, pickle_module=reader)
-    return torch.load(file, map_location, **options)
+    found = torch.load(file, map_location, **options)
+    config: Any = found.get("config") if isinstance(found, dict) else None
+    if hasattr(config, "model_class"):
+        from recbole_raserec.config import name_of, recbole_name
+
+        config["model"] = (name_of if hasattr(config, "training_options") else recbole_name)(config.model_class)
+    return found
 
 
 @patch("pandas-fillna", _DATASET)

@@ -64,6 +64,7 @@ def vocabulary_of(dataset: Any) -> dict[str, list[str]]:
 def prepare(
     config: Config, dataset_class: Any, trim: bool, same_target: bool = False, packed: Optional[bool] = False,
     regenerated: Optional[Regenerated] = None, costs: Optional[Callable[[Any, Any], np.ndarray]] = None,
+    dataset: Any = None,
 ) -> Splits:  # fmt: skip
     """Read, filter and split the data set as RecBole does, and put this package's loaders on it.
 
@@ -74,8 +75,9 @@ def prepare(
         packed: train on all positions of a sequence in one pass; None: where histories are long.
         regenerated: sequences that join the training split.
         costs: (config, training split) -> tokens of each item [V], for a model whose batches they bound.
+        dataset: already read, of that class.
     """
-    dataset = dataset_class(config)
+    dataset = dataset_class(config) if dataset is None else dataset
     log = dataset.inter_feat
     digest = data_fingerprint(dataset)
     log_users, log_items = np.asarray(log[dataset.uid_field]), np.asarray(log[dataset.iid_field])
@@ -164,8 +166,10 @@ def get_dataset_class(config: Config) -> Any:
     return getattr(recbole.data.dataset, f"{config['model']}Dataset", usual)
 
 
-def prepare_data(config: Config, regenerated: Optional[Regenerated] = None) -> Splits:
+def prepare_data(config: Config, regenerated: Optional[Regenerated] = None, dataset: Any = None) -> Splits:
     """Data set, loaders and seen items as the configured model needs them; `regenerated` joins the training split.
+
+    A `dataset` that was read already is not read again.
 
     Raises:
         ConfigError: packed training with a loss other than cross entropy.
@@ -179,7 +183,8 @@ def prepare_data(config: Config, regenerated: Optional[Regenerated] = None) -> S
         raise ConfigError([f"{problem}; set training: prefix, or loss_type: CE"])
     same_target = getattr(model_class, "needs_same_target", lambda _: False)(config)
     costs = getattr(model_class, "token_costs", None)
-    return prepare(config, get_dataset_class(config), trims(model_class), same_target, packed, regenerated, costs)
+    kind, cut = get_dataset_class(config), trims(model_class)
+    return prepare(config, kind, cut, same_target, packed, regenerated, costs, dataset)
 
 
 def check_same_split(
