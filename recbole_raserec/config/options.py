@@ -274,6 +274,10 @@ class RunOptions(Options):
     threads: Optional[Count] = option(None, "CPU threads; null leaves it to the library", training=False)
     resume: bool = option(True, "continue an interrupted run of the same configuration and data", training=False)
     use_gpu: bool = option(sentence="a GPU, where torch sees one; the compiled kernels are for the CPU", training=False)
+    cuda_graphs: bool = option(
+        True, "on a GPU: record a training step of SASRec, DuoRec, BSARec or GRU4Rec for each shape of batch, and "
+        "replay it", training=False,
+    )  # fmt: skip
     gpu_id: Devices = option(sentence="which GPU", training=False)
     worker: Natural = option(training=False)
     state: Level = option(training=False)
@@ -326,7 +330,7 @@ class TrainingOptions(Options):
     softmax_precision: Precision = option(
         "auto",
         "loss of this package's models: float32; bfloat16: its products in bfloat16; auto: bfloat16 where the compiled "
-        "kernel for it is there, otherwise float32",
+        "kernel for it is there or a GPU multiplies in it, otherwise float32",
     )
     learner: Literal["adam", "sgd", "adagrad", "rmsprop", "sparse_adam"] = option()
     weight_decay: Weight = option()

@@ -251,7 +251,7 @@ class Scorer:
     def _vectors(self, block: Interaction) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
         """The model's `full_sort_vectors`; where windows may be trimmed, encoded in groups of like length."""
         lengths = self.dataset.item_list_length_field if getattr(self.dataset, "trim", False) else None
-        if lengths not in block or len(block) <= GROUP:
+        if lengths not in block or len(block) <= GROUP or self.device.type != "cpu":
             return self.model.full_sort_vectors(block)
         order = torch.argsort(block[lengths], stable=True)
         width = block[self.dataset.item_id_list_field].shape[1]
