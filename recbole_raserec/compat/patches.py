@@ -433,3 +433,28 @@ def _sine_anomaly(module: Any) -> None:
     import torch
 
     torch.autograd.set_detect_anomaly(False)
+
+
+def _over_items(x: Any, weight: Any, bias: Any) -> Any:
+    """A convolution whose kernels [o, 1, k, D] are as wide as `x` [b, 1, L, D], as one over L with D channels."""
+    import torch.nn.functional as F
+
+    rows, kernels = x.squeeze(1).transpose(1, 2), weight.squeeze(1).transpose(1, 2)  # [b, D, L], [o, D, k]
+    return F.conv1d(rows, kernels, bias).unsqueeze(3)  # [b, o, L - k + 1, 1]
+
+
+@patch("caser-gradient", _SEQUENTIAL + "caser")
+def _caser_gradient(module: Any) -> None:
+    """oneDNN bug (3.12, in torch 2.13, with AVX-512): the gradient of a kernel as wide as its input is wrong for widths
+    of 14 to 19 and more than 28 rows. It holds what lies beside its buffers in memory, now and then NaN. Caser has such
+    kernels at embedding_size 14 to 19; narrower than 32, the same sum is taken as a convolution in one dimension."""
+    init = module.Caser.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, config: Any, dataset: Any) -> None:
+        init(self, config, dataset)
+        if self.embedding_size < 32:
+            for kernel in self.conv_h:
+                kernel._conv_forward = _over_items
+
+    module.Caser.__init__ = __init__
