@@ -70,6 +70,17 @@ def duorec_ours(data_path: str) -> dict[str, Any]:
 def duorec_padded(data_path: str) -> dict[str, Any]:
     """The same model and loss the usual way: every window padded to 50, RecBole's encoder, torch's cross entropy."""
     import torch
+
+    net, train = padded_duorec(data_path)
+    net.train()
+    limit = 8
+    seconds = timed_epoch(net, torch.optim.Adam(net.parameters(), lr=1e-3), train, limit) * len(train) / limit
+    return {"seconds": seconds, "note": f"{limit} of {len(train)} batches of {BATCH}, scaled to the epoch"}
+
+
+def padded_duorec(data_path: str, dataset: str = "amazon-beauty") -> tuple[Any, Any]:
+    """The model of `duorec_padded`, and its loader."""
+    import torch
     import torch.nn.functional as F
     from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 
@@ -87,7 +98,7 @@ def duorec_padded(data_path: str) -> dict[str, Any]:
             loss = F.cross_entropy(logits, interaction[self.POS_ITEM_ID])
             return loss + self.lmd_sem * info_nce(encode(self, *windows), encode(self, *other), self.tau, self.sim)
 
-    config = config_of("DuoRec", data_path, train_batch_size=BATCH, contrast="us_x")
+    config = config_of("DuoRec", data_path, dataset, train_batch_size=BATCH, contrast="us_x", training="prefix")
     train = prepare_data(config).train
     assert type(train) is BucketLoader
     train.bucket = train._dataset.trim = False
@@ -96,10 +107,7 @@ def duorec_padded(data_path: str) -> dict[str, Any]:
         for child, layer in module.named_children():
             if isinstance(layer, torch.nn.Dropout):
                 setattr(module, child, torch.nn.Dropout(layer.p))
-    net.train()
-    limit = 8
-    seconds = timed_epoch(net, torch.optim.Adam(net.parameters(), lr=1e-3), train, limit) * len(train) / limit
-    return {"seconds": seconds, "note": f"{limit} of {len(train)} batches of {BATCH}, scaled to the epoch"}
+    return net, train
 
 
 def baselines_ours(data_path: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from recbole_raserec.data import item_text
 from recbole_raserec.data.item_text import ItemFeatures, flatten, item_features, whitening
 from recbole_raserec.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from recbole_raserec.recommendation.darec.injection import CollaborativeModel
+from recbole_raserec.serving import write_programs
 
 QUICK = {
     "training": "packed", "hidden_size": 16, "inner_size": 16, "epochs": 1, "MAX_ITEM_LIST_LENGTH": 8, "top_k": 4,
@@ -187,6 +188,13 @@ def test_added_items_are_recommended_explained_and_kept(checkpoint):
     np.testing.assert_allclose(again.score([["new", "i3"]]), wanted, atol=1e-5)
     assert again.stored(["somebody"])[0].tolist() == recommender.stored(["somebody"])[0].tolist()
     assert again.add_items([{**row(9), "item_id": "newer"}]) == 1
+
+
+def test_added_items_are_in_what_is_exported(checkpoint, tmp_path):
+    recommender = load(checkpoint)
+    recommender.add_items([{**row(7), "item_id": "new"}])
+    lines = write_programs(recommender, tmp_path / "out", ["torch_export"])  # scores are compared
+    assert any("backbone.pt2" in line for line in lines)
 
 
 def test_added_items_survive_a_crash(checkpoint):

@@ -10,10 +10,11 @@ from torch.autograd.function import once_differentiable
 
 from recbole_raserec.kernels import native
 
-#: Bytes of the logit buffer: small enough to stay in cache between its passes.
-CHUNK_BYTES = 4 << 20
+#: Bytes of the logit buffer: on a CPU small enough to stay in cache between its passes, elsewhere few, large kernels.
+CHUNK_BYTES, DEVICE_CHUNK_BYTES = 4 << 20, 256 << 20
 #: Below this probability the loss is taken from the logits.
 TINY = 1e-30
+_SUMS_IN_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # torch 2.8 and later
 
 
 class _SavedGradients(torch.autograd.Function):
@@ -23,7 +24,8 @@ class _SavedGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         """The saved gradients, None where none was asked for, times that of the loss."""
-        saved = iter([g if grads[0] == 1.0 else g * grads[0] for g in ctx.saved_tensors])
+        whole = grads[0].device.type == "cpu" and grads[0] == 1.0  # elsewhere the question would wait for the device
+        saved = iter([g if whole else g * grads[0] for g in ctx.saved_tensors])
         return (*(next(saved) if needed else None for needed in ctx.needs_input_grad[:2]), None, None, None)
 
 
@@ -78,6 +80,47 @@ class _LinearCrossEntropy(_SavedGradients):
         return (losses * weights).sum()
 
 
+class _DeviceCrossEntropy(_SavedGradients):
+    """The same for a GPU: chunks of `DEVICE_CHUNK_BYTES`, and nothing that waits for the device.
+
+    `low`: dtype of the factors of all three products, whose sums stay those of the inputs; None: that of the inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, low: Any
+    ) -> Any:
+        rows, n_items = len(h), len(items)
+        step = max(1, min(rows, DEVICE_CHUNK_BYTES // (n_items * h.element_size())))
+        needs_h, needs_items = ctx.needs_input_grad[:2]
+        table = items if low is None else items.to(low)
+        losses, grads, grad_items = [], [], torch.zeros_like(items) if needs_items else None
+        for hc, tc, wc in zip(h.split(step), targets.split(step), weights.split(step)):
+            z = _product(hc.to(table.dtype), table.t(), h.dtype)  # [c, V]
+            total = z.logsumexp(dim=1, keepdim=True)  # [c, 1]
+            losses.append((total - z.gather(1, tc[:, None])).squeeze(1))
+            if not (needs_h or needs_items):
+                continue
+            p = z.sub_(total).exp_().scatter_add_(1, tc[:, None], z.new_full((len(hc), 1), -1.0))
+            p = p.mul_(wc[:, None]).to(table.dtype)
+            if needs_h:
+                grads.append(_product(p, table, h.dtype))
+            if grad_items is not None:
+                grad_items += _product(p.t(), hc.to(table.dtype), h.dtype)
+        saved = [torch.cat(grads) if grads else torch.zeros_like(h)] if needs_h else []
+        ctx.save_for_backward(*saved, *([] if grad_items is None else [grad_items]))
+        return (torch.cat(losses) * weights).sum() if losses else h.new_zeros(())
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b with its sums and result in `dtype`, whatever the factors are in."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda and _SUMS_IN_FLOAT32 and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
 class _CompiledCrossEntropy(_SavedGradients):
     """The compiled kernel, see `native.cross_entropy`."""
 
@@ -107,8 +150,8 @@ def linear_cross_entropy(
         weights: [B], non-negative; the loss is their weighted mean. None weighs all rows alike.
         precision: `float32`: that of the inputs. `bfloat16`: float32 inputs are rounded to bfloat16 for the
             products, whose sums stay float32; the gradients are off by some .2 %, at random, and the loss by less than
-            .1 %. With the compiled kernel this takes half the time. `auto`: bfloat16 where that kernel is there
-            (`has_cross_entropy`) and the inputs are float32 on the CPU.
+            .1 %. With the compiled kernel this takes half the time. `auto`: bfloat16 where the inputs are float32, and
+            the kernel is there (`has_cross_entropy`) or a GPU multiplies in it.
 
     Returns:
         scalar tensor.
@@ -124,8 +167,18 @@ def linear_cross_entropy(
         if h.dtype == torch.float32 and precision != "float32":
             if h.device.type == "cpu" and native.has_cross_entropy():
                 return _CompiledCrossEntropy.apply(h, items, targets, normalised, torch.is_grad_enabled())
-            low = torch.bfloat16 if precision == "bfloat16" else None
-        return _LinearCrossEntropy.apply(h.contiguous(), items, targets, normalised, low)
+            low = torch.bfloat16 if precision == "bfloat16" or _by_default(h.device) else None
+        kind = _LinearCrossEntropy if h.device.type == "cpu" else _DeviceCrossEntropy
+        return kind.apply(h.contiguous(), items, targets, normalised, low)
+
+
+def _by_default(device: torch.device) -> bool:
+    return _SUMS_IN_FLOAT32 and multiplies_in_bfloat16(device)
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether `device` is a GPU with units for it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def info_nce(

@@ -105,7 +105,7 @@ class DuoRec(SASRec):
 
     def forward_ragged(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """`forward` for rows of unlike length: encoded in groups of like length, with little padding. [B, H]."""
-        if self.compiled():
+        if self.compiled() or item_seq.device.type != "cpu":
             return self.forward(item_seq, item_seq_len)
         order = torch.argsort(item_seq_len)
         groups = [(item_seq[rows], item_seq_len[rows]) for rows in order.chunk(GROUPS)]

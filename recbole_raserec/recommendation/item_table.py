@@ -130,6 +130,10 @@ class ItemTable(nn.Module):
             self.own = torch.cat([self.own, self.own.new_zeros(len(text))])
             self.vectors = nn.Embedding.from_pretrained(joined, freeze=False, padding_idx=0)
 
+    def frozen(self) -> nn.Embedding:
+        """The table as it is, as an embedding that is not trained."""
+        return nn.Embedding.from_pretrained(self.weight.detach().clone(), padding_idx=0)
+
     def train(self, mode: bool = True) -> ItemTable:
         self._kept = None
         return super().train(mode)

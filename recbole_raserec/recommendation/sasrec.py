@@ -31,6 +31,7 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
     """
 
     options = SASRecOptions
+    waits = False
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
@@ -106,6 +107,15 @@ def attention_branch(layer: Any, query: Tensor, hidden: Tensor, key_length: Opti
     weight = torch.cat([attention.key.weight, attention.value.weight])
     bias = torch.cat([attention.key.bias, attention.value.bias])
     keys, values = F.linear(hidden, weight, bias).split(size, dim=-1)
+    if fuses_attention(hidden):
+        mask = None
+        if key_length is not None:
+            mask = (torch.arange(length, device=hidden.device) < key_length[:, None])[:, None, None, :]
+        drop = attention.attn_dropout.p if attention.training else 0.0
+        q, k, v = split(attention.query(query)), split(keys), split(values)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=key_length is None)
+        context = mixed.transpose(1, 2).reshape(batch, -1, size)  # [B, Q, H]
+        return attention.LayerNorm(attention.out_dropout(attention.dense(context)) + query)
     q = split(attention.query(query) / attention.sqrt_attention_head_size)
     logits = q @ split(keys).transpose(2, 3)  # [B, heads, Q, L]
     if key_length is None:
@@ -116,6 +126,11 @@ def attention_branch(layer: Any, query: Tensor, hidden: Tensor, key_length: Opti
     weights = attention.attn_dropout(torch.softmax(logits, dim=-1))
     context = (weights @ split(values)).transpose(1, 2).reshape(batch, -1, size)  # [B, Q, H]
     return attention.LayerNorm(attention.out_dropout(attention.dense(context)) + query)
+
+
+def fuses_attention(x: Tensor) -> bool:
+    """Whether attention goes through torch's fused kernel: not on the CPU, where it is slower with dropout."""
+    return x.device.type != "cpu"
 
 
 def feed_forward_branch(layer: Any, mixed: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ once. faiss's own files are not read: its reader trusts them; here every number 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import numpy as np
@@ -25,6 +27,7 @@ _MAX_POINTS_PER_LIST = 256  # more do not make better centroids
 _RECALL_SAMPLE = 1_000
 _RECALL_AT = 20
 _RECALL_ENOUGH = 0.95
+_DEVICE_SCORES = 1 << 28  # a GiB of scores at a time on a GPU
 
 #: Arrays of a state and their types: centroids [L, H]; list of each of the first M entries [M], -1 for a removed one;
 #: of a product quantiser its code books [pieces, codes, H / pieces] and each entry's code [M, bytes]; of a graph the
@@ -116,24 +119,56 @@ class Index:
 
 
 class FlatIndex(Index):
-    """Exact search: one blocked matrix product, and the best of each row.
+    """Exact search: one blocked matrix product, and the best of each row; by faiss, or by torch on a GPU.
 
     Args:
         vectors: [N, H] float32, searched in place, without a copy.
+        on_device: the same as a tensor of the device that is to search; None: faiss does.
     """
 
     kind, exact, recall = "flat", True, 1.0
 
-    def __init__(self, vectors: np.ndarray):
-        self._vectors, self._size = vectors, len(vectors)
+    def __init__(self, vectors: np.ndarray, on_device: Optional[torch.Tensor] = None):
+        self._vectors, self._size, self.on_device = vectors, len(vectors), on_device
 
     def remove(self, ids: np.ndarray) -> None:
         """Nothing to do: the owner of the vectors overwrites them, and the guard bars them."""
 
     def search(self, queries: np.ndarray, fetch: int) -> tuple[np.ndarray, np.ndarray]:
         """What faiss's IndexFlatIP.search runs, without its own copy of the vectors."""
+        if self.on_device is not None:
+            return self._search_on_device(queries, fetch, self.on_device)
         share_threads()
         return faiss.knn(queries, self._vectors, fetch, metric=faiss.METRIC_INNER_PRODUCT)
+
+    @torch.no_grad()
+    def _search_on_device(
+        self, queries: np.ndarray, fetch: int, vectors: torch.Tensor
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The same by torch, in products of `_DEVICE_SCORES` numbers."""
+        scores, ids = np.empty((len(queries), fetch), np.float32), np.empty((len(queries), fetch), np.int64)
+        rows = max(1, _DEVICE_SCORES // max(len(vectors), 1))
+        with full_float32(vectors.device):
+            for start in range(0, len(queries), rows):
+                part = slice(start, start + rows)
+                asked = torch.from_numpy(queries[part]).to(vectors.device)
+                best = torch.topk(asked @ vectors.t(), fetch)
+                scores[part], ids[part] = best.values.cpu().numpy(), best.indices.cpu().numpy()
+        return scores, ids
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Products in float32 within, neither in bfloat16 (autocast) nor in tf32: the guard's error bound rests on it."""
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
 
 
 class IVFIndex(Index):

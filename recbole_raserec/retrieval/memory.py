@@ -37,6 +37,8 @@ Array = Union[np.ndarray, torch.Tensor]
 
 SIMILARITIES = ("cosine", "dot")
 RETRIEVE_BY = ("sequence", "target")
+SEARCHES = ("cuda",)
+"""Types of devices that search the flat index themselves, where the queries are on them; faiss searches on the CPU."""
 
 #: Arrays with one row an entry.
 ROWS = {
@@ -119,6 +121,7 @@ class MemoryBank:
     _vectors: GrowingArray  # keys as they are searched: with `dot` the keys themselves, not a second copy of them
     _longest: float
     _guard: LeakageGuard | None
+    _device_copy: torch.Tensor | None = None  # of the vectors
 
     def __init__(
         self, hidden_size: int, similarity: str = "cosine", index: str = "auto", ivf_lists: int = 128,
@@ -151,6 +154,14 @@ class MemoryBank:
         }
         self.target_vectors: np.ndarray | None = None
         self._path: Path | None = None  # of a stored bank
+        self._reset_index()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock and the index, which is built again: for copies, and for RecBole's checkpoints."""
+        return {k: v for k, v in vars(self).items() if k not in ("_lock", "_index", "_vectors", "_guard", "_stored")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
         self._reset_index()
 
     def __len__(self) -> int:
@@ -277,7 +288,7 @@ class MemoryBank:
     def _remove(self, ids: np.ndarray) -> int:
         """Overwrite entries, which keep their ids, everywhere; returns their number."""
         self.version += 1
-        self._guard = None
+        self._guard = self._device_copy = None
         if not len(ids):
             return 0
         for name, value in _REMOVED.items():
@@ -331,6 +342,7 @@ class MemoryBank:
         who = _integers("users", np.full(size, -1) if users is None else users, size)
         when = _integers("positions", np.zeros(size, int) if positions is None else positions, size)
         asked = None if times is None else _times(times, size)
+        device = queries.device if isinstance(queries, torch.Tensor) and queries.device.type in SEARCHES else None
         if not len(self) or not size:
             return Neighbours(*unpack(np.zeros((size, top_k), np.uint64)))
 
@@ -340,17 +352,17 @@ class MemoryBank:
 
         for _ in range(_TRIES):
             with self._lock:
-                search, removals = self._prepare(), self._removals
+                search, removals = self._prepare(device), self._removals
                 if not isinstance(self._index, FlatIndex):  # faiss's other indexes must not change under a search
                     return run(search)
             found = run(search)
             if removals == self._removals:
                 return found
         with self._lock:
-            return run(self._prepare())
+            return run(self._prepare(device))
 
     def _reset_index(self) -> None:
-        self._index = self._stored = self._guard = None
+        self._index = self._stored = self._guard = self._device_copy = None
         self._vectors, self._longest = GrowingArray(np.empty((0, self.hidden_size), np.float32)), 0.0
 
     @property
@@ -367,8 +379,8 @@ class MemoryBank:
         vectors[self.gone[start:]] = 0
         return vectors
 
-    def _prepare(self) -> GuardedSearch:
-        """A search of what the bank holds now; later additions do not touch it."""
+    def _prepare(self, device: torch.device | None = None) -> GuardedSearch:
+        """A search of what the bank holds now; later additions do not touch it. The flat index searches on `device`."""
         known, size = len(self._vectors), len(self)
         if known < size:
             vectors, longest = _normalised(self._compared(known), self.similarity)
@@ -393,12 +405,24 @@ class MemoryBank:
             self._index = FlatIndex(vectors)
         elif len(self._index) < size:
             self._index.extend(vectors)
+        if device is not None and isinstance(self._index, FlatIndex):
+            self._index = FlatIndex(vectors, self._on_device(vectors, device))
         if self._guard is None:
             entries, owners, first = self.owners.values()
             rare = self.support[entries] <= self.min_support  # too rare without that user
             needed = entries[rare], owners[rare], first[rare]
             self._guard = LeakageGuard(self.users, self.positions, needed, self.gone.copy(), self.times, self.scope)
         return GuardedSearch(self._index, vectors, self._longest, self._guard)
+
+    def _on_device(self, vectors: np.ndarray, device: torch.device) -> torch.Tensor:
+        """`vectors` on `device`; only those that came after the last search are copied there."""
+        held = self._device_copy
+        if held is None or held.device != device or len(held) > len(vectors):
+            held = torch.empty(0, vectors.shape[1], device=device)
+        if len(held) < len(vectors):
+            held = torch.cat([held, torch.tensor(vectors[len(held) :], device=device)])
+        self._device_copy = held
+        return held
 
     def _matrix(self, name: str, values: Array) -> np.ndarray:
         """`values` as finite float32 [rows, H]."""

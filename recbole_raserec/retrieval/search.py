@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Optional
 
 import numpy as np
+import torch
 
 from recbole_raserec.retrieval.index import Index
 
@@ -127,6 +128,7 @@ _WIDEST = 64  # times the first fetch; beyond it, scoring every entry is cheaper
 _BLOCK_SCORES = 1 << 30  # queries x entries in one call of the index: between two steps of the progress bar
 _BLOCK_CELLS = 1 << 21  # queries x fetched entries held at a time
 _BLOCK_PAIRS = 1 << 12  # pairs scored at a time: what stays in the cache
+_BLOCK_DEVICE_PAIRS = 1 << 20  # the same on a GPU
 _BLOCK_ENTRIES = 1 << 16  # entries scored at a time when every one is
 
 _LOW = np.uint64(0xFFFFFFFF)
@@ -216,6 +218,14 @@ class GuardedSearch:
     def _score_pairs(self, queries: np.ndarray, rows: np.ndarray, entries: np.ndarray) -> np.ndarray:
         """Inner products of queries[rows] and vectors[entries]: [P] float32, rounded once from float64."""
         result = np.empty(len(rows), np.float32)
+        if (table := getattr(self._index, "on_device", None)) is not None:
+            asked = torch.from_numpy(queries).to(table.device)
+            for start in range(0, len(rows), _BLOCK_DEVICE_PAIRS):
+                part = slice(start, start + _BLOCK_DEVICE_PAIRS)
+                row, entry = (torch.from_numpy(x[part]).to(table.device) for x in (rows, entries))
+                products = (asked[row].double() * table[entry].double()).sum(dim=1)
+                result[part] = products.float().cpu().numpy()
+            return result
         for start in range(0, len(rows), _BLOCK_PAIRS):
             part = slice(start, start + _BLOCK_PAIRS)
             left = queries[rows[part]].astype(np.float64)

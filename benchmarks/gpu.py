@@ -1,0 +1,495 @@
+"""This package on a GPU: what it computes against the CPU, its speed against RecBole and RecTools on the same card.
+
+    python benchmarks/gpu.py --data_path=DIR
+    python benchmarks/gpu.py --data_path=DIR --only=tests,search --minutes=3 --output=DIR
+
+Sections: `tests` (results against the CPU's, each with its tolerance), `epochs` (SASRec, DuoRec, BSARec and GRU4Rec of
+amazon-beauty, in float32 and bfloat16), `search` (faiss on the CPU beside torch on the card), `quality` (a whole run
+against the CPU's figures) and `compile` (epochs through torch.compile). Each writes its results when it ends; at the
+deadline the rest is skipped, and named. Without a GPU the program says what it would do, and ends. `--device=cpu` runs
+all of it on the CPU, to try it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import BATCH, config_of, recbole_loaders  # noqa: E402
+
+Row = dict[str, Any]
+
+#: Section -> its parts, each a process of its own with its limit in seconds; and what it does.
+PARTS = {
+    "tests": {"checks": 130},
+    "epochs": {"ours": 110, "recbole": 75, "rectools": 60},
+    "search": {"search": 60},
+    "quality": {"quality": 120},
+    "compile": {"compiled": 90},
+}
+ABOUT = {
+    "tests": "compare ranking, losses, the retrieval module, search, models, training, data-parallel steps and whole "
+    "runs on the GPU with the CPU",
+    "epochs": "time epochs of SASRec, DuoRec, BSARec and GRU4Rec against RecBole and RecTools, float32 and bfloat16",
+    "search": "time exact searches by faiss on the CPU and by torch on the GPU",
+    "quality": "train SASRec and search its memory on the GPU, and compare NDCG@10 with the CPU's figures",
+    "compile": "time epochs of SASRec through torch.compile",
+}
+#: Seconds after which a timed epoch is cut short and scaled.
+LIMIT = 6.0
+#: Model -> form of training, and options. DuoRec's contrast needs a window for each target.
+MODELS: dict[str, dict[str, Any]] = {
+    "SASRec": {"training": "packed"},
+    "DuoRec": {"training": "prefix", "contrast": "us_x"},
+    "BSARec": {"training": "packed"},
+    "GRU4Rec": {"training": "packed"},
+}
+PRECISIONS = ("float32", "bfloat16")
+#: Entries of a memory, and numbers of queries at a time.
+SEARCHES = ((131_413, (1, 32, 1024, 20_000)), (1_000_000, (1, 32, 1024)))
+#: Largest relative difference of the figures of one seed from the mean of the CPU's three.
+QUALITY = 0.04
+
+
+# ------------------------------------------------------------------ sections, each in a process of its own
+
+
+def checks(args: argparse.Namespace) -> Iterator[Row]:
+    """Results of the device against the CPU's."""
+    from benchmarks.gpu_checks import CHECKS
+
+    for name, check in CHECKS.items():
+        if args.check and args.check not in name:
+            continue
+        started, row = time.perf_counter(), {"check": name}
+        try:
+            error, tolerance = check(args.device, args.data_path)
+            row.update(ok=bool(error <= tolerance), error=error, tolerance=tolerance)
+        except Exception as error:  # the others are worth knowing
+            trace = traceback.format_exc(limit=-4)
+            row.update(ok=False, note=f"{type(error).__name__}: {error}"[:600], trace=trace[-1500:])
+        yield {**row, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def timed(
+    net: Any, loss: Callable[[Any], Any], loader: Any, args: argparse.Namespace, amp: bool, warm: float, fused: bool
+) -> Row:
+    """Seconds of an epoch as RecBole's Trainer makes it, after `warm` epochs; the peak of the card's memory."""
+    import torch
+
+    cuda = args.device == "cuda"
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, **({"fused": True} if fused else {}))
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    whole = len(loader)
+
+    def epoch(batches: Iterable[Any]) -> tuple[float, int, float]:
+        count, total, started = 0, 0.0, time.perf_counter()
+        for batch in batches:
+            batch = batch.to(args.device)
+            optimizer.zero_grad()
+            with torch.autocast(args.device, torch.bfloat16, enabled=amp):
+                value = loss(batch)
+            total += value.item()
+            value.backward()
+            optimizer.step()
+            count += 1
+            if time.perf_counter() - started > LIMIT:
+                break
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, count, total / max(count, 1)
+
+    first = [epoch(itertools.islice(loader, int(whole * warm)) if warm < 1 else loader)]
+    first += [epoch(loader) for _ in range(int(warm) - 1)]
+    seconds, count, mean = epoch(loader)
+    row = {"seconds": seconds * whole / count, "batches": whole, "timed": count, "loss": mean, "first": first[0][0]}
+    if cuda:
+        row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return row
+
+
+def ours(args: argparse.Namespace) -> Iterator[Row]:
+    """Epochs of this package: the models' usual forms with and without CUDA graphs, and one window per target."""
+    import torch
+
+    cuda = args.device == "cuda"
+    forms = [(model, options, precision, cuda) for model, options in MODELS.items() for precision in PRECISIONS]
+    forms += [(model, options, "float32", False) for model, options in MODELS.items() if cuda]
+    forms += [("SASRec", {"training": "prefix"}, precision, cuda) for precision in PRECISIONS]
+    for model, options, precision, graphs in forms:
+        about = {"model": model, "side": "ours", "precision": precision, "form": options["training"], "graphs": graphs}
+        yield from tried(about, our_epoch, args, model, options, precision, graphs)
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+def our_epoch(
+    args: argparse.Namespace, model: str, options: dict[str, Any], precision: str, graphs: bool, compiled: bool = False
+) -> Row:
+    import torch
+
+    from recbole_raserec.config import get_model
+    from recbole_raserec.data.splits import prepare_data
+    from recbole_raserec.training.graphs import FixedShapes, GraphedLoss
+
+    softmax = {"softmax_precision": "float32" if precision == "float32" else "auto"}
+    config = config_of(model, args.data_path, args.dataset, train_batch_size=BATCH, **softmax, **options)
+    splits = prepare_data(config)
+    torch.manual_seed(0)
+    net = get_model(model)(config, splits.train._dataset).to(args.device)
+    net.train()
+    loss, loader = net.calculate_loss, splits.train
+    if compiled:
+        net._run_layers = torch.compile(net._run_layers, dynamic=True)
+    if graphs or compiled:
+        loader = FixedShapes(splits.train, config, net.max_seq_length)
+    if graphs:
+        loss = GraphedLoss(net, net.calculate_loss)
+    row = timed(net, loss, loader, args, precision == "bfloat16", 2, fused=True)
+    return {**row, "shapes": len(loss._steps)} if graphs else row
+
+
+def recbole(args: argparse.Namespace) -> Iterator[Row]:
+    """Epochs of RecBole's own classes on its own batches; DuoRec, which it lacks, as its encoder and torch's loss."""
+    import torch
+    from recbole.utils import get_model
+
+    from benchmarks.epochs import padded_duorec
+
+    for model in ("SASRec", "GRU4Rec", "DuoRec"):
+        if model == "DuoRec":
+            net, train = padded_duorec(args.data_path, args.dataset)
+        else:
+            config = config_of(model, args.data_path, args.dataset, train_batch_size=BATCH)
+            train, _, _ = recbole_loaders(config)
+            net = get_model(model)(config, train._dataset)
+        net.to(args.device).train()
+        for precision in PRECISIONS:
+            about = {"model": model, "side": "RecBole", "precision": precision, "form": "prefix, padded"}
+            low = precision == "bfloat16"
+            yield from tried(about, timed, net, net.calculate_loss, train, args, low, 0.1, False)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def rectools(args: argparse.Namespace) -> Iterator[Row]:
+    """Epochs of RecTools' SASRec: all positions of a history in one pass, softmax loss, as many targets a step."""
+    import numpy as np
+    import pandas as pd
+    import torch
+    from pytorch_lightning import Callback, Trainer
+    from rectools import Columns
+    from rectools.dataset import Dataset
+    from rectools.models import SASRecModel
+
+    unique = pd.unique  # pandas 3 takes no tuples, of which RecTools 0.19 makes use
+    pd.unique = lambda values: unique(np.asarray(values, dtype=object) if isinstance(values, tuple) else values)
+    path = Path(args.data_path) / args.dataset / f"{args.dataset}.inter"
+    log = pd.read_csv(path, sep="\t")
+    log.columns = [name.split(":")[0] for name in log.columns]
+    log = log.sort_values(["user_id", "timestamp"], kind="stable")
+    log = log[log.groupby("user_id").cumcount(ascending=False) >= 2]  # the last two are validation and test
+    ids = {name: pd.factorize(log[f"{name}_id"])[0] + 1 for name in ("user", "item")}
+    columns = {Columns.User: ids["user"], Columns.Item: ids["item"], Columns.Weight: 1.0}
+    dataset = Dataset.construct(
+        pd.DataFrame({**columns, Columns.Datetime: pd.to_datetime(log["timestamp"].to_numpy("int64"), unit="s")})
+    )
+    users = log["user_id"].nunique()
+    rows = round(BATCH * users / (len(log) - users))
+    cuda = args.device == "cuda"
+
+    seconds: list[float] = []  # of each epoch; outside of the callback, which RecTools copies
+
+    class Clock(Callback):
+        def on_train_epoch_start(self, *_: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.started)
+
+    def run(precision: str) -> Row:
+        seconds.clear()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+        def trainer() -> Any:
+            return Trainer(
+                max_epochs=3, accelerator="gpu" if cuda else "cpu", devices=1, logger=False, callbacks=[Clock()],
+                precision="32-true" if precision == "float32" else "bf16-mixed", enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+
+        model = SASRecModel(
+            n_blocks=2, n_heads=2, n_factors=64, session_max_len=50, dropout_rate=0.5, loss="softmax", lr=1e-3,
+            batch_size=rows, dataloader_num_workers=0, get_trainer_func=trainer,
+        )  # fmt: skip
+        model.fit(dataset)
+        peak = {"peak_mb": torch.cuda.max_memory_allocated() / 2**20} if cuda else {}
+        return {"seconds": min(seconds[1:]), "first": seconds[0], "batches": -(-users // rows), **peak}
+
+    for precision in PRECISIONS:
+        about = {"model": "SASRec", "side": "RecTools", "precision": precision, "form": f"{rows} histories a step"}
+        yield from tried(about, run, precision)
+
+
+def compiled(args: argparse.Namespace) -> Iterator[Row]:
+    """Epochs with the layers through torch.compile, which takes its time before."""
+    for precision in PRECISIONS:
+        about = {"model": "SASRec", "side": "ours", "precision": precision, "form": "packed, torch.compile"}
+        yield from tried(about, our_epoch, args, "SASRec", MODELS["SASRec"], precision, False, True)
+
+
+def search(args: argparse.Namespace) -> Iterator[Row]:
+    """The guarded exact search of queries on the CPU (faiss) and on the device (torch)."""
+    import torch
+
+    from benchmarks.gpu_checks import bank_of
+    from recbole_raserec.retrieval.index import FlatIndex
+
+    small = args.device != "cuda"
+    for entries, sizes in ((20_000, (1, 100)),) if small else SEARCHES:
+        bank, queries, users, positions = bank_of(entries, max(sizes))
+        here = bank._prepare()._vectors
+        there = torch.tensor(here, device=args.device)
+        for asked in sizes:
+            part = slice(0, asked)
+            row: Row = {"entries": entries, "queries": asked}
+            found = {}
+            for name, given in (("faiss", queries[part]), ("torch", torch.from_numpy(queries[part]).to(args.device))):
+                row[f"{name}_s"], found[name] = best_of(bank.search, given, 20, users[part], positions[part])
+            for name, index in (("faiss", FlatIndex(here)), ("torch", FlatIndex(here, there))):
+                row[f"{name}_index_s"], _ = best_of(index.search, queries[part], 32)
+            same = (found["faiss"].ids == found["torch"].ids).mean()
+            yield {**row, "same": float(same), "ratio": row["faiss_s"] / row["torch_s"]}
+
+
+def best_of(do: Callable[..., Any], *given: Any) -> tuple[float, Any]:
+    """The shortest time of three calls after a first one, and the last result."""
+    result, seconds = do(*given), []
+    for _ in range(3):
+        started = time.perf_counter()
+        result = do(*given)
+        seconds.append(time.perf_counter() - started)
+        if sum(seconds) > 6:
+            break
+    return min(seconds), result
+
+
+def quality(args: argparse.Namespace) -> Iterator[Row]:
+    """SASRec trained to its end, and its neighbours' head, seed 2020; beside the CPU's mean of three seeds."""
+    from recbole_raserec.quick_start import run_recbole_raserec
+
+    known = json.loads((ROOT / "results/comparison_amazon-beauty.json").read_text(encoding="utf-8"))
+    rows = {row["model"]: row["metrics"] for row in known["datasets"]["amazon-beauty"]["rows"]}
+    wanted = {
+        "base": rows["SASRec:training=packed"], "ours": rows["RaSeRec:backbone=SASRec:training=packed:head=knn"],
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        options = {"backbone": "SASRec", "training": "packed", "head": "knn", "data_path": args.data_path}
+        options.update(checkpoint_dir=directory, show_progress=False, state="ERROR", use_gpu=args.device == "cuda")
+        if args.dataset == "planted":
+            options.update(epochs=2)
+        started = time.perf_counter()
+        record = run_recbole_raserec("RaSeRec", args.dataset, config_dict=options, argv=[])
+        seconds = time.perf_counter() - started
+    for name, label in (("base", "SASRec, packed"), ("ours", "RaSeRec over it, kNN head")):
+        row: Row = {"model": label, "seconds": seconds, "ok": True}
+        for protocol, values in record["metrics"][name]["test"].items():
+            found, cpu = values["ndcg@10"], wanted[name][protocol]["ndcg@10"]["mean"]
+            row.update({protocol: found, f"{protocol}_cpu": cpu})
+            row["ok"] &= abs(found - cpu) <= QUALITY * cpu
+        yield row
+
+
+def tried(about: Row, do: Callable[..., Row], *given: Any) -> Iterator[Row]:
+    """What `do` gives as a row, or its error."""
+    try:
+        yield {**about, **do(*given)}
+    except Exception as error:
+        trace = traceback.format_exc(limit=-4)
+        yield {**about, "failed": f"{type(error).__name__}: {error}"[:600], "trace": trace[-1500:]}
+
+
+WORK: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "checks": checks, "ours": ours, "recbole": recbole, "rectools": rectools, "compiled": compiled, "search": search,
+    "quality": quality,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------ the program
+
+
+def main() -> None:
+    """Run the sections, or say what they would do."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", default="dataset", help="directory that contains amazon-beauty/")
+    parser.add_argument("--dataset", default="amazon-beauty")
+    parser.add_argument("--only", default=",".join(PARTS), help="sections, by comma")
+    parser.add_argument("--parts", default="", help="parts of them, by comma: " + ", ".join(WORK))
+    parser.add_argument("--check", default="", help="only the tests with this in their names")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which everything ends")
+    parser.add_argument("--output", type=Path, default=ROOT / "results", help="directory of gpu.json and gpu.md")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--worker", choices=sorted(WORK), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        for row in WORK[args.worker](args):
+            print("ROW " + json.dumps(row), flush=True)
+        return
+    import torch
+
+    sections = [name for name in args.only.split(",") if name]
+    if unknown := set(sections) - set(PARTS):
+        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("No GPU: torch sees none here. On one this would:")
+        for name in sections:
+            print(f"- {name}: {ABOUT[name]}. Skipped.")
+        print("The code paths that a GPU takes are tested without one in tests/test_gpu_paths.py.")
+        return
+    deadline = time.monotonic() + 60 * args.minutes
+    record: Row = {"command": "python benchmarks/gpu.py " + " ".join(sys.argv[1:]), **environment(args)}
+    record.update(sections={}, skipped=[])
+    for section in sections:
+        rows: list[Row] = []
+        record["sections"][section] = rows
+        for part, limit in PARTS[section].items():
+            if args.parts and part not in args.parts.split(","):
+                continue
+            left = deadline - time.monotonic()
+            if left < 10:
+                record["skipped"].append(f"{section}: {part} (no time left)")
+                continue
+            started = time.monotonic()
+            ended = run_part(part, args, min(limit, left - 2), rows)
+            if ended:
+                record["skipped"].append(f"{section}: {part} ({ended})")
+            print(f"-- {section}: {part} took {time.monotonic() - started:.0f} s {ended or ''}", flush=True)
+            write(record, args.output)
+    print(page(record))
+
+
+def run_part(part: str, args: argparse.Namespace, limit: float, rows: list[Row]) -> Optional[str]:
+    """Add the rows of a part, computed by a process of its own; returns why not all of them are there, or None."""
+    command = [sys.executable, __file__, "--worker", part, "--device", args.device, "--data_path", args.data_path]
+    command += ["--dataset", args.dataset, "--check", args.check]
+    with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryDirectory() as directory:  # RecBole logs there
+        work = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=directory)
+        stop = threading.Timer(limit, work.kill)
+        stop.start()
+        assert work.stdout is not None
+        for line in work.stdout:
+            if line.startswith("ROW "):
+                rows.append(json.loads(line[4:]))
+                print(shown(rows[-1]), flush=True)
+        code = work.wait()
+        timed_out = not stop.is_alive()
+        stop.cancel()
+        if code == 0:
+            return None
+        if timed_out:
+            return f"ended after {limit:.0f} s"
+        errors.seek(0)
+        return f"failed: {errors.read()[-1500:]}"
+
+
+def shown(row: Row) -> str:
+    """A row in a line."""
+    return "  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+
+
+def environment(args: argparse.Namespace) -> Row:
+    """The card and the versions."""
+    import torch
+
+    from recbole_raserec.evaluation.report import versions
+
+    found: Row = {"versions": versions(), "cpu": platform.processor() or platform.machine()}
+    found.update(threads=torch.get_num_threads(), card="none: on the CPU")
+    if args.device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        found.update(card=card.name, card_gb=round(card.total_memory / 2**30), cuda=torch.version.cuda)
+    return found
+
+
+def write(record: Row, output: Path) -> None:
+    """The results so far."""
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "gpu.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (output / "gpu.md").write_text(page(record), encoding="utf-8")
+
+
+def page(record: Row) -> str:
+    """The results as a Markdown page."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    lines = ["# On a GPU", "", f"{record['card']}, {record['threads']} CPU threads; {versions}.", ""]
+    lines += ["`" + record["command"] + "`", ""]
+    sections = record["sections"]
+    if tests := sections.get("tests"):
+        good = sum(row["ok"] for row in tests)
+        lines += ["## Against the CPU", "", f"{good} of {len(tests)} checks hold.", ""]
+        lines += table(tests, ("check", "ok", "error", "tolerance", "seconds", "note"))
+    if epochs := [*sections.get("epochs", []), *sections.get("compile", [])]:
+        lines += ["## Training epochs", "", f"Batches of {BATCH} targets; seconds of one epoch, the card's peak.", ""]
+        names = ("model", "side", "form", "precision", "graphs", "seconds", "first", "batches", "peak_mb", "failed")
+        lines += [*table(epochs, names), *ratios(epochs)]
+    if searches := sections.get("search"):
+        lines += ["## Exact search", "", "20 neighbours a query, with the guard; `index`: without it.", ""]
+        names = ("entries", "queries", "faiss_s", "torch_s", "ratio", "faiss_index_s", "torch_index_s", "same")
+        lines += table(searches, names)
+    if runs := sections.get("quality"):
+        lines += ["## Quality", "", "NDCG@10 of seed 2020 beside the CPU's mean of three seeds.", ""]
+        names = ("model", "seen_kept", "seen_kept_cpu", "seen_removed", "seen_removed_cpu", "ok", "seconds")
+        lines += table(runs, names)
+    lines += [f"- skipped: {what}" for what in record["skipped"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def ratios(epochs: list[Row]) -> list[str]:
+    """How many times as long the others take, for each model and precision; against this package's fastest."""
+    lines = []
+    for model, precision in itertools.product(MODELS, PRECISIONS):
+        rows = [row for row in epochs if row["precision"] == precision and "seconds" in row]
+        own = min((row["seconds"] for row in rows if row["model"] == model and row["side"] == "ours"), default=None)
+        peers = [row for row in rows if row["side"] != "ours" and row["model"] == model]
+        if model == "BSARec":  # no peer has it; a SASRec, which it contains, takes less
+            peers = [row for row in rows if row["side"] == "RecBole" and row["model"] == "SASRec"]
+        for peer in peers if own else []:
+            of = "" if peer["model"] == model else f" (its {peer['model']})"
+            lines.append(f"- {model}, {precision}: {peer['side']}{of} takes {peer['seconds'] / own:.1f} times as long")
+    return [*lines, ""]
+
+
+def table(rows: list[Row], names: tuple[str, ...]) -> list[str]:
+    """Those columns of the rows that any of them has."""
+    names = tuple(name for name in names if any(name in row for row in rows))
+
+    def cell(value: Any) -> str:
+        text = f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value}"
+        text = f"{value:.0f}" if isinstance(value, float) and value >= 1000 else text
+        return text.replace("\n", " ").replace("|", "/")[:120]
+
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(cell(row.get(name, "")) for name in names) + " |" for row in rows]
+    return [*lines, ""]
+
+
+if __name__ == "__main__":
+    main()
