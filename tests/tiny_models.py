@@ -24,6 +24,7 @@ OPTIONS = {
     "ram": "dual", "alpha": 0.5, "learnable_alpha": False, "beta": 1.0, "attn_tau": 1.0, "ram_heads": 2,
     "ram_inner_size": 12, "ram_dropout": 0.0, "top_k": 3, "similarity": "cosine", "index": "flat", "ivf_lists": 4,
     "ivf_probes": 2, "freeze_backbone": True, "native_kernels": True, "softmax_precision": "float32",
+    "item_vectors": "id",
     "embedding_size": 10, "num_layers": 1, "dropout_prob": 0.0, "dropout_probs": [0.0, 0.0],
     "filter_weight": 0.6, "filter_cutoff": 3, "filter_scope": "causal",
     "head": "ram", "memory": "pairs",

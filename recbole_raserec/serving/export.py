@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from recbole_raserec.errors import CheckpointError, InputError, MissingExtraError
 from recbole_raserec.evaluation import scores
+from recbole_raserec.recommendation import ItemTable
 from recbole_raserec.retrieval import RaSeRec, interpolate
 from recbole_raserec.storage import replacing, write_json
 
