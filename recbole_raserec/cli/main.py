@@ -201,7 +201,7 @@ def run(context: click.Context, model: str | None, dataset: str | None, config_f
     \b
       --data_path=DIR            directory that contains NAME/NAME.inter
       --backbone=NAME            RaSeRec: a sequential model of this package, of RecBole, or package.module:Class
-      --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
+      --backbone_checkpoint=DIR  RaSeRec: use this trained backbone (or RecBole's .pth) instead of training one
       --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
       --epochs=N                 largest number of training epochs
       --MAX_ITEM_LIST_LENGTH=N   the model sees the last N items of a history
@@ -344,9 +344,10 @@ examples:
 @_option("--token_file", "FILE", "that holds the token of changing calls", type=click.Path(path_type=Path))
 @_option("--token", "TEXT", "the token itself; see above")
 @_option("--device", "NAME", "cpu, cuda, ... (default: a GPU if there is one)")
+@click.option("--read_only", is_flag=True, help="write nothing into DIR, and refuse all changes")
 def serve(
     checkpoint: Path, host: str, port: int, token_file: Path | None, token: str | None, device: str | None,
-    **limits: Any,
+    read_only: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a checkpoint over HTTP. DIR is a finished run; its last line names it.
 
@@ -357,7 +358,7 @@ def serve(
     from recbole_raserec.serving import http
 
     settings = http.Settings(token=http.find_token(token, token_file), **limits)
-    http.serve(checkpoint, settings, host, port, device)
+    http.serve(checkpoint, settings, host, port, device, read_only)
 
 
 @app.command(

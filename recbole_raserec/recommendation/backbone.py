@@ -163,7 +163,9 @@ class NPEBackbone(Backbone):
 #: RecBole 1.2.1's sequential models that work as a backbone.
 ADAPTERS: dict[str, type[Backbone]] = {
     **dict.fromkeys(("Caser", "FEARec", "FOSSIL", "GCSAN", "GRU4Rec", "HGN", "HRM", "LightSANs"), Backbone),
-    **dict.fromkeys(("NARM", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP"), Backbone),
+    **dict.fromkeys(
+        ("FDSA", "GRU4RecF", "SASRecF", "NARM", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP"), Backbone
+    ),
     "BERT4Rec": BERT4RecBackbone,
     "CORE": COREBackbone,
     "FPMC": FPMCBackbone,

@@ -64,6 +64,9 @@ class Recommender:
         if not isinstance(model, SequentialRecommender):
             what = f"{directory} holds a {type(model).__name__}, which reads no histories"
             raise CheckpointError(f"{what}; recommendations for a history need a sequential model.")
+        if hasattr(model, "NEG_ITEM_SEQ"):
+            what = f"{directory} holds a {type(model).__name__}, which reads sampled negative items beside a history"
+            raise CheckpointError(f"{what}, also where it scores; it cannot recommend for a history alone.")
         self.model, self.options, self.catalogue = model, checkpoint.options, catalogue
         self.name, self.dataset, self.fingerprint = manifest["model"], manifest.get("dataset"), manifest["fingerprint"]
         self.live = LiveMemory(checkpoint, catalogue, Path(directory))
@@ -353,7 +356,18 @@ class Recommender:
         """[B, V] of the model."""
         if hasattr(self.model, "full_sort_vectors"):
             return scores(*self.model.full_sort_vectors(interaction))
-        return self.model.full_sort_predict(interaction).reshape(len(interaction), -1)[:, : len(self.items)]
+        rows, item = len(interaction), self._names[1]
+        interaction.update(Interaction({item: torch.ones(rows, dtype=torch.int64, device=self.device)}))  # some read it
+        try:
+            return self.model.full_sort_predict(interaction).reshape(rows, -1)[:, : len(self.items)]
+        except NotImplementedError:  # a user vector depends on the candidate: one pair of them at a time
+            numbers, found = torch.arange(len(self.items), device=self.device), []
+            for row in range(rows):
+                for part in numbers.split(1024):
+                    pairs = interaction[row : row + 1].repeat_interleave(len(part))
+                    pairs.update(Interaction({item: part}))
+                    found.append(self.model.predict(pairs).reshape(-1))
+            return torch.cat(found).view(rows, -1)
 
     def _best(self, found: torch.Tensor, k: int) -> tuple[list[list[str]], list[np.ndarray]]:
         """The k best items of each row [B, V] and their scores, without those of minus infinity."""

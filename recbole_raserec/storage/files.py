@@ -42,7 +42,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
-        with open(part, "rb") as written:
+        with open(part, "rb+") as written:  # Windows syncs no file that is open for reading alone
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
@@ -143,7 +143,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]
     try:
         with safe_open(str(path), framework="pt") as archive:
             meta = json.loads((archive.metadata() or {})["meta"])
-            return {name: archive.get_tensor(name) for name in list(archive.keys())}, meta
+            # Copies: the tensors are maps of the file, and Windows replaces no file that is mapped.
+            return {name: archive.get_tensor(name).clone() for name in list(archive.keys())}, meta
     except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file of this package ({error}).") from None
 
