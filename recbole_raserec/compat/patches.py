@@ -24,7 +24,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from recbole_raserec.compat.import_hooks import View, patch
+from recbole_raserec.compat.import_hooks import View, patch, replace_function
 from recbole_raserec.errors import ConfigError
 
 _DATASET = "recbole.data.dataset.dataset"
@@ -127,10 +127,7 @@ def _load_data_and_model(module: Any) -> None:
     module.__builtins__ = {**vars(builtins), "__import__": import_}
     new = types.FunctionType(old.__code__, vars(module), old.__name__, old.__defaults__, old.__closure__)
     functools.update_wrapper(new, old)
-    package: Any = sys.modules[module.__name__.rpartition(".")[0]]
-    for owner in (module, package):
-        if vars(owner).get("load_data_and_model") is old:
-            owner.load_data_and_model = new
+    replace_function(old, lambda _: new)
 
 
 @patch("ensure-dir", "recbole.utils.utils")
@@ -145,7 +142,7 @@ def _ensure_dir(module: Any) -> None:
             problem = "RecBole needs a directory of this name; move the file, or start elsewhere"
             raise ConfigError([f"{os.path.abspath(dir_path)}: {problem}"]) from None
 
-    module.ensure_dir = ensure_dir
+    replace_function(module.ensure_dir, lambda _: ensure_dir)
 
 
 @patch("log-folder", "recbole.utils.logger")
@@ -269,7 +266,8 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
     """torch.load for a checkpoint of RecBole's Trainer; with `weights_only` or `pickle_module` it is torch.load itself.
 
     `file` may also be a checkpoint directory of this package (S3Rec's and RaCT's `pre_model_path`); of its weights,
-    {"state_dict": tensors} is returned.
+    {"state_dict": tensors} is returned. The file of a model of RecBole's own names that one also where its name is that
+    of one of this package.
 
     Raises:
         pickle.UnpicklingError: the file names a global that no checkpoint of RecBole names.
@@ -285,7 +283,13 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
         reader.__dict__.update(vars(pickle), Unpickler=CheckpointUnpickler)
         reader.load = lambda file, **more: CheckpointUnpickler(file, **more).load()  # torch < 1.6: a row of pickles
         options.update(weights_only=False, pickle_module=reader)
-    return torch.load(file, map_location, **options)
+    found = torch.load(file, map_location, **options)
+    config: Any = found.get("config") if isinstance(found, dict) else None
+    if hasattr(config, "model_class"):
+        from recbole_raserec.config import name_of, recbole_name
+
+        config["model"] = (name_of if hasattr(config, "training_options") else recbole_name)(config.model_class)
+    return found
 
 
 @patch("pandas-fillna", _DATASET)
@@ -374,6 +378,25 @@ def _dok_update(_: Any) -> None:
         dok_matrix._update = lambda self, data: self._dict.update(data)
 
 
+@patch("collector-counts", "recbole.evaluator.collector")
+def _collector_counts(module: Any) -> None:
+    """RecBole bug: at the end of an evaluation its Collector moves all that it holds to the CPU, the number of items
+    and the counts of each too, an int and a Counter, which have no such method. So ItemCoverage, GiniIndex,
+    AveragePopularity and TailPercentage fail. These are put aside meanwhile."""
+    collect = module.Collector.get_data_struct
+
+    @functools.wraps(collect)
+    def get_data_struct(self: Any) -> Any:
+        held = self.data_struct._data_dict
+        counts = {name: held.pop(name) for name in list(held) if not hasattr(held[name], "cpu")}
+        found = collect(self)
+        held.update(counts)
+        found._data_dict.update(counts)
+        return found
+
+    module.Collector.get_data_struct = get_data_struct
+
+
 @patch("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")
 def _cpr_predict(module: Any) -> None:
     """GRU4RecCPR and SASRecCPR end predict in `assert False` for being slow; run_recbole calls it (to count the
@@ -410,3 +433,28 @@ def _sine_anomaly(module: Any) -> None:
     import torch
 
     torch.autograd.set_detect_anomaly(False)
+
+
+def _over_items(x: Any, weight: Any, bias: Any) -> Any:
+    """A convolution whose kernels [o, 1, k, D] are as wide as `x` [b, 1, L, D], as one over L with D channels."""
+    import torch.nn.functional as F
+
+    rows, kernels = x.squeeze(1).transpose(1, 2), weight.squeeze(1).transpose(1, 2)  # [b, D, L], [o, D, k]
+    return F.conv1d(rows, kernels, bias).unsqueeze(3)  # [b, o, L - k + 1, 1]
+
+
+@patch("caser-gradient", _SEQUENTIAL + "caser")
+def _caser_gradient(module: Any) -> None:
+    """oneDNN bug (3.12, in torch 2.13, with AVX-512): the gradient of a kernel as wide as its input is wrong for widths
+    of 14 to 19 and more than 28 rows. It holds what lies beside its buffers in memory, now and then NaN. Caser has such
+    kernels at embedding_size 14 to 19; narrower than 32, the same sum is taken as a convolution in one dimension."""
+    init = module.Caser.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, config: Any, dataset: Any) -> None:
+        init(self, config, dataset)
+        if self.embedding_size < 32:
+            for kernel in self.conv_h:
+                kernel._conv_forward = _over_items
+
+    module.Caser.__init__ = __init__

@@ -240,6 +240,8 @@ Dropouts = Annotated[Any, Accepts(
 Sizes = Annotated[Any, Accepts(
     "a size >= 0, or a list with a size or a pair of sizes for each layer", _sizes, "int or list")]
 Devices = Annotated[Any, Accepts("a GPU number, several joined by commas, or empty for the CPU", _devices)]
+Column = Annotated[Any, Accepts(
+    "a name, or a position from 1", lambda value: bool(value) and type(value) in (str, int), "str", str)]
 Interval = Annotated[Any, Accepts('an interval such as "[5,inf)" (in quotes)', _is_interval, "str", _interval)]
 Level = Annotated[Any, Accepts(
     f"one of {', '.join(_LEVELS)}", lambda value: isinstance(value, str) and value.lower() in _LEVELS)]
@@ -259,8 +261,9 @@ ModelName = Annotated[Any, Accepts("a model", _anything)]
 
 # Options of every run, by section of `properties/overall.yaml`.
 
-#: The two protocols of evaluation: items of the history stay in the ranking (RecBole's way), or are taken out.
-SEEN_KEPT, SEEN_REMOVED = "seen_kept", "seen_removed"
+#: The two protocols of a ranking of all items: those of the history stay in it (RecBole's way), or are taken out. The
+#: third is of a ranking among sampled items.
+SEEN_KEPT, SEEN_REMOVED, SAMPLED = "seen_kept", "seen_removed", "sampled"
 
 
 class RunOptions(Options):
@@ -326,6 +329,19 @@ class DataOptions(Options):
     transform: Optional[
         Literal["mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined"]
     ] = option()
+
+
+class FileOptions(Options):
+    """A file as the data set (--dataset=ratings.csv): how it is prepared; as of `recbole-raserec prepare`"""
+
+    dataset_file: Optional[Text] = option(None, "set by dataset=FILE: the file", training=False)
+    user_col: Optional[Column] = option(None, "the user's column; null: found by its name", training=False)
+    item_col: Optional[Column] = option(None, "the item's", training=False)
+    rating_col: Optional[Column] = option(None, "the rating's; none: there is none", training=False)
+    time_col: Optional[Column] = option(None, "the time's; none: the lines are in order", training=False)
+    sep: Optional[Text] = option(None, "between the columns: a sign, or tab; null: found", training=False)
+    k_core: Natural = option(0, "keep users and items with that many interactions, repeatedly", training=False)
+    drop_duplicates: bool = option(False, "keep only a user's first interaction with an item", training=False)
 
 
 class TrainingOptions(Options):
@@ -404,11 +420,13 @@ class RegenerationOptions(Options):
 
 
 class EvaluationOptions(Options):
-    """Evaluation: leave-one-out in time order, every item ranked"""
+    """Evaluation: by default leave-one-out in time order, every item ranked"""
 
     eval_args: EvalArgs = option(
         {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user",
-         "mode": {"valid": "full", "test": "full"}}, "keys that are left out keep the value they have here",
+         "mode": {"valid": "full", "test": "full"}},
+        "keys that are left out keep the value they have here; mode: full ranks all items; uniN, popN, such as uni100: "
+        "the target among N items that RecBole draws uniformly or by popularity",
     )  # fmt: skip
     metrics: Metrics = option(["Recall", "NDCG"], training=False)
     topk: Cutoffs = option([5, 10, 20], training=False)
@@ -416,7 +434,7 @@ class EvaluationOptions(Options):
     valid_protocol: Literal["auto", "seen_kept", "seen_removed"] = option(
         "auto",
         "validation figures of which protocol stop a training and tune the kNN head: seen_kept, seen_removed; auto: "
-        "RecBole's, kept for sequential models, removed for general ones",
+        "RecBole's, kept for sequential models, removed for general ones; validation among sampled items has only one",
         later=True,
     )
     eval_batch_size: Count = option(1024, training=False)
@@ -468,7 +486,7 @@ class EncoderOptions(LearningOptions):
 
 
 #: The sections of `properties/overall.yaml`.
-OVERALL = (RunOptions, DataOptions, TrainingOptions, RegenerationOptions, EvaluationOptions)
+OVERALL = (RunOptions, DataOptions, FileOptions, TrainingOptions, RegenerationOptions, EvaluationOptions)
 
 
 def overall_defaults() -> dict[str, Any]:
@@ -484,7 +502,7 @@ def options_for(own: Iterable[type[Options]], sequential: bool) -> type[Options]
         sequential: whether the model reads sequences.
     """
     shared = (SequentialOptions, RegenerationOptions) if sequential else ()
-    common = (RunOptions, ProcessOptions, DataOptions, TrainingOptions, LearningOptions, EvaluationOptions)
+    common = (RunOptions, ProcessOptions, DataOptions, FileOptions, TrainingOptions, LearningOptions, EvaluationOptions)
     return combined((*own, *shared, *common))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 import recbole.data.dataset
 import scipy.sparse as sp
-from recbole.data.dataloader import TrainDataLoader
+from recbole.data.dataloader import NegSampleEvalDataLoader, TrainDataLoader
 from recbole.data.utils import create_samplers, get_dataloader
 from recbole.utils import ModelType
 
@@ -64,6 +64,7 @@ def vocabulary_of(dataset: Any) -> dict[str, list[str]]:
 def prepare(
     config: Config, dataset_class: Any, trim: bool, same_target: bool = False, packed: Optional[bool] = False,
     regenerated: Optional[Regenerated] = None, costs: Optional[Callable[[Any, Any], np.ndarray]] = None,
+    dataset: Any = None,
 ) -> Splits:  # fmt: skip
     """Read, filter and split the data set as RecBole does, and put this package's loaders on it.
 
@@ -74,8 +75,9 @@ def prepare(
         packed: train on all positions of a sequence in one pass; None: where histories are long.
         regenerated: sequences that join the training split.
         costs: (config, training split) -> tokens of each item [V], for a model whose batches they bound.
+        dataset: already read, of that class.
     """
-    dataset = dataset_class(config)
+    dataset = dataset_class(config) if dataset is None else dataset
     log = dataset.inter_feat
     digest = data_fingerprint(dataset)
     log_users, log_items = np.asarray(log[dataset.uid_field]), np.asarray(log[dataset.iid_field])
@@ -95,12 +97,11 @@ def prepare(
         loader_class = PackedLoader if packed else BucketLoader
         bounded = {"costs": costs(config, built[0])} if packed and costs is not None else {}
         train = loader_class(config, built[0], samplers[0], config["shuffle"], bucket, same_target, **bounded)
-        built[1].trim = built[2].trim = True
+        for phase, part in zip(("valid", "test"), built[1:]):  # RecBole joins windows of sampled items: of one length
+            part.trim = config["eval_args"]["mode"][phase] == "full"
     else:
         train = train_class(config, built[0], samplers[0], shuffle=config["shuffle"])
     users_per_batch = config["eval_batch_size"]
-    if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:  # there RecBole counts users x items
-        config["eval_batch_size"] = users_per_batch * dataset.item_num
     seen, loaders = {}, []
     try:
         for number, phase in enumerate(("valid", "test"), start=1):
@@ -108,10 +109,31 @@ def prepare(
                 seen[phase] = dataset.store.seen(*built[number].windows()[:2])
             else:
                 seen[phase] = _seen_without(log_users, log_items, built[number:], dataset)
-            loaders.append(get_dataloader(config, phase)(config, built[number], samplers[number], shuffle=False))
+            kind = get_dataloader(config, phase)
+            kind = SampledLoader if kind is NegSampleEvalDataLoader else kind
+            full = config["MODEL_TYPE"] != ModelType.SEQUENTIAL and kind is not SampledLoader
+            config["eval_batch_size"] = users_per_batch * (dataset.item_num if full else 1)  # there users x items
+            loaders.append(kind(config, built[number], samplers[number], shuffle=False))
+            loaders[-1].training = getattr(built[0], "original", None) or built[0]  # whose counts some metrics read
     finally:
         config["eval_batch_size"] = users_per_batch
     return Splits(dataset, train, loaders[0], loaders[1], seen, digest, "packed" if packed else "prefix")
+
+
+class SampledLoader(NegSampleEvalDataLoader):
+    """RecBole's loader of sampled items, which draws the same ones whenever it is read: by the seed of the run.
+
+    So the epochs of a training, all models and a resumed run are measured alike, and the training's own draws are not
+    changed by an evaluation.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        state = np.random.get_state()
+        np.random.seed(self.config["seed"])
+        try:
+            yield from super().__iter__()
+        finally:
+            np.random.set_state(state)
 
 
 def _samplers(config: Config, dataset: Any, built: list[Any]) -> Any:
@@ -144,8 +166,10 @@ def get_dataset_class(config: Config) -> Any:
     return getattr(recbole.data.dataset, f"{config['model']}Dataset", usual)
 
 
-def prepare_data(config: Config, regenerated: Optional[Regenerated] = None) -> Splits:
+def prepare_data(config: Config, regenerated: Optional[Regenerated] = None, dataset: Any = None) -> Splits:
     """Data set, loaders and seen items as the configured model needs them; `regenerated` joins the training split.
+
+    A `dataset` that was read already is not read again.
 
     Raises:
         ConfigError: packed training with a loss other than cross entropy.
@@ -159,7 +183,8 @@ def prepare_data(config: Config, regenerated: Optional[Regenerated] = None) -> S
         raise ConfigError([f"{problem}; set training: prefix, or loss_type: CE"])
     same_target = getattr(model_class, "needs_same_target", lambda _: False)(config)
     costs = getattr(model_class, "token_costs", None)
-    return prepare(config, get_dataset_class(config), trims(model_class), same_target, packed, regenerated, costs)
+    kind, cut = get_dataset_class(config), trims(model_class)
+    return prepare(config, kind, cut, same_target, packed, regenerated, costs, dataset)
 
 
 def check_same_split(

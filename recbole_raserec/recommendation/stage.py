@@ -21,7 +21,7 @@ from recbole_raserec.training import DECIMALS, Hooks, Outcome, Trial, evaluate_t
 
 def train_model(
     config: Config, checkpoint: Optional[str] = None, regenerated: Any = None, trial: Optional[Trial] = None,
-    backbone: bool = False, stage: str = "recommendation",
+    backbone: bool = False, stage: str = "recommendation", splits: Optional[Splits] = None,
 ) -> Outcome:  # fmt: skip
     """Stage ii: train the configured model, continue its training, or reuse what a run with the same fingerprint left.
 
@@ -32,6 +32,7 @@ def train_model(
         trial: given where the run is one of a search.
         backbone: refuse a model that cannot be one before it is trained.
         stage: first part of the names of its figures in trackers.
+        splits: the data, where they are prepared already.
 
     Raises:
         ConfigError: it cannot be a backbone.
@@ -46,7 +47,7 @@ def train_model(
         collaborative = find_collaborative_model(
             config, lambda other: train_model(other, stage="collaborative").directory
         )
-    splits = prepare_data(config, None if regenerated is None else regenerated.data)
+    splits = splits or prepare_data(config, None if regenerated is None else regenerated.data)
     if regenerated is not None and regenerated.data.training is not None:
         own = splits.train._dataset.original
         if training_hash(own, splits.vocabulary()) != regenerated.data.training:

@@ -242,6 +242,9 @@ def lock_directory(directory: Path) -> BaseFileLock:
         lock = try_lock(directory / LOCK)
     except FileNotFoundError:
         raise CheckpointError(f"{directory.absolute()} is no directory.") from None
+    except OSError as error:  # a read-only file system, or another user's directory
+        why = f"{directory} takes no journal of changes ({error.strerror})"
+        raise CheckpointError(f"{why}; serve it with --read_only, or a copy of it.") from None
     if lock is None:
         holder = directory / HOLDER
         process = holder.read_bytes()[:20].decode("ascii", "replace").strip() if holder.is_file() else ""
@@ -291,10 +294,12 @@ class Journal:
 
     def clear(self) -> None:
         """Drop all records: what they changed is stored elsewhere."""
-        with replacing(self.path) as part:
-            part.write_bytes(b"")
-        self._file.close()
-        self._open()
+        self._file.close()  # Windows replaces no open file
+        try:
+            with replacing(self.path) as part:
+                part.write_bytes(b"")
+        finally:
+            self._open()
 
     def close(self) -> None:
         """Close the file."""
@@ -350,16 +355,26 @@ class LiveMemory:
 
     def keep_journal(self, lock: BaseFileLock) -> None:
         """Take up what the journal holds beyond the saved state; journal changes from now on. `close` frees `lock`."""
-        journal = Journal(self.directory / JOURNAL)
-        for record in journal.records(self.applied):
+        self._journal = Journal(self.directory / JOURNAL)
+        self._take_up(self._journal.records(self.applied))
+        for close in (lock.release, self._journal.close):
+            self._closing.callback(close)
+
+    def read_journal(self) -> None:
+        """Take up what the journal holds beyond the saved state, and write nothing."""
+        path = self.directory / JOURNAL
+        text = path.read_bytes() if path.is_file() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        self._take_up(record for record in _records(whole, path) if record["n"] > self.applied)
+        self._saved = self.applied
+
+    def _take_up(self, records: Iterable[dict[str, Any]]) -> None:
+        for record in records:
             if "forget" in record:
                 self._forget(record["forget"])
             else:
                 self._apply(record["events"])
             self.applied = record["n"]
-        self._journal = journal
-        for close in (lock.release, journal.close):
-            self._closing.callback(close)
 
     def update(self, events: Sequence[Event]) -> Update:
         """Take up new interactions of known items, see `Recommender.update`."""

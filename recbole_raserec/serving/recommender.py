@@ -189,9 +189,10 @@ class Recommender:
             with self.live.lock.read():
                 interaction = self._interaction(query, filled)
                 if isinstance(self.model, RaSeRec):
-                    part = self.model.augment(*self.model.retrieved(interaction))
+                    h, *found = self.model.retrieved(interaction)
+                    part = self.model.augment(h, *found) if self.model.augments else h
                 else:
-                    part = self._backbone.encode(*(interaction[name] for name in self._fields))
+                    part = self.backbone.encode(*(interaction[name] for name in self._fields))
             if vectors is None:
                 vectors = np.zeros((len(query.rows), part.shape[1]), np.float32)
             vectors[filled] = part.cpu().numpy()
@@ -210,7 +211,7 @@ class Recommender:
         """
         k, numbers = _positive("k", k), self._known_items(items, "items", strict=True)
         with self.live.lock.read():
-            vectors = torch.nn.functional.normalize(self._backbone.item_vectors(), dim=1)
+            vectors = torch.nn.functional.normalize(self.backbone.item_vectors(), dim=1)
             cosine = vectors[numbers] @ vectors.T
         cosine[:, 0] = -torch.inf
         cosine[torch.arange(len(numbers)), numbers] = -torch.inf
@@ -377,7 +378,8 @@ class Recommender:
         return [[self.items[number] for number in row[:count]] for row, count in rows], values
 
     @cached_property
-    def _backbone(self) -> Backbone:
+    def backbone(self) -> Backbone:
+        """The model as user vectors times item vectors; an `InputError` where it has none."""
         if isinstance(self.model, RaSeRec):
             return self.model.backbone
         try:
