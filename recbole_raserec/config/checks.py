@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -31,6 +32,9 @@ from recbole_raserec.config.options import (
 from recbole_raserec.config.sources import REFUSED, SUPPORTED, all_keys, get_model, get_trainer_class, model_keys
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
+
+#: Packages that figures are sent to while a run goes on, each by an option `log_...`.
+TRACKERS = ("wandb", "mlflow")
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
@@ -274,6 +278,11 @@ def check_run(config: RecBoleConfig) -> None:
     retrieval = config["model"] == RETRIEVAL_MODEL
     name = config["backbone"] if retrieval else config["model"]
     problems = evaluation_problems(config)
+    for package in TRACKERS:
+        found = importlib.util.find_spec(package) if config[f"log_{package}"] else None
+        if config[f"log_{package}"] and (found is None or found.origin is None):  # without origin: any folder so named
+            remedy = f"pip install 'recbole-raserec[{package}]', or leave it out"
+            problems.append(f"log_{package}: true needs the package {package}, which is not installed; {remedy}")
     if retrieval and name in REFUSED:
         problems.append(f"backbone: {name} {REFUSED[name]}; choose one of {', '.join(SUPPORTED)}.")
     if config["regeneration"]:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import platform
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -58,6 +59,8 @@ class Record(TypedDict, total=False):
     parameters: Mapping[str, int]  # {"base" | "ours": learned numbers of the model}
     peak_memory_mb: Optional[float]  # largest memory of the process, MiB
     curves: Mapping[str, Any]  # {"base" | "ours": validation values and training losses by epoch}
+    checkpoint: str  # directory of the trained model, for `Recommender.load`
+    checkpoints: Mapping[str, str]  # the same of each stage, by its name in a table
     versions: dict[str, Optional[str]]
     options: Mapping[str, Any]  # of the run
 
@@ -86,6 +89,8 @@ def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, 
         parameters={name: outcome.parameters for name, outcome in ends.items()}, peak_memory_mb=peak_memory_mb(),
         curves={name: outcome.curve for name, outcome in ends.items()},
     )  # fmt: skip
+    record["checkpoints"] = {name: str(outcome.directory.absolute()) for name, outcome in stages.items()}
+    record["checkpoint"] = str([*ends.values()][-1].directory.absolute())
     if config["ranks_file"]:
         ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
         write_ranks(config["ranks_file"], ranks, base.splits.vocabulary()["users"], base.splits.seen)
@@ -93,7 +98,11 @@ def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, 
     if config["result_file"]:
         write_json(config["result_file"], record)
         getLogger().info(f"Figures written to {config['result_file']}")
-    getLogger().info(f"Checkpoint: {[*ends.values()][-1].directory}")
+    getLogger().info(f"Checkpoint: {record['checkpoint']}")
+    if sequential:
+        words = ["recbole-raserec", "recommend", record["checkpoint"]]
+        words.append(f"--user={base.splits.vocabulary()['users'][1]}")
+        getLogger().info(f"Next: {shlex.join(words)}")
     return record
 
 

@@ -156,6 +156,14 @@ class MemoryBank:
         self._path: Path | None = None  # of a stored bank
         self._reset_index()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock and the index, which is built again: for copies, and for RecBole's checkpoints."""
+        return {k: v for k, v in vars(self).items() if k not in ("_lock", "_index", "_vectors", "_guard", "_stored")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
+        self._reset_index()
+
     def __len__(self) -> int:
         """Entries ever added, removed ones included: ids are below it."""
         return len(self._columns["gone"])

@@ -23,7 +23,7 @@ from typing import Any, Optional
 
 import torch
 import yaml
-from recbole.utils import init_logger
+from recbole.utils.logger import init_logger
 
 from recbole_raserec.config import REGENERATION, RETRIEVAL_MODEL, Config, check_run, selection_protocol
 from recbole_raserec.data.preparation import ensure_dataset
