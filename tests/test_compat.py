@@ -291,3 +291,23 @@ def test_dok_update_sets_the_values():
     matrix._update({(0, 1): 1, (1, 2): 5})
     assert matrix.toarray().tolist() == [[0, 1, 0], [0, 0, 5]]
     assert (matrix > 0).sum() == 2
+
+
+@pytest.mark.parametrize("size", [8, 14, 16, 19, 40])
+def test_the_gradients_of_caser_are_those_of_double_precision(size):
+    """Wrong without the patch where the processor has AVX-512."""
+    from recbole.model.sequential_recommender.caser import Caser
+
+    names = {"USER_ID_FIELD": "u", "ITEM_ID_FIELD": "i", "LIST_SUFFIX": "s", "ITEM_LIST_LENGTH_FIELD": "n"}
+    sizes = {"MAX_ITEM_LIST_LENGTH": 40, "embedding_size": size, "nh": 8, "nv": 4, "dropout_prob": 0, "reg_weight": 0}
+    config = {**names, **sizes, "NEG_PREFIX": "neg_", "device": "cpu", "loss_type": "CE"}
+    torch.manual_seed(0)
+    model = Caser(config, types.SimpleNamespace(user_num=9, num=lambda field: 20))
+    batch = {"is": torch.randint(1, 20, (5, 40)), "u": torch.arange(5), "i": torch.arange(1, 6)}
+    found, wanted = [], []
+    for kind, grads in ((torch.float32, found), (torch.float64, wanted)):
+        model.to(kind).zero_grad()
+        model.calculate_loss(batch).backward()
+        grads += [parameter.grad.double().clone() for parameter in model.parameters()]
+    for one, other in zip(found, wanted):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)

@@ -162,7 +162,7 @@ def test_numpy_pandas_and_polars(loaded):
         assert found.labels == ["b", "a"]
         assert found.items == wanted.items[::-1]
     table = found.to_pandas()
-    assert table.columns.tolist() == ["query", "rank", "item", "score"]
+    assert table.columns.tolist() == ["query", "rank", "item", "score", "popular"]
     assert table["item"].tolist() == [*found[0], *found[1]]
     assert found.to_polars()["rank"].to_list() == [1, 2, 3, 1, 2, 3]
     names, scores = recommender.recommend(rows, k=2, candidates=items[:1], exclude_seen=True).to_numpy()

@@ -9,14 +9,17 @@ import builtins
 import contextlib
 import enum
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import pickle
+import re
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from packaging.version import Version
@@ -152,6 +155,67 @@ def _ensure_dir(module: Any) -> None:
             raise ConfigError([f"{os.path.abspath(dir_path)}: {problem}"]) from None
 
     replace_function(module.ensure_dir, lambda _: ensure_dir)
+
+
+@patch("log-folder", "recbole.utils.logger")
+def _log_folder(module: Any) -> None:
+    """RecBole logs into log/ of the working directory, names the file after the model, colours its texts whatever reads
+    them, and logs a second run into the file of the first. With a configuration of this package the file lies below its
+    `log_folder`, a model of one's own has the name of its class, and each run has its file. Colours are for terminals;
+    with NO_COLOR there are none."""
+    original, colour = module.init_logger, module.set_color
+
+    def init_logger(config: Any) -> None:
+        root, plain = logging.getLogger(), module.RemoveColorFilter()
+        if not hasattr(config, "log_folder"):
+            return original(config)
+        for handler in [handler for handler in root.handlers if handler.name == "recbole_raserec"]:
+            root.removeHandler(handler)
+            handler.close()
+        if root.handlers:
+            return None  # the program has its own
+        name = re.split("[.:]", config["model"])[-1]
+        values = "".join(map(str, config.final_config_dict.values()))
+        mark, folder = hashlib.md5(values.encode(), usedforsecurity=False).hexdigest()[:6], config.log_folder / "log"
+        module.ensure_dir(str(folder / name))
+        path = folder / name / f"{name}-{config['dataset']}-{module.get_local_time()}-{mark}.log"
+        file, screen = logging.FileHandler(path, delay=True), logging.StreamHandler()
+        line = "%(asctime)-15s %(levelname)s  %(message)s"
+        file.setFormatter(logging.Formatter(line, "%a %d %b %Y %H:%M:%S"))
+        file.addFilter(plain)
+        colours = {"log_colors": module.log_colors_config}
+        screen.setFormatter(module.colorlog.ColoredFormatter(f"%(log_color)s{line}", "%d %b %H:%M", **colours))
+        if os.environ.get("NO_COLOR") or not getattr(screen.stream, "isatty", bool)():
+            screen.setFormatter(logging.Formatter(line, "%d %b %H:%M"))
+            screen.addFilter(plain)
+        elif os.name == "nt":
+            module.init()  # colours on a console of Windows
+        for handler in (screen, file):
+            handler.name = "recbole_raserec"
+        logging.basicConfig(level=str(config["state"] or "info").upper(), handlers=[screen, file])
+
+    def set_color(log: Any, color: Any, highlight: bool = True) -> str:
+        return str(log) if os.environ.get("NO_COLOR") else colour(log, color, highlight)
+
+    module.init_logger, module.set_color = init_logger, set_color
+
+
+class Later:
+    """What `make` returns, made when it is first used."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make = functools.cache(make)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._make(), name)
+
+
+@patch("tensorboard-later", _TRAINER)
+def _tensorboard_later(module: Any) -> None:
+    """RecBole's Trainer makes a folder log_tensorboard/ in the working directory even if nothing is written to it; here
+    it is made when something is."""
+    make = module.get_tensorboard
+    module.get_tensorboard = lambda logger: Later(lambda: make(logger))
 
 
 @patch("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))
@@ -326,6 +390,25 @@ def _dok_update(_: Any) -> None:
         dok_matrix._update = lambda self, data: self._dict.update(data)
 
 
+@patch("collector-counts", "recbole.evaluator.collector")
+def _collector_counts(module: Any) -> None:
+    """RecBole bug: at the end of an evaluation its Collector moves all that it holds to the CPU, the number of items
+    and the counts of each too, an int and a Counter, which have no such method. So ItemCoverage, GiniIndex,
+    AveragePopularity and TailPercentage fail. These are put aside meanwhile."""
+    collect = module.Collector.get_data_struct
+
+    @functools.wraps(collect)
+    def get_data_struct(self: Any) -> Any:
+        held = self.data_struct._data_dict
+        counts = {name: held.pop(name) for name in list(held) if not hasattr(held[name], "cpu")}
+        found = collect(self)
+        held.update(counts)
+        found._data_dict.update(counts)
+        return found
+
+    module.Collector.get_data_struct = get_data_struct
+
+
 @patch("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")
 def _cpr_predict(module: Any) -> None:
     """GRU4RecCPR and SASRecCPR end predict in `assert False` for being slow; run_recbole calls it (to count the
@@ -362,3 +445,28 @@ def _sine_anomaly(module: Any) -> None:
     import torch
 
     torch.autograd.set_detect_anomaly(False)
+
+
+def _over_items(x: Any, weight: Any, bias: Any) -> Any:
+    """A convolution whose kernels [o, 1, k, D] are as wide as `x` [b, 1, L, D], as one over L with D channels."""
+    import torch.nn.functional as F
+
+    rows, kernels = x.squeeze(1).transpose(1, 2), weight.squeeze(1).transpose(1, 2)  # [b, D, L], [o, D, k]
+    return F.conv1d(rows, kernels, bias).unsqueeze(3)  # [b, o, L - k + 1, 1]
+
+
+@patch("caser-gradient", _SEQUENTIAL + "caser")
+def _caser_gradient(module: Any) -> None:
+    """oneDNN bug (3.12, in torch 2.13, with AVX-512): the gradient of a kernel as wide as its input is wrong for widths
+    of 14 to 19 and more than 28 rows. It holds what lies beside its buffers in memory, now and then NaN. Caser has such
+    kernels at embedding_size 14 to 19; narrower than 32, the same sum is taken as a convolution in one dimension."""
+    init = module.Caser.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, config: Any, dataset: Any) -> None:
+        init(self, config, dataset)
+        if self.embedding_size < 32:
+            for kernel in self.conv_h:
+                kernel._conv_forward = _over_items
+
+    module.Caser.__init__ = __init__

@@ -3,6 +3,7 @@
 from recbole_raserec.config.checks import (
     check_run,
     evaluation_problems,
+    metric_needs,
     selection_protocol,
 )
 from recbole_raserec.config.config import Config, model_versions, saved_config
@@ -12,6 +13,7 @@ from recbole_raserec.config.options import (
     OVERALL,
     REGENERATION,
     RETRIEVAL_MODEL,
+    SAMPLED,
     SEEN_KEPT,
     SEEN_REMOVED,
     Count,
@@ -52,6 +54,7 @@ from recbole_raserec.config.sources import (
     in_recbole,
     is_ours,
     is_own,
+    model_keys,
     model_names,
     name_of,
     options_of,
@@ -65,11 +68,11 @@ from recbole_raserec.config.sources import (
 
 __all__ = [
     "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "RECBOLE", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL",
-    "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
-    "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
-    "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
-    "folder_of", "get_model", "get_trainer_class", "in_recbole", "in_words", "is_ours", "is_own", "model_names",
-    "model_versions", "name_of", "option", "options_of", "parse_value", "read_yaml", "recbole_name",
-    "regeneration_options", "saved_config", "selection_protocol", "short_name", "trains_regenerator", "trims",
-    "with_names",
+    "SAMPLED", "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts",
+    "EncoderOptions", "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive",
+    "PositiveShare", "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run",
+    "evaluation_problems", "folder_of", "get_model", "get_trainer_class", "in_recbole", "in_words", "is_ours", "is_own",
+    "metric_needs", "model_keys", "model_names", "model_versions", "name_of", "option", "options_of", "parse_value",
+    "read_yaml", "recbole_name", "regeneration_options", "saved_config", "selection_protocol", "short_name",
+    "trains_regenerator", "trims", "with_names",
 ]  # fmt: skip

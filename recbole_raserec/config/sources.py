@@ -392,26 +392,23 @@ def trims(model: Any) -> bool:
 
 #: What the option `backbone` may name.
 SUPPORTED: tuple[str, ...] = (
-    "BERT4Rec", "BSARec", "CORE", "Caser", "DARec", "DuoRec", "FEARec", "FOSSIL", "FPMC", "GCSAN", "GRU4Rec",
-    "HGN", "HRM", "LightSANs", "NARM", "NPE", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP",
+    "BERT4Rec", "BSARec", "CORE", "Caser", "DARec", "DuoRec", "FDSA", "FEARec", "FOSSIL", "FPMC", "GCSAN", "GRU4Rec",
+    "GRU4RecF", "HGN", "HRM", "LightSANs", "NARM", "NPE", "NextItNet", "SASRec", "SASRecF", "SHAN", "SINE", "SRGNN",
+    "STAMP",
 )  # fmt: skip
 
-_FEATURES = "reads item features, which a checkpoint that reloads without the data set does not hold"
-_KNOWLEDGE = "reads pre-trained knowledge-graph vectors that come with the data set"
+_KNOWLEDGE = "reads a data set of its own kind, with a knowledge graph, and retrieval needs plain sequences"
 _MIXTURE = "ranks by a mixture of probabilities (items seen, items near, all items), not by one dot product"
 
 #: RecBole 1.2.1's sequential models that do not, and why.
 REFUSED: dict[str, str] = {
     "DIEN": "scores one (sequence, candidate) pair at a time; the user vector depends on the candidate",
     "DIN": "scores one (sequence, candidate) pair at a time; the user vector depends on the candidate",
-    "FDSA": _FEATURES,
     "GRU4RecCPR": _MIXTURE,
-    "GRU4RecF": _FEATURES,
     "GRU4RecKG": _KNOWLEDGE,
     "KSR": _KNOWLEDGE,
     "RepeatNet": "ranks by a mixture of two probabilities (repeat, explore), not by one dot product",
     "S3Rec": "reads item attributes, and is trained in two runs (pre-training, then fine-tuning)",
     "SASRecCPR": _MIXTURE,
-    "SASRecF": _FEATURES,
     "TransRec": "ranks by a Euclidean distance, not by a dot product",
 }

@@ -48,7 +48,9 @@ class RaSeRecOptions(Options):
         heading="The backbone",
     )
     backbone_checkpoint: Optional[Text] = option(
-        None, "directory of a trained backbone; null: train, or reuse one in checkpoint_dir", training=False
+        None,
+        "directory of a trained backbone, or .pth of RecBole's; null: train, or reuse one in checkpoint_dir",
+        training=False,
     )
     freeze_backbone: bool = option(True, "train the module alone, as the paper; false: the backbone too")
     memory: Literal["pairs", "patterns", "both"] = option(
@@ -333,7 +335,10 @@ class RaSeRec(SequentialRecommender):
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores of all items, [B, V]; with the kNN head logarithms of the mixed probabilities."""
-        h, ids, mask = self.retrieved(interaction)
+        return self.scores_of(*self.retrieved(interaction))
+
+    def scores_of(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The same of user vectors h [B, H] and the memories `ids` where `mask` is True, [B, K] each."""
         mixed = self.augment(h, ids, mask) if self.augments else h
         found = scores(mixed, self.item_vectors(), self.backbone.item_bias())
         if not self.knn or not len(self.memory):
