@@ -483,7 +483,7 @@ def page(record: Row) -> str:
         lines += table(tests, ("check", "ok", "error", "tolerance", "seconds", "failed"))
     if epochs := [*sections.get("epochs", []), *sections.get("compile", [])]:
         lines += ["## Training epochs", "", f"Batches of {BATCH} targets; seconds of one epoch, the card's peak.", ""]
-        names = ("model", "side", "form", "precision", "seconds", "first", "batches", "peak_mb", "failed")
+        names = ("model", "side", "form", "precision", "graphs", "seconds", "first", "batches", "peak_mb", "failed")
         lines += [*table(epochs, names), *ratios(epochs)]
     if searches := sections.get("search"):
         lines += ["## Exact search", "", "20 neighbours a query, with the guard; `index`: without it.", ""]
@@ -504,6 +504,7 @@ def page(record: Row) -> str:
         names = ("model", "seen_kept", "seen_kept_cpu", "seen_removed", "seen_removed_cpu", "ok", "seconds", "failed")
         lines += table(runs, names)
     lines += [f"- skipped: {what}" for what in record["skipped"]]
+    lines += ["", *(f"- {remark}" for remark in record.get("remarks", ()))]
     return "\n".join(lines).rstrip() + "\n"
 
 
