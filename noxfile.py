@@ -1,7 +1,7 @@
 """The tests on every Python found: `nox`; on one: `nox -s tests-3.13`; with other versions: `nox -- numpy==2.2.6`.
 
-What follows `--` and holds `==` is installed at that version, and the rest goes to pytest. `nox -s wheels` builds what
-is released.
+What follows `--` and holds `==` takes the place of its line in constraints.txt, and the rest goes to pytest.
+`nox -s wheels` builds what is released.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ RECBOLE = "recbole==1.2.1"  # without its dependencies: setup.py names them wher
 @nox.session(python=["3.10", "3.11", "3.12", "3.13", "3.14"])
 def tests(session: nox.Session) -> None:
     """README's commands for the tests, and then pytest."""
-    others = [argument for argument in session.posargs if "==" in argument and not argument.startswith("-")]
-    constraints = ("-c", "constraints.txt")
-    if not any(argument.startswith("torch==") for argument in others):
-        session.install("torch==2.13.0", *constraints)
-    session.install(".[test]", *constraints)
+    pins = [argument for argument in session.posargs if "==" in argument and not argument.startswith("-")]
+    names = {pin.partition("==")[0] for pin in pins}
+    lines = Path("constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text("\n".join([line for line in lines if line.partition("==")[0] not in names] + pins) + "\n")
+    session.install("torch", "-c", str(constraints))
+    session.install("-c", str(constraints), ".[test]")
     session.install("--no-deps", RECBOLE)
-    if others:
-        session.install(*others)
-    session.run("python", "-m", "pytest", "-q", *(argument for argument in session.posargs if argument not in others))
+    session.run("python", "-m", "pytest", "-q", *(argument for argument in session.posargs if argument not in pins))
 
 
 @nox.session

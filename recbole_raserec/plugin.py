@@ -59,6 +59,7 @@ def data_preparation(config: Config, dataset: Any) -> tuple[Any, Any, Any]:
         find_collaborative_model(config, lambda other: train_model(other).directory)
     inner = config.for_backbone() if config["model"] == RETRIEVAL_MODEL else config
     splits = prepare_data(inner, dataset=dataset)
+    splits.settle(config, inner)
     splits.train.splits, splits.valid.seen, splits.test.seen = splits, splits.seen["valid"], splits.seen["test"]
     return splits.train, splits.valid, splits.test
 

@@ -225,6 +225,14 @@ def test_grad_scaler_does_not_warn():
     assert not scaler.is_enabled()
 
 
+def test_an_exhaustive_search_draws_from_a_generator():
+    module = types.SimpleNamespace(np=np)
+    compat._hyperopt_generator(module)
+    assert module.np.random.RandomState(3).integers(0, 9, 2).shape == (2,)  # hyperopt calls this
+    assert module.np.array is np.array
+    assert np.random.RandomState is not module.np.random.RandomState
+
+
 def test_a_directory_that_another_process_made_in_between_is_there(tmp_path, monkeypatch):
     from recbole.utils import ensure_dir, utils
 

@@ -33,7 +33,8 @@ MIXED = {"mode": {"valid": "full", "test": "uni10"}}
 
 @pytest.mark.parametrize("setting", evaluation_settings.SETTINGS, ids=evaluation_settings.name_of)
 def test_values_are_recboles(setting, workdir):
-    found = evaluation_settings.measure(setting, ROOT / "dataset", "planted")
+    modes = tuple(mode.replace("0", "", 1) for mode in setting.modes)  # ten items, and five: a test has little time
+    found = evaluation_settings.measure(setting._replace(modes=modes), ROOT / "dataset", "planted")
     assert found["difference"] == 0
     assert all(len(part["ours"]) >= 2 for part in found["phases"].values())
 
@@ -42,7 +43,7 @@ def test_the_page_has_no_difference():
     rows = re.findall(
         r"^\| .*\| (\S+) \|$", (ROOT / "results/evaluation_settings_ml-100k.md").read_text(), re.MULTILINE
     )
-    assert rows[1:].count("0") == 24 == len(rows) - 2
+    assert rows == ["0"] * 24
 
 
 LISTS = ["NDCG", "Recall", "GAUC", "ItemCoverage", "GiniIndex", "AveragePopularity", "TailPercentage"]

@@ -130,6 +130,18 @@ def _load_data_and_model(module: Any) -> None:
     replace_function(old, lambda _: new)
 
 
+def _new_hyperopt() -> bool:
+    return importlib.util.find_spec("hyperopt") is not None and _at_least("hyperopt", "0.2.6")
+
+
+@patch("hyperopt-generator", "recbole.trainer.hyper_tuning", needed=_new_hyperopt)
+def _hyperopt_generator(module: Any) -> None:
+    """Since hyperopt 0.2.6 a search draws from numpy's Generator; RecBole's exhaustive search gives it a RandomState,
+    which has no such methods. In RecBole's module a Generator takes its place."""
+    numpy = module.np
+    module.np = View(numpy, random=View(numpy.random, RandomState=numpy.random.default_rng))
+
+
 @patch("ensure-dir", "recbole.utils.utils")
 def _ensure_dir(module: Any) -> None:
     """RecBole bug: it looks whether a directory is there and then makes it, which fails if another process made it in

@@ -286,10 +286,6 @@ class RunOptions(Options):
     threads: Optional[Count] = option(None, "CPU threads; null leaves it to the library", training=False)
     resume: bool = option(True, "continue an interrupted run of the same configuration and data", training=False)
     use_gpu: bool = option(sentence="a GPU, where torch sees one; the compiled kernels are for the CPU", training=False)
-    cuda_graphs: bool = option(
-        True, "on a GPU: record a training step of SASRec, DuoRec, BSARec or GRU4Rec for each shape of batch, and "
-        "replay it", training=False,
-    )  # fmt: skip
     gpu_id: Devices = option(sentence="which GPU", training=False)
     worker: Natural = option(training=False)
     state: Level = option(training=False)

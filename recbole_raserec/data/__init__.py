@@ -11,14 +11,12 @@ from recbole_raserec.data.item_text import (
     reading,
 )
 from recbole_raserec.data.loaders import (
-    PACKED_SLOTS,
     PACKED_TARGETS,
     SAME_TARGET,
     SAME_TARGET_ROWS,
     BucketLoader,
     PackedWindows,
     RowLoader,
-    fixed_shape,
 )
 from recbole_raserec.data.patterns import Patterns, mine_patterns
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined, training_hash
@@ -26,10 +24,10 @@ from recbole_raserec.data.sequences import SequenceStore, pad_lists, pad_rows
 from recbole_raserec.data.splits import Splits, check_same_options, check_same_split, prepare_data
 
 __all__ = [
-    "ORIGINS", "PACKED_SLOTS", "PACKED_TARGETS", "POSITION", "SAME_TARGET", "SAME_TARGET_ROWS", "SEQUENCE",
-    "WEIGHT", "BucketLoader", "Catalogue", "Features", "Histories", "ItemFeatures", "PackedWindows", "Patterns",
+    "ORIGINS", "PACKED_TARGETS", "POSITION", "SAME_TARGET", "SAME_TARGET_ROWS", "SEQUENCE", "WEIGHT",
+    "BucketLoader", "Catalogue", "Features", "Histories", "ItemFeatures", "PackedWindows", "Patterns",
     "Regenerated", "RowLoader", "SequenceDataset", "SequenceStore", "Splits", "catalogue_of", "check_same_options",
-    "check_same_split", "computes_in_bfloat16", "fixed_shape", "item_features", "item_tokens", "joined",
-    "mine_patterns", "model_source", "pad_lists", "pad_rows", "prepare_data", "read_features", "reading",
-    "title_column", "training_hash",
+    "check_same_split", "computes_in_bfloat16", "item_features", "item_tokens", "joined", "mine_patterns",
+    "model_source", "pad_lists", "pad_rows", "prepare_data", "read_features", "reading", "title_column",
+    "training_hash",
 ]  # fmt: skip

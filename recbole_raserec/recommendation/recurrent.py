@@ -34,7 +34,7 @@ class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
     """
 
     options = GRU4RecOptions
-    trims, waits = True, False
+    trims = True
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors [B, E] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""

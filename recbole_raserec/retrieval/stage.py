@@ -66,7 +66,7 @@ class RetrievalHooks(Hooks):
         model.ram.calibrate(h, keys, model.item_vectors().detach()[targets])
         if not model.frozen:
             for name, dtype in zip(TRAINING_BUFFERS, (torch.int32, torch.bool)):
-                model.register_buffer(name, torch.zeros(len(queries), model.top_k, dtype=dtype))
+                model.register_buffer(name, torch.zeros(len(queries), model.top_k, dtype=dtype, device=device))
 
     def encode(self, split: SequenceDataset, what: str) -> Queries:
         """Encode the windows of a split with the model's current backbone."""

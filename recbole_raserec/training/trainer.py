@@ -33,7 +33,6 @@ from recbole_raserec.storage import (
     write_tensors,
 )
 from recbole_raserec.training.data_parallel import SplitSteps
-from recbole_raserec.training.graphs import FixedShapes, GraphedLoss
 from recbole_raserec.training.tracking import tracker_of
 
 #: The first averages reach back over a tenth of the steps so far, so that the initial weights soon count for nothing.
@@ -148,7 +147,6 @@ class ResumableTrainer(Trainer):
             average = self._average = WeightAverage(model, config["weight_averaging"])
             self.optimizer.register_step_post_hook(lambda *_: average.update())
         self._split: Optional[SplitSteps] = None
-        self._graphs: Optional[GraphedLoss] = None
         if group.size > 1:
             self._split = SplitSteps(group, model, config["model"], self.optimizer, self.clip_grad_norm)
             self.clip_grad_norm = None
@@ -221,10 +219,6 @@ class ResumableTrainer(Trainer):
             self._before_epoch(epoch_idx)
         if self._split is not None:
             loss_func = self._split.loss_of(loss_func or self.model.calculate_loss)
-        elif loss_func is None and self._records:
-            self._graphs = self._graphs or GraphedLoss(self.model, self.model.calculate_loss)
-            train_data = FixedShapes(train_data, self.config, self.model.max_seq_length)
-            loss_func = self._graphs
         started = time.perf_counter()
         with self._in_bfloat16():
             losses = super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
@@ -238,12 +232,6 @@ class ResumableTrainer(Trainer):
         if self._brief and (self.eval_step <= 0 or (epoch_idx + 1) % self.eval_step):
             self.logger.info(self._said)
         return losses
-
-    @property
-    def _records(self) -> bool:
-        """Whether steps are recorded: on a GPU, of a model none of whose steps waits for it."""
-        wanted = self.device.type == "cuda" and self.config["cuda_graphs"] and not self.enable_scaler
-        return bool(wanted and not getattr(self.model, "waits", True) and self.config["loss_type"] == "CE")
 
     @contextmanager
     def _in_bfloat16(self) -> Iterator[None]:
