@@ -31,7 +31,7 @@ def _our_epoch(model: str, data_path: str, dataset: str = "amazon-beauty", **opt
     keep_freed_memory()
     config = config_of(model, data_path, dataset, train_batch_size=BATCH, **options)
     splits = prepare_data(config)
-    net = get_model(model)(config, splits.dataset)
+    net = get_model(model)(config, splits.train._dataset)
     net.train()
     return timed_epoch(net, torch.optim.Adam(net.parameters(), lr=1e-3, fused=True), splits.train)
 
@@ -132,6 +132,11 @@ def baselines_compared(a: dict[str, Any], b: dict[str, Any]) -> str:
     return ", ".join(f"{name} {ratio:.1f}x" for name, ratio in ratios.items()) + f"; geometric mean {mean:.1f}x"
 
 
+def text_compared(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """What texts add to an epoch."""
+    return f"an epoch with texts takes {a['seconds'] / b['seconds']:.2f} times one without"
+
+
 CASES = {
     "sasrec-epoch": Case(
         "amazon-beauty, SASRec, one training epoch: packed against RecBole", ours("SASRec", "packed"),
@@ -140,6 +145,11 @@ CASES = {
     "sasrec-prefix": Case(
         "amazon-beauty, SASRec, one training epoch: one window per target against RecBole", ours("SASRec", "prefix"),
         recbole("SASRec", 12),
+    ),
+    "text-epoch": Case(
+        "amazon-beauty, SASRec, one packed training epoch: with texts (TF-IDF's vectors, 128) and without",
+        ours("SASRec", "packed", item_vectors="both", item_text_encoder="tfidf"), ours("SASRec", "packed"),
+        text_compared,
     ),
     "duorec-epoch": Case(
         "amazon-beauty, DuoRec (us_x), one training epoch: against every window padded to 50", duorec_ours,

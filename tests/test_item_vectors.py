@@ -252,9 +252,18 @@ def test_other_models_take_items_too(tmp_path, name):
     np.testing.assert_allclose(load(found.base.directory).score([["i3", "i4"]]), after, atol=1e-5)
 
 
-def test_the_regenerator_starts_from_the_table(tmp_path):
+def test_rows_are_regenerated_and_weighed_for_a_model_with_texts(tmp_path):
     write_data(tmp_path)
-    options = {"regeneration": True, "regen_epochs": 1, "regen_layers": 1, "regen_inner_size": 16, **QUICK, **TEXT}
+    options = {
+        "regeneration": "personalised",
+        "regen_personal_epochs": 1,
+        "regen_epochs": 1,
+        "regen_layers": 1,
+        "regen_inner_size": 16,
+        **QUICK,
+        **TEXT,
+        "item_id_dropout": 0.2,
+    }
     options = {name: value for name, value in options.items() if not name.startswith(("ram_", "backbone", "top_k"))}
     found = run(tmp_path, "SASRec", "tiny", data_path=str(tmp_path), **options)
     assert [name for name, _ in found.trained] == ["SASRec", "SASRec"]
