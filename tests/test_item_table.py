@@ -9,6 +9,7 @@ import torch
 from item_text_helpers import ATTRIBUTES, TEXT, write_items
 
 from recbole_raserec.config import get_model
+from recbole_raserec.data.dataset import item_counts
 from recbole_raserec.data.splits import prepare_data
 from recbole_raserec.recommendation import item_table
 from recbole_raserec.recommendation.item_table import ItemTable
@@ -192,7 +193,7 @@ def test_own_vectors_are_left_out_at_random_in_training_alone(built):
 
 def test_rare_items_have_no_vectors_of_their_own(built):
     model, splits = built(**TEXT, item_id_min_interactions=8, softmax_precision="float32")
-    table, counts = model.item_embedding, splits.train._dataset.item_counts()
+    table, counts = model.item_embedding, item_counts(splits.train._dataset)
     rare = torch.from_numpy(counts < 8)
     rare[0] = False
     assert 0 < rare.sum() < len(rare) - 1

@@ -172,15 +172,6 @@ class SequenceDataset(SequentialDataset):
         feat = self.inter_feat
         return feat[self._owner(feat)].numpy(), feat[POSITION].numpy(), feat[self.iid_field].numpy()
 
-    def item_counts(self) -> np.ndarray:
-        """How often each item is in the histories of this split, without regenerated rows: int64 [V]."""
-        split = self if self.original is None else self.original
-        items = split.inter_feat[split.iid_field].numpy()
-        if split.is_lazy:
-            users, positions, _ = split.windows()
-            items = split.store.until(users, positions)[0]
-        return np.bincount(items, minlength=split.item_num)
-
     def _owner(self, rows: Interaction) -> str:
         return SEQUENCE if SEQUENCE in rows.interaction else self.uid_field
 
@@ -196,6 +187,19 @@ class SequenceDataset(SequentialDataset):
         plain = [field for field in self._log if field in feat]
         both = Interaction({field: torch.cat([feat[field], heads[field]]) for field in plain})
         return self._create_sparse_matrix(both, self.uid_field, self.iid_field, form, value_field)
+
+
+def item_counts(dataset: Any) -> np.ndarray:
+    """How often each item is in the histories of a split, without regenerated rows: int64 [V].
+
+    Of RecBole's own data sets, and of benchmark files, rows' targets are counted.
+    """
+    split = getattr(dataset, "original", None) or dataset
+    items = np.asarray(split.inter_feat[split.iid_field])
+    if getattr(split, "is_lazy", False):
+        users, positions, _ = split.windows()
+        items = split.store.until(users, positions)[0]
+    return np.bincount(items, minlength=split.item_num)
 
 
 class Rows(Interaction):

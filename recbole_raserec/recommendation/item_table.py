@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_raserec.config import Columns, Config, Count, Dropout, Names, Natural, Options, Text, option
-from recbole_raserec.data import ItemFeatures, computes_in_bfloat16, item_features
+from recbole_raserec.data import ItemFeatures, computes_in_bfloat16, item_counts, item_features
 
 
 class ItemOptions(Options):
@@ -237,8 +237,7 @@ def use_item_table(model: Any, config: Union[Config, Mapping[str, Any]], dataset
         return
     features, least, rare = item_features(config, dataset), config["item_id_min_interactions"] or 0, None
     if least:
-        counted = hasattr(dataset, "item_counts")  # without a data set the weights bring it
-        rare = torch.from_numpy(dataset.item_counts() < least) if counted else torch.zeros(model.n_items).bool()
+        rare = torch.from_numpy(item_counts(dataset) < least)  # without a data set the weights bring it
         rare[0] = False
     model.item_embedding = ItemTable(
         model.item_embedding, features, model.n_items, config["item_vectors"] == "text", rare,
