@@ -233,6 +233,7 @@ def encode_sentences(source: str, texts: Sequence[str], device: Any = "cpu", pro
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         kind = {"use_safetensors": True, "dtype": torch.bfloat16 if low else torch.float32}
         model = transformers.AutoModel.from_pretrained(source, **kind).to(device).eval()
+        model = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     ids = tokenizer(list(texts), truncation=True, max_length=LONGEST)["input_ids"] if len(texts) else []
     order = np.argsort([-len(row) for row in ids], kind="stable")  # the longest first
     out = np.zeros((len(ids), int(model.config.hidden_size)), np.float32)
