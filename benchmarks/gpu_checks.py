@@ -157,32 +157,24 @@ def built(model: str, **options: Any) -> tuple[Any, Any, Any]:
     return net, splits, config
 
 
-def training(model: str, graphs: bool, **options: Any) -> Check:
+def training(model: str, **options: Any) -> Check:
     """The losses of thirty steps of training, without dropout."""
 
     def check(device: str, data_path: str) -> tuple[float, float]:
-        from recbole_raserec.training.graphs import FixedShapes, GraphedLoss
-
-        net, splits, config = built(model, **options)
+        net, splits, _ = built(model, **options)
         batches = list(splits.train)[:15] * 2
         results = []
         for place in ("cpu", device):
             there = copy.deepcopy(net).to(place)
-            loss, loader = there.calculate_loss, batches
-            if graphs and place != "cpu":
-                recorded = GraphedLoss(there, there.calculate_loss)
-                loss, loader = recorded, FixedShapes(batches, config, there.max_seq_length)
             optimizer = torch.optim.Adam(there.parameters(), lr=1e-3, fused=True)
             values = []
-            for batch in loader:
+            for batch in batches:
                 optimizer.zero_grad()
-                value = loss(batch.to(place))
+                value = there.calculate_loss(batch.to(place))
                 value.backward()
                 optimizer.step()
                 values.append(value.detach().cpu())
             results.append(torch.stack(values))
-            if graphs and place != "cpu" and not recorded._steps:
-                raise RuntimeError("no step was recorded")
         return gap(results[1], results[0]), 2e-3
 
     return check
@@ -271,11 +263,10 @@ CHECKS: dict[str, Check] = {
     "DuoRec: scores, loss, gradients": scores_of("DuoRec", **STILL),
     "BSARec, packed: scores, loss, gradients": scores_of("BSARec", **STILL, **PACKED),
     "GRU4Rec, packed: scores, loss, gradients": scores_of("GRU4Rec", dropout_prob=0.0, **PACKED),
-    "SASRec, packed: training": training("SASRec", False, **STILL, **PACKED),
-    "SASRec, packed: training, CUDA graphs": training("SASRec", True, **STILL, **PACKED),
-    "DuoRec: training, CUDA graphs": training("DuoRec", True, **STILL),
-    "BSARec, packed: training, CUDA graphs": training("BSARec", True, **STILL, **PACKED),
-    "GRU4Rec, packed: training, CUDA graphs": training("GRU4Rec", True, dropout_prob=0.0, **PACKED),
+    "SASRec, packed: training": training("SASRec", **STILL, **PACKED),
+    "DuoRec: training": training("DuoRec", **STILL),
+    "BSARec, packed: training": training("BSARec", **STILL, **PACKED),
+    "GRU4Rec, packed: training": training("GRU4Rec", dropout_prob=0.0, **PACKED),
     "data parallel, nccl, one process": one_process,
     "data parallel, two processes on one card": two_processes,
     "run: SASRec, packed, resumed": whole_run("SASRec", **PACKED),

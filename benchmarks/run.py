@@ -46,6 +46,8 @@ def main() -> None:
         print(
             page([json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.table.glob("*.json"))]), end=""
         )
+        if (gpu := args.table.parent / "gpu.json").exists():
+            print("\n" + on_a_gpu(json.loads(gpu.read_text(encoding="utf-8"))), end="")
         return
     if args.list or not args.name:
         for name, case in sorted(CASES.items()):
@@ -108,6 +110,33 @@ def page(records: list[dict[str, Any]]) -> str:
     lines += [""]
     lines += [f"- {', '.join(names) if len(made_with) > 1 else 'all'}: {words}." for words, names in made_with.items()]
     return "\n".join(lines) + "\n"
+
+
+def on_a_gpu(record: dict[str, Any]) -> str:
+    """What `benchmarks/gpu.py` measured, as a section of the page: searches and the epochs that ended."""
+    from benchmarks.gpu import table
+
+    sections = record["sections"]
+    epochs = [row for name in ("epochs", "compile") for row in sections.get(name, []) if "seconds" in row]
+    names = ("entries", "queries", "faiss_s", "torch_s", "ratio")
+    lines = [
+        "## On a GPU",
+        "",
+        "{card}, {threads} CPU threads, torch {versions[torch]}, CUDA {cuda}:".format(**record),
+        f"`{record['command']}`. In full, with what failed: [gpu.md](../results/gpu.md).",
+        "",
+        "Exact search with the guard, 20 neighbours a query, by faiss on the CPU and by torch on the card; both found",
+        "the same. A run whose vectors are on a GPU searches there, unless queries times entries are fewer than",
+        "262,144.",
+        "",
+        *table(sections.get("search", []), names),
+        "Epochs of amazon-beauty on the same card, batches of 512 targets, seconds:",
+        "",
+        *table(epochs, ("model", "side", "form", "precision", "seconds", "first", "peak_mb")),
+    ]
+    if not any(row["side"] == "ours" and "compile" not in row["form"] for row in epochs):
+        lines += ["Our epochs on the card without torch.compile: not measured yet.", ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _spawn(side: str, args: argparse.Namespace) -> dict[str, Any]:

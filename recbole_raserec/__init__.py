@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recbole_raserec.compat import apply
 
@@ -14,7 +14,7 @@ if importlib.util.find_spec("recbole") is None:
 
 apply()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 #: Public name -> module; imported on first use, so that `recbole-raserec --help` need not load torch.
 _PUBLIC = {
@@ -31,11 +31,29 @@ _PUBLIC = {
     "SASRec": "recbole_raserec.recommendation",
     "compare": "recbole_raserec.comparison",
     "load_checkpoint": "recbole_raserec.serving",
+    "prepare": "recbole_raserec.data.preparation",
     "run_recbole_raserec": "recbole_raserec.quick_start",
     "tune_hyper_parameters": "recbole_raserec.tuning",
 }
 
 __all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:  # the same for type checkers
+    from recbole_raserec.comparison import compare as compare
+    from recbole_raserec.config import Config as Config
+    from recbole_raserec.quick_start import run_recbole_raserec as run_recbole_raserec
+    from recbole_raserec.recommendation import NARM as NARM
+    from recbole_raserec.recommendation import BERT4Rec as BERT4Rec
+    from recbole_raserec.recommendation import BSARec as BSARec
+    from recbole_raserec.recommendation import DuoRec as DuoRec
+    from recbole_raserec.recommendation import FEARec as FEARec
+    from recbole_raserec.recommendation import GRU4Rec as GRU4Rec
+    from recbole_raserec.recommendation import SASRec as SASRec
+    from recbole_raserec.retrieval import MemoryBank as MemoryBank
+    from recbole_raserec.retrieval import RaSeRec as RaSeRec
+    from recbole_raserec.serving import Recommender as Recommender
+    from recbole_raserec.serving import load_checkpoint as load_checkpoint
+    from recbole_raserec.tuning import tune_hyper_parameters as tune_hyper_parameters
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,8 @@ import time
 from typing import Any, Optional
 
 import torch
-from recbole.utils import init_logger, init_seed
+from recbole.utils import init_seed
+from recbole.utils.logger import init_logger
 
 from recbole_raserec.config import RETRIEVAL_MODEL, Config, check_run, with_names
 from recbole_raserec.data.preparation import ensure_dataset
@@ -16,7 +17,7 @@ from recbole_raserec.kernels import keep_freed_memory
 from recbole_raserec.recommendation import train_model
 from recbole_raserec.regeneration import personalise, regenerate
 from recbole_raserec.retrieval import fine_tune
-from recbole_raserec.training import Outcome, Trial
+from recbole_raserec.training import Outcome, Trial, tracked
 
 
 def run_recbole_raserec(
@@ -71,6 +72,11 @@ def run(config: Config) -> dict[str, Any]:
 
 def run_stages(config: Config, trial: Optional[Trial] = None) -> tuple[dict[str, Outcome], Any]:
     """The stages of a checked configuration, by name, and the data of stage i or None; of a `trial` the last counts."""
+    with tracked(config):
+        return _stages(config, trial)
+
+
+def _stages(config: Config, trial: Optional[Trial]) -> tuple[dict[str, Outcome], Any]:
     keep_freed_memory()
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
@@ -90,7 +96,7 @@ def run_stages(config: Config, trial: Optional[Trial] = None) -> tuple[dict[str,
     if regeneration == "personalised":
         data = current().from_first(lambda: personalise(second, data, base))
     if regeneration:
-        stages["base + (i)"] = train_model(second, regenerated=data, trial=last)
+        stages["base + (i)"] = train_model(second, regenerated=data, trial=last, stage="recommendation_regenerated")
 
     if retrieval and not (regeneration and trial):  # stage iii
         stages["base + (iii)"] = fine_tune(plain, base, trial)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import recbole_raserec  # noqa: F401  RecBole is patched before a test imports it
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

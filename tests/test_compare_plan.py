@@ -90,7 +90,7 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_runs(stand_in, capsys, wo
         ({"models": "SASRec,SASRec"}, "SASRec is given twice"),
         ({"models": ""}, "--models=SASRec,RaSeRec:backbone=SASRec"),
         ({"models": "SASRec:data_path=x"}, "write --data_path=x"),
-        ({"models": "RaSeRec:backbone=GRU4RecF"}, "GRU4RecF"),
+        ({"models": "RaSeRec:backbone=GRU4RecKG"}, "GRU4RecKG"),
         ({"argv": ["--backbone_checkpoint=x"], "models": "RaSeRec"}, "every base is trained with every seed"),
         ({"argv": ["--resume=false"]}, "resume: cannot be given here"),
         ({"argv": ["--top_k=3"]}, "give it to those that do, as NAME:top_k=VALUE"),

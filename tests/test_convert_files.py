@@ -52,9 +52,8 @@ def test_duplicates_are_dropped_before_the_k_core(convert):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "parquet"}, "--format=parquet: choose one of sequences, ratings, amazon"),
+        ({"format": "excel"}, "--format=excel: choose one of auto, sequences, ratings, json, parquet, amazon"),
         ({"name": "../x"}, "--name=../x"),
-        ({"name": ""}, "--name="),
         ({"name": "ml-100k"}, "choose another"),
         ({"k_core": -1}, "--k_core=-1"),
         ({"max_bad": 3.0}, "--max_bad=3.0"),

@@ -199,24 +199,26 @@ def test_metrics_by_hand():
 
 
 def test_every_wrong_evaluation_option_is_named_with_its_remedy():
-    mode = {"valid": "uni100", "test": "full"}
-    config = {**OPTIONS, "metrics": ["NDCG", "GAUC", "Nonsense"], "eval_args": {"mode": mode}}
-    gauc, nonsense, sampled = evaluation_problems(config)
-    assert "GAUC needs more" in gauc
-    assert "ndcg" in gauc
+    mode = {"valid": "uni100", "test": "labeled"}
+    given = {
+        **OPTIONS,
+        "metrics": ["NDCG", "AUC", "Nonsense"],
+        "eval_args": {"mode": mode},
+        "valid_protocol": "seen_kept",
+    }
+    nonsense, labeled, protocol = evaluation_problems(given)
     assert "Nonsense is unknown" in nonsense
-    assert "mode of valid is 'uni100'" in sampled
-    assert "mode: full" in sampled
+    assert "mode of test is 'labeled'" in labeled
+    assert "valid_protocol: seen_kept" in protocol
+    assert "AUC needs the score" in evaluation_problems({**OPTIONS, "metrics": ["AUC"]})[0]
     with pytest.raises(ConfigError, match="3 problems"):
-        metrics_from_ranks(torch.tensor([1]), config)
-    assert evaluation_problems(OPTIONS) == []
+        metrics_from_ranks(torch.tensor([1]), given)
+    assert evaluation_problems({**OPTIONS, "metrics": ["NDCG", "GAUC", "GiniIndex"]}) == []
 
 
-def test_sampled_evaluation_is_refused_before_anything_is_scored(data_path):
-    config, model, _, loaders, seen = build("BPR", data_path)
-    config["eval_args"]["mode"] = {"valid": "full", "test": "pop100"}
-    with pytest.raises(ConfigError, match="mode of test is 'pop100'"):
-        evaluate(model, loaders["test"], config, seen["test"])
+def test_metrics_that_need_more_than_ranks_are_left_out_without_it():
+    config = {**OPTIONS, "metrics": ["GAUC", "Recall"]}
+    assert metrics_from_ranks(torch.tensor([1, 2]), config) == {"recall@1": 0.5, "recall@3": 1.0}
 
 
 def test_seen_items_of_another_data_set_are_an_error(data_path):

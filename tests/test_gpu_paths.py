@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import copy
 import subprocess
 import sys
 
@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from pretend_card import CARD, Card
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu_checks import CHECKS, bank_of, built, gap
-from recbole_raserec.data.loaders import PACKED_SLOTS, PACKED_TARGETS, WEIGHT, fixed_shape, rounded
+from benchmarks import gpu
+from benchmarks.gpu_checks import CHECKS, bank_of, built, gap, whole_run
+from recbole_raserec.config import Config
+from recbole_raserec.data import PACKED_TARGETS
 from recbole_raserec.kernels import info_nce, linear_cross_entropy
 from recbole_raserec.kernels.losses import _DeviceCrossEntropy
 from recbole_raserec.recommendation.sasrec import attention_branch
@@ -25,8 +28,6 @@ from recbole_raserec.retrieval import memory as memory_module
 from recbole_raserec.retrieval.heads import RetrievalModule
 from recbole_raserec.retrieval.index import FlatIndex
 from recbole_raserec.retrieval.search import GuardedSearch
-from recbole_raserec.training import trainer as trainer_module
-from recbole_raserec.training.graphs import FixedShapes, GraphedLoss
 
 STILL = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0}
 MODELS = {
@@ -35,13 +36,6 @@ MODELS = {
     "BSARec": {"training": "packed", **STILL},
     "GRU4Rec": {"training": "packed", "dropout_prob": 0.0},
 }
-
-
-def again(step):
-    """In place of a CUDA graph: the step made again."""
-    for _ in range(2):
-        step()
-    return step
 
 
 @pytest.mark.parametrize("rows", [1, 7])
@@ -64,87 +58,10 @@ def test_softmax_of_a_device(monkeypatch, rows, low):
     assert float(_DeviceCrossEntropy.apply(h[:0], items, targets[:0], weights[:0], low)) == 0
 
 
-@pytest.mark.parametrize("model", list(MODELS))
-def test_steps_of_few_shapes_are_those_of_the_batches(model):
-    """Losses and weights of some recorded steps are those of the usual ones, also for batches of other shapes."""
-    net, splits, config = built(model, **MODELS[model], train_batch_size=128)
-    batches = list(splits.train)[:5]
-    other, results, shapes = copy.deepcopy(net), [], set()
-    recorded = GraphedLoss(net, net.calculate_loss, record=again)
-    fixed = list(FixedShapes(batches, config, net.max_seq_length))
-    for there, loss, loader in ((other, other.calculate_loss, batches), (net, recorded, fixed)):
-        optimizer = torch.optim.SGD(there.parameters(), lr=0.5)
-        for batch in [*loader, *loader, *loader]:
-            optimizer.zero_grad()
-            value = loss(batch)
-            value.backward()
-            optimizer.step()
-            results.append(float(value.detach()))
-            shapes.add(tuple(tuple(x.shape) for x in batch.interaction.values()))
-    half = len(results) // 2
-    assert results[half:] == pytest.approx(results[:half], rel=1e-4)
-    assert 0 < len(recorded._steps) <= len(batches)
-    assert all(gap(a, b) < 1e-3 for a, b in zip(net.parameters(), other.parameters()) if b.norm() > 1e-3)
-
-
-def test_a_step_that_cannot_be_recorded_is_made(caplog):
-    def refuse(step):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    net, splits, config = built("SASRec", **MODELS["SASRec"])
-    recorded = GraphedLoss(net, net.calculate_loss, record=refuse)
-    batch = next(iter(FixedShapes(splits.train, config, net.max_seq_length)))
-    values = []
-    for _ in range(3):
-        net.zero_grad()
-        loss = recorded(batch)
-        loss.backward()
-        values.append(float(loss.detach()))
-        assert net.item_embedding.weight.grad is not None
-    assert len(set(values)) == 1
-    assert len([r for r in caplog.records if "cuda_graphs" in r.message]) == 1
-
-
-def test_recording_leaves_random_numbers_and_parameters_without_gradients_alone():
-    net, splits, config = built("SASRec", training="packed")
-    net.unused = torch.nn.Parameter(torch.ones(3))
-    recorded = GraphedLoss(net, net.calculate_loss, record=lambda step: (step(), step)[1])
-    batch = next(iter(FixedShapes(splits.train, config, net.max_seq_length)))
-    recorded(batch)
-    before = torch.get_rng_state()
-    recorded._seen = dict.fromkeys(recorded._seen, 9)
-    state = {}
-    recorded._record = lambda step: (step(), lambda: state.setdefault("rng", torch.get_rng_state()).sum() * 0.0)[1]
-    recorded(batch).backward()
-    assert torch.equal(state["rng"], before)
-    assert net.unused.grad is None
-
-
-def test_weights_of_a_packed_batch_of_fixed_shape():
-    net, splits, config = built("SASRec", **MODELS["SASRec"])
-    batch = next(iter(splits.train))
-    predicted = batch[PACKED_TARGETS] > 0
-    batch.interaction[WEIGHT] = torch.rand(predicted.shape) * predicted
-    fixed = fixed_shape(batch, config, net.max_seq_length)
-    assert float(net.calculate_loss(fixed).detach()) == pytest.approx(float(net.calculate_loss(batch).detach()), 1e-5)
-    assert len(fixed[PACKED_SLOTS]) == len(fixed[WEIGHT]) == rounded(int(predicted.sum()), 16)
-
-
-def test_contrast_of_packed_rows_keeps_its_shape():
-    net, splits, config = built("DuoRec", training="packed", **STILL)
-    assert fixed_shape(next(iter(splits.train)), config, net.max_seq_length) is None
-
-
-@pytest.mark.parametrize("steps", [2, 16])
-def test_rounded_sizes(steps):
-    sizes = [rounded(size, steps) for size in range(1, 2000)]
-    assert all(size <= found <= size * (1 + 1 / steps) + 1 for size, found in enumerate(sizes, start=1))
-    assert len(set(sizes)) <= 12 * steps
-
-
 def test_search_on_a_device(monkeypatch):
     """torch's products find the lists that faiss finds, whatever is added, removed and barred in between."""
     monkeypatch.setattr(memory_module, "SEARCHES", ("cpu",))
+    monkeypatch.setattr(memory_module, "SEARCH_SCORES", 50_000)
     monkeypatch.setattr("recbole_raserec.retrieval.index._DEVICE_SCORES", 1 << 16)
     bank, queries, users, positions = bank_of(3000, 64, 16)
     searched = []
@@ -167,6 +84,10 @@ def test_search_on_a_device(monkeypatch):
     bank.set_keys(np.random.default_rng(1).standard_normal((3010, 16)).astype(np.float32))
     same()
     assert set(searched) == {3000, 3010}
+    before = len(searched)
+    bank.search(torch.from_numpy(queries[:10]), 20, users[:10], positions[:10])  # few: by faiss
+    assert len(searched) == before
+    same()
     rows = np.zeros(64, dtype=np.int64)
     every = GuardedSearch(FlatIndex(bank.keys, torch.tensor(bank.keys)), bank.keys, 9.0, bank._prepare()._guard)
     assert every._score_pairs(queries, rows, rows).shape == (64,)
@@ -214,26 +135,16 @@ built_for_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="
 @pytest.mark.parametrize("model", [name for name in MODELS if name != "GRU4Rec"])  # cuDNN asks for the card
 def test_models_on_a_fake_gpu(model, amp):
     """Loss and scores are computed on a GPU that is not there, from tensors that are all on it."""
-    net, splits, config = built(model, training=MODELS[model]["training"])
-    batch = fixed_shape(next(iter(splits.train)), config, net.max_seq_length)
+    net, splits, _ = built(model, training=MODELS[model]["training"])
+    batch = next(iter(splits.train))
     with FakeTensorMode(), torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=amp):
         there = on_device(net, "cuda")
         batch.interaction = {name: fake(x, "cuda") for name, x in batch.interaction.items()}
-        assert there.calculate_loss(batch).device.type == "cuda"
+        if PACKED_TARGETS not in batch.columns:  # where its targets are, a fake tensor cannot tell
+            assert there.calculate_loss(batch).device.type == "cuda"
         h = there.eval()(batch[there.ITEM_SEQ], batch[there.ITEM_SEQ_LEN])
         assert h.device.type == "cuda"
         assert h.shape == (len(batch[there.ITEM_SEQ]), there.item_vectors().shape[1])
-
-
-@pytest.mark.parametrize("model", list(MODELS))
-def test_gradients_without_data(monkeypatch, model):
-    """A step never asks what a tensor holds: it runs, backwards too, on tensors without any."""
-    monkeypatch.setattr("recbole_raserec.kernels.losses.torch.autocast", lambda *a, **k: contextlib.nullcontext())
-    net, splits, config = built(model, training=MODELS[model]["training"])
-    batch = fixed_shape(next(iter(splits.train)), config, net.max_seq_length)
-    batch.interaction = {name: fake(x, "meta") for name, x in batch.interaction.items()}
-    on_device(net, "meta").calculate_loss(batch).backward()
-    assert net.item_embedding.weight.grad.shape == net.item_embedding.weight.shape
 
 
 @built_for_cuda
@@ -260,24 +171,6 @@ def test_fused_attention_is_the_written_out_one(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_trainer_records_where_a_gpu_trains(monkeypatch, tmp_path):
-    """A run whose steps are recorded has the losses of one whose steps are not."""
-    from recbole_raserec.quick_start import run_recbole_raserec
-
-    losses = []
-    for records in (False, True):
-        monkeypatch.setattr(trainer_module.ResumableTrainer, "_records", records)
-        monkeypatch.setattr(trainer_module, "GraphedLoss", lambda model, loss: GraphedLoss(model, loss, record=again))
-        options = {
-            **STILL, "training": "packed", "epochs": 2, "native_kernels": False, "softmax_precision": "float32",
-            "data_path": str(ROOT / "dataset"), "checkpoint_dir": str(tmp_path / str(records)), "hidden_size": 32,
-            "show_progress": False, "state": "ERROR", "inner_size": 64,
-        }  # fmt: skip
-        record = run_recbole_raserec("SASRec", "planted", config_dict=options, argv=[])
-        losses.append([loss for _, loss in record["curves"]["base"]["train_loss"]])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
-
-
 def test_benchmark_without_a_gpu_says_what_it_would_do(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -289,7 +182,76 @@ def test_benchmark_without_a_gpu_says_what_it_would_do(tmp_path):
     assert not list(tmp_path.glob("gpu.*"))
 
 
-@pytest.mark.parametrize("name", [name for name in CHECKS if not name.startswith(("run", "data", "DuoRec"))])
+@pytest.mark.parametrize("name", ["ranking", "loss, bfloat16", "contrast", "search"])
 def test_checks_of_the_benchmark_run(name):
     error, tolerance = CHECKS[name]("cpu", "")
     assert error <= tolerance
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card that runs use; the memory is searched there."""
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *a, **k: None)
+    own = Config._init_device
+    monkeypatch.setattr(Config, "_init_device", lambda self: own(self) or self.final_config_dict.update(device=CARD))
+    monkeypatch.setattr(memory_module, "SEARCHES", (CARD.type,))
+    monkeypatch.setattr(memory_module, "SEARCH_SCORES", 1)
+    with Card():
+        yield CARD.type
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_trains_the_backbone_too_mixes_nothing(card):
+    options = {
+        "backbone": "SASRec", "training": "packed", "freeze_backbone": False, "hidden_size": 16, "inner_size": 16,
+        "n_layers": 1, "n_heads": 1, "ram_inner_size": 16, "ram_heads": 1, "ram": "single", "top_k": 2, "epochs": 1,
+        "ram_epochs": 1, "train_batch_size": 4096, "ram_train_batch_size": 4096, "metrics": ["NDCG"], "topk": [10],
+    }  # fmt: skip
+    assert whole_run("RaSeRec", **options)(card, "") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "name", [*(name for name in CHECKS if "scores" in name and "GRU" not in name), "retrieval module"]
+)
+def test_models_mix_nothing_of_a_card_and_the_cpu(card, name):
+    error, tolerance = CHECKS[name](card, "")
+    assert error <= tolerance
+
+
+def test_card_refuses_what_cuda_refuses(card):
+    there, here = torch.ones(3, device=card), torch.ones(3)
+    for wrong in (lambda: there + here, lambda: here[there.long()], lambda: here.to(card).mul_(here), there.numpy):
+        with pytest.raises((RuntimeError, TypeError)):
+            wrong()
+    assert float((there + torch.tensor(1.0))[torch.tensor([0, 2])].sum()) == 4.0
+
+
+JOBS = """
+import sys, os, json
+sys.path.insert(0, {root!r})
+from benchmarks import gpu
+def no(): raise RuntimeError("broken") from ValueError("the cause")
+JOBS = [({{"check": "a"}}, lambda: {{"ok": True}}), ({{"check": "b"}}, no), ({{"check": "c"}}, lambda: os._exit(9)),
+        ({{"check": "d"}}, lambda: [{{"ok": True, "n": 1}}, {{"ok": True, "n": 2}}])]
+gpu.WORK["checks"] = lambda args: iter(JOBS)
+sys.argv[0] = "gpu.py"
+gpu.main()
+"""
+
+
+def test_benchmark_goes_on_after_a_fault(monkeypatch, tmp_path):
+    """A job that fails, or whose process dies, is a row; what follows it runs in a process of its own."""
+    (tmp_path / "jobs.py").write_text(JOBS.format(root=str(ROOT)))
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "jobs.py"))
+    args, rows = argparse.Namespace(device="cpu", data_path="", dataset="planted", check=""), []
+    assert gpu.run_part("checks", args, "", gpu.time.monotonic() + 60, rows) is None
+    assert [(row["check"], row["ok"]) for row in rows] == [
+        ("a", True), ("b", False), ("c", False), ("d", True), ("d", True),
+    ]  # fmt: skip
+    assert rows[1]["failed"] == "RuntimeError: broken"
+    assert rows[1]["trace"].index("the cause") < rows[1]["trace"].index("broken")
+    assert "died, status 9" in rows[2]["failed"]
+    record = {"sections": {"tests": rows}, "versions": {}, "card": "none", "threads": 1, "command": "", "skipped": []}
+    assert "3 of 5 checks hold" in gpu.page(record)
+    assert "RuntimeError: broken" in gpu.page(record)

@@ -9,6 +9,7 @@ import pytest
 from live_helpers import load
 
 from recbole_raserec.errors import CheckpointError
+from recbole_raserec.serving import live
 from recbole_raserec.serving.live import Journal
 
 
@@ -121,6 +122,15 @@ def test_a_full_disk_leaves_the_journal_whole(tmp_path, monkeypatch):
     assert journal.append({"events": []}) == 2
     journal.close()
     assert [record["n"] for record in Journal(tmp_path / "j").records(0)] == [1, 2]
+
+
+def test_where_nothing_can_be_written(directory, monkeypatch):
+    def refused(path):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(live, "try_lock", refused)
+    with pytest.raises(CheckpointError, match=r"takes no journal of changes \(Read-only file system\); .*--read_only"):
+        load(directory, journal=True)
 
 
 def test_one_process_keeps_the_journal(directory, tmp_path):

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import random_log
+from conftest import random_log, write_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import disturb
@@ -195,3 +195,42 @@ def test_partners_stand_in_the_order_of_the_targets(small_config):
     assert targets.tolist() == [target for _, target in own]
     assert len(h) == len(model._same_target(batch)) == len(targets)
     assert torch.isfinite(model.calculate_loss(batch))
+
+
+def long_log(items):
+    """Histories of so many items each."""
+    return [(user, (user * 7 + 3 * step) % 50, step) for user in range(20) for step in range(items)]
+
+
+@pytest.mark.parametrize(
+    ("items", "options", "form"),
+    [
+        (30, {}, "packed"),
+        (29, {}, "prefix"),
+        (30, {"training": "prefix"}, "prefix"),
+        (29, {"training": "packed"}, "packed"),
+        (30, {"loss_type": "BPR", "train_neg_sample_args": {"distribution": "uniform"}}, "prefix"),
+    ],
+)
+def test_the_form_of_training_where_none_is_named(small_config, caplog, items, options, form):
+    from recbole_raserec.recommendation import train_model
+
+    given_ = {"log": long_log(items), "epochs": 1, "hidden_size": 16, "state": "INFO", **options}
+    with caplog.at_level("INFO"):
+        made = train_model(config := small_config("SASRec", **given_))
+    assert config["training"] == form
+    assert isinstance(made.splits.train, PackedLoader) == (form == "packed")
+    said = [record.message for record in caplog.records if record.message.startswith("training: packed")]
+    expected = ["training: packed, as histories have 30 items on average; auto: from 30 on"]
+    assert said == (expected if form == "packed" and not options else [])
+    named = small_config("SASRec", **{**given_, "training": form})
+    assert train_model(named).directory == made.directory  # what was trained so is found
+
+
+def test_the_retrieval_stage_knows_the_form(tiny_run, tmp_path):
+    write_log(tmp_path, "tiny", long_log(40))
+    made = tiny_run()
+    assert made.record["options"]["training"] == "packed"
+    again = tiny_run(training="packed")
+    assert again.trained == []
+    assert again.ours.directory == made.ours.directory

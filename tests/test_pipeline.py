@@ -249,7 +249,7 @@ def test_an_unfrozen_backbone_moves_and_a_frozen_one_does_not(tiny_run):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"backbone": "GRU4RecF"}, ["backbone", "GRU4RecF", "SASRec"]),
+        ({"backbone": "GRU4RecKG"}, ["backbone", "GRU4RecKG", "SASRec"]),
         ({"metrics": ["ItemCoverage"], "valid_metric": "ItemCoverage@10"}, ["metrics", "ItemCoverage"]),
         ({"eval_args": {"mode": "uni100"}}, ["eval_args", "uni100"]),
     ],

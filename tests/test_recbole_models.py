@@ -62,6 +62,68 @@ def test_a_pre_training_stage_hands_its_weights_on_and_is_resumed(script, workdi
     assert any(not torch.equal(actor[name], critic[name]) for name in actor if name.startswith("critic_net"))
 
 
+@pytest.mark.parametrize("model", ["GRU4RecF", "KSR", "SASRecCPR"])
+def test_a_checkpoint_holds_what_the_model_reads(script, workdir, monkeypatch, model):
+    import torch
+
+    from recbole_raserec import Recommender, quick_start
+    from recbole_raserec.errors import CheckpointError
+
+    script.write_cut(workdir, 20)
+    extra = {**script.EXTRA.get(model, {}), "item_inter_num_interval": "[0,inf)", "data_path": str(workdir)}
+    stages = {}
+    report = quick_start.report_stages
+    monkeypatch.setattr(quick_start, "report_stages", lambda *given: stages.update(given[1]) or report(*given))
+    record = quick_start.run_recbole_raserec(
+        model, script.DATASET, config_dict={**script.COMMON, **extra, "state": "WARNING"}, argv=[]
+    )
+    (workdir / script.DATASET).rename(workdir / "gone")
+    trained, loaded = stages["base"], Recommender.load(record["checkpoint"])
+    batch = next(iter(trained.splits.test))[0]
+    with torch.no_grad():
+        assert torch.equal(loaded.model.full_sort_predict(batch), trained.model.eval().full_sort_predict(batch))
+    history = loaded.items[1:6]
+    found = loaded.recommend([history], k=3)[0]
+    copy = loaded.save(workdir / "copy")
+    assert Recommender.load(copy).recommend([history], k=3)[0] == found
+    features = copy / "features.safetensors"
+    assert features.is_file() == (model != "SASRecCPR")
+    if features.is_file():
+        features.write_bytes(features.read_bytes()[:-8] + b"12345678")
+        with pytest.raises(CheckpointError, match=r"features\.safetensors"):
+            Recommender.load(copy)
+
+
+def test_models_that_score_pairs(tiny_run, tmp_path):
+    import torch
+
+    from recbole_raserec import Recommender
+    from recbole_raserec.errors import CheckpointError
+
+    rows = {"item": [f"i{n}\tk{n % 3}" for n in range(25)], "user": [f"u{n}\tsecret{n % 4}" for n in range(30)]}
+    (tmp_path / "tiny").mkdir(exist_ok=True)
+    for kind, lines in rows.items():
+        text = "\n".join([f"{kind}_id:token\tkind_of_{kind}:token", *lines])
+        (tmp_path / "tiny" / f"tiny.{kind}").write_text(text + "\n", encoding="utf-8")
+    load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "kind_of_item"]}
+    sizes = {"mlp_hidden_size": [8], "MAX_ITEM_LIST_LENGTH": 8}
+    made = tiny_run("DIN", load_col=load, **sizes)
+    loaded = Recommender.load(made.base.directory)
+    batch = next(iter(made.base.splits.test))[0]
+    with torch.no_grad():
+        batch["item_id"] = torch.arange(len(batch)) % 25 + 1
+        own = made.base.model.eval().predict(batch)
+        assert torch.equal(loaded.model.predict(batch), own)
+    assert len(loaded.recommend([["i1", "i2"], ["i3"]], k=4)[1]) == 4
+    # attributes of users are personal: a checkpoint does not keep them, and a model that reads them cannot be rebuilt
+    with_users = tiny_run("DIN", load_col={**load, "user": ["user_id", "kind_of_user"]}, **sizes)
+    assert b"users." not in (with_users.base.directory / "features.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"reads attributes of users \(kind_of_user\), which are personal"):
+        Recommender.load(with_users.base.directory)
+    with pytest.raises(CheckpointError, match="reads sampled negative items beside a history"):
+        Recommender.load(tiny_run("DIEN", **sizes).base.directory)
+
+
 def test_a_failure_is_a_row_of_the_table_and_is_tried_again(script, workdir, monkeypatch):
     settings = {"recbole": "1.2.1", "users": 20, "options": script.COMMON}
     monkeypatch.setattr(script, "write_cut", lambda directory, users: directory)  # so there is no data set

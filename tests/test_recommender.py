@@ -62,8 +62,8 @@ def test_sequential_models(tiny_run, model):
     users = [recommender.users[number] for number in batch["user_id"].tolist()]
     np.testing.assert_allclose(recommender.score(users=users), wanted[:, 1:], rtol=1e-5, atol=1e-5)
     vectors = recommender.encode(users=users)
-    table = recommender._backbone.item_vectors().detach().numpy()
-    bias = recommender._backbone.item_bias()
+    table = recommender.backbone.item_vectors().detach().numpy()
+    bias = recommender.backbone.item_bias()
     dots = vectors @ table.T + (0 if bias is None else bias.detach().numpy())
     np.testing.assert_allclose(dots[:, 1:], wanted[:, 1:], rtol=1e-4, atol=1e-4)
     assert len(recommender.recommend([["nothing"], [recommender.items[1]]], k=3)[1]) == 3
@@ -162,7 +162,7 @@ def test_numpy_pandas_and_polars(loaded):
         assert found.labels == ["b", "a"]
         assert found.items == wanted.items[::-1]
     table = found.to_pandas()
-    assert table.columns.tolist() == ["query", "rank", "item", "score"]
+    assert table.columns.tolist() == ["query", "rank", "item", "score", "popular"]
     assert table["item"].tolist() == [*found[0], *found[1]]
     assert found.to_polars()["rank"].to_list() == [1, 2, 3, 1, 2, 3]
     names, scores = recommender.recommend(rows, k=2, candidates=items[:1], exclude_seen=True).to_numpy()

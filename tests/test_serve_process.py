@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
@@ -146,6 +147,31 @@ def large(server, header):
         except (OSError, IndexError):
             text = server.log.read_text()  # the answer was lost with the connection; the log has it
             return int(re.findall(r'"path": "/recommend", "status": (413)', text)[-1])
+
+
+def test_read_only(planted_run, tmp_path, start):
+    """What the journal holds counts, changes are refused, and nothing in the directory is touched."""
+    directory = fresh(planted_run, tmp_path / "checkpoint")
+    with contextlib.closing(Recommender.load(directory, "cpu", journal=True)) as recommender:
+        items = recommender.items[1:4]
+        recommender.update([("anna", item) for item in items])
+        gone = recommender.users[3]
+        recommender.forget(gone)
+
+    def files():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in [directory, *directory.rglob("*")]}
+
+    before = files()
+    server = start(directory, tmp_path / "log", "--read_only")
+    status, found = server.post("/recommend", {"users": ["anna"], "k": 3, "strict": True})
+    assert (status, len(found["results"][0]["items"])) == (200, 3)
+    assert not set(found["results"][0]["items"]) & set(items)
+    status, found = server.post("/recommend", {"users": [gone], "k": 3})
+    assert (status, found["results"][0]["popular"]) == (200, True)
+    status, found = server.post("/update", {"events": [{"user": "anna", "item": items[0]}]})
+    assert (status, found["error"]) == (403, "token")
+    assert server.end() == 0
+    assert files() == before
 
 
 def test_options(tmp_path, capsys, monkeypatch):

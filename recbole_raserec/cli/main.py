@@ -17,7 +17,7 @@ import click
 
 from recbole_raserec import __version__
 from recbole_raserec.cli.doctor import doctor
-from recbole_raserec.cli.recommend import explain, recommend
+from recbole_raserec.cli.recommend import explain, export, recommend
 from recbole_raserec.errors import ConfigError, RaSeRecError, nearest
 
 #: Options of `run` that a command names itself; a line of words may hold each once.
@@ -28,7 +28,8 @@ class _Application(click.Group):
     """Commands in the order of their use. Without a command it is `run`; all wrong words are reported at once."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["run", "prepare", "regenerate", "recommend", "explain", "serve", "compare", "tune", "options", "doctor"]
+        after = ["recommend", "explain", "serve", "export"]
+        return ["run", "prepare", "regenerate", *after, "compare", "tune", "options", "doctor"]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args[:1] == ["help"]:
@@ -165,7 +166,7 @@ def _paths(context: click.Context, option: click.Parameter, value: str | None) -
 
 _RUN_OPTIONS = (
     _option("--model", "NAME", "RaSeRec, SASRec, DuoRec, BSARec, DARec, any of RecBole, or package.module:Class", "-m"),
-    _option("--dataset", "NAME", "folder under data_path, or ml-100k (comes with RecBole)", "-d"),
+    _option("--dataset", "NAME", "folder under data_path, ml-100k (comes with RecBole), or a file: ratings.csv", "-d"),
     _option("--config_files", '"A B"', "YAML files, later ones win over earlier ones", callback=_paths),
 )
 
@@ -191,13 +192,16 @@ def run(context: click.Context, model: str | None, dataset: str | None, config_f
     removed). RaSeRec trains its backbone first, or reuses it, and is compared with it. The same command continues an
     interrupted run from the last finished epoch.
 
+    A data set that is a file (.csv, .tsv, .jsonl, .json, .parquet, each also .gz) is prepared first, into data_path,
+    and again when it has changed; --user_col, --item_col, --time_col and --k_core say how (see `prepare`).
+
     Every option of RecBole can be given as --OPTION=VALUE and wins over the files; `recbole-raserec options` and
     `recbole-raserec options MODEL` list this package's. Those that matter most:
 
     \b
       --data_path=DIR            directory that contains NAME/NAME.inter
       --backbone=NAME            RaSeRec: a sequential model of this package, of RecBole, or package.module:Class
-      --backbone_checkpoint=DIR  RaSeRec: use this trained backbone instead of training one
+      --backbone_checkpoint=DIR  RaSeRec: use this trained backbone (or RecBole's .pth) instead of training one
       --top_k=N --alpha=X        RaSeRec: neighbours retrieved; weight of the backbone's own vector, 0 to 1
       --epochs=N                 largest number of training epochs
       --MAX_ITEM_LIST_LENGTH=N   the model sees the last N items of a history
@@ -340,9 +344,10 @@ examples:
 @_option("--token_file", "FILE", "that holds the token of changing calls", type=click.Path(path_type=Path))
 @_option("--token", "TEXT", "the token itself; see above")
 @_option("--device", "NAME", "cpu, cuda, ... (default: a GPU if there is one)")
+@click.option("--read_only", is_flag=True, help="write nothing into DIR, and refuse all changes")
 def serve(
     checkpoint: Path, host: str, port: int, token_file: Path | None, token: str | None, device: str | None,
-    **limits: Any,
+    read_only: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a checkpoint over HTTP. DIR is a finished run; its last line names it.
 
@@ -353,7 +358,7 @@ def serve(
     from recbole_raserec.serving import http
 
     settings = http.Settings(token=http.find_token(token, token_file), **limits)
-    http.serve(checkpoint, settings, host, port, device)
+    http.serve(checkpoint, settings, host, port, device, read_only)
 
 
 @app.command(
@@ -363,19 +368,23 @@ formats:
   sequences  one user a line, `user item item ...` in the order of time
   ratings    a table, one interaction a line: user, item, rating, time. Separator and header are recognised;
              columns are found by the usual names, or are 1 to 4, or what the --..._col options say
+  json       JSON lines, one object an interaction; columns as of ratings
+  parquet    columns as of ratings (needs the extra `frames`)
   amazon     Amazon reviews of 2014, 2018 or 2023, one JSON object a line
+  auto       (default) .csv .tsv .dat .txt: ratings; .json .jsonl .ndjson: json; .parquet .pq: parquet
 
 \b
 examples:
+  recbole-raserec prepare --input=ratings.csv
   recbole-raserec prepare --input=reviews_Beauty_5.json.gz --format=amazon --output=dataset --name=amazon-beauty
   recbole-raserec prepare --input=ratings.dat --format=ratings --output=dataset --name=ml-1m --k_core=5
   recbole-raserec prepare --input=log.csv --format=ratings --user_col=uid --item_col=sku --time_col=when \\
       --rating_col=none --output=dataset --name=shop""",
 )
 @_option("--input", "FILE", "the raw file, plain or .gz", required=True)
-@_option("--format", "FORMAT", "sequences, ratings or amazon (see below)", required=True)
-@_option("--output", "DIR", "directory of the data sets, data_path of a run", required=True)
-@_option("--name", "NAME", "name of the data set", required=True)
+@_option("--format", "FORMAT", "of the file (see below)", default="auto")
+@_option("--output", "DIR", "directory of the data sets, data_path of a run (default: dataset)", default="dataset")
+@_option("--name", "NAME", "name of the data set (default: that of the file)", default="")
 @_option("--k_core", "K", "keep users and items with at least K interactions, repeatedly", default=0)
 @_option("--drop_duplicates", None, "keep only the first interaction of a user with an item", is_flag=True)
 @_option("--user_col", "COL", "name or position (from 1) of the user")
@@ -387,15 +396,14 @@ examples:
 @_option("--encoding", "NAME", "of the raw file (default: utf-8)", default="utf-8")
 @_option("--max_bad", "SHARE", "tolerated share of bad lines (default: 0.01)", default=0.01)
 @_option("--overwrite", None, "replace an existing file", is_flag=True)
-def prepare(sep: str | None, **options: Any) -> None:
+def prepare(**options: Any) -> None:
     """Turn raw data into RecBole's atomic files: OUTPUT/NAME/NAME.inter."""
     from recbole_raserec.data import preparation
 
-    separator = {"tab": "\t", "\\t": "\t", "space": " "}.get(sep or "", sep)
-    click.echo(preparation.prepare(preparation.Options(sep=separator, **options)).text())
+    click.echo(preparation.prepare(preparation.Options(**options)).text())
 
 
-for command in (recommend, explain, doctor):
+for command in (recommend, explain, export, doctor):
     app.add_command(command)
 
 

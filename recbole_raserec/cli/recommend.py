@@ -1,10 +1,11 @@
-"""The commands `recommend` and `explain`: a checkpoint asked from the shell."""
+"""The commands `recommend`, `explain` and `export`: a checkpoint asked from the shell."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,14 @@ def _shared(k: int) -> Callable[[Callable], Callable]:
 
 
 def _format(*names: str) -> Callable[[Callable], Callable]:
-    return click.option("--format", "style", type=click.Choice(names), default="text", help="(default: text)")
+    text = "(default: that of --output's name, else text)"
+    return click.option("--format", "style", type=click.Choice(names), callback=_style, help=text)
+
+
+def _style(context: click.Context, option: click.Parameter, value: str | None) -> str:
+    """The format asked for, or the one that the name of the output ends with."""
+    end = (context.params.get("output") or Path()).suffix[1:].lower()
+    return value or (end if end in option.type.choices else "text")  # type: ignore[attr-defined]
 
 
 @click.command(
@@ -79,6 +87,10 @@ def recommend(
             click.echo(f"history {label}: nothing known of it; the most popular items", err=True)
     titles = dict(zip(recommender.items, recommender.titles)) if recommender.titles else {}
     _write({"text": _text, "json": _json, "csv": _csv}[style](found, titles), output)
+    if style == "text" and output is None and len(found) == 1:
+        given = [f"--items={items}"] if items is not None else []
+        given += [f"--user={user}"] if user is not None else []
+        _next("explain", checkpoint, *given) if recommender.name == "RaSeRec" and given else _next("serve", checkpoint)
 
 
 @click.command(
@@ -103,6 +115,51 @@ def explain(
     if found.dropped:
         click.echo(f"{found.dropped} unknown items dropped", err=True)
     _write({"text": found.to_text, "json": lambda: found.to_json(2), "html": found.to_html}[style](), output)
+    if style == "text" and output is None:
+        _next("serve", checkpoint)
+
+
+@click.command(
+    short_help="vectors as tables, networks as ONNX or torch.export programs",
+    epilog="""\b
+examples:
+  recbole-raserec export saved/RaSeRec-ml-100k-... --vectors --output=vectors
+  recbole-raserec export saved/RaSeRec-ml-100k-... --onnx --torch_export --output=programs""",
+)
+@click.argument("checkpoint", type=_FILE, metavar="DIR")
+@click.option("--output", type=_FILE, metavar="DIR", required=True, help="directory to write into")
+@click.option("--vectors", is_flag=True, help="vectors of items, users and (RaSeRec) memories")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["parquet", "npy"]),
+    default="parquet",
+    help="of the vectors (default: parquet; npy: with a .csv of the rows)",
+)
+@click.option("--onnx", is_flag=True, help="backbone and module as ONNX (needs the extra `onnx`)")
+@click.option("--torch_export", is_flag=True, help="backbone and module as torch.export programs")
+@click.option(
+    "--tolerance",
+    type=float,
+    default=1e-4,
+    metavar="X",
+    help="largest difference from the package's scores, relative to the largest (default: 1e-4)",
+)
+def export(
+    checkpoint: Path, output: Path, vectors: bool, style: str, onnx: bool, torch_export: bool, tolerance: float
+) -> None:  # fmt: skip
+    """Write what a finished run, DIR, has learned for other programs. All of it is compared with the scores of this
+    package on stored histories."""
+    from recbole_raserec.serving import Recommender, write_programs, write_vectors
+
+    kinds = [name for name, wanted in (("onnx", onnx), ("torch_export", torch_export)) if wanted]
+    if not kinds and not vectors:
+        raise InputError("nothing is asked for: give --vectors, --onnx or --torch_export.")
+    recommender = Recommender.load(checkpoint, "cpu")
+    for line in write_vectors(recommender, output, style, tolerance) if vectors else []:
+        click.echo(line)
+    for line in write_programs(recommender, output, kinds, tolerance) if kinds else []:
+        click.echo(line)
 
 
 def _ids(text: str | None) -> Any:
@@ -160,6 +217,11 @@ def _csv(found: Any, titles: dict[str, str]) -> str:
     writer.writerow([*columns, *(["title"] if titles else [])])
     writer.writerows([*row, *([titles[row[2]]] if titles else [])] for row in zip(*columns.values()))
     return file.getvalue().rstrip("\n")
+
+
+def _next(command: str, checkpoint: Path, *words: str) -> None:
+    """Say, beside the answer, which command a new user may type next."""
+    click.echo("next: " + shlex.join(["recbole-raserec", command, str(checkpoint), *words]), err=True)
 
 
 def _write(text: str, output: Path | None) -> None:

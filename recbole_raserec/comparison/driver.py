@@ -17,7 +17,7 @@ from typing import Any, Optional, Union
 from recbole_raserec.comparison.figures import Row, figures
 from recbole_raserec.comparison.plan import CELLS, SAVED, Plan, Problems, Run, Seeds, Several, make_plan, named
 from recbole_raserec.comparison.runner import command_words, environment_of, finished, run_all
-from recbole_raserec.config import folder_of
+from recbole_raserec.config import SAMPLED, folder_of
 from recbole_raserec.distributed import cores, layout_of
 from recbole_raserec.errors import MissingExtraError, RaSeRecError, nearest
 from recbole_raserec.evaluation import PROTOCOL_TITLES, STYLES, metric_title, plot_bars, plot_lines, versions
@@ -224,7 +224,8 @@ def training_panels(content: Mapping[str, Any]) -> Panels:
         valid = [dict(curve.get("valid", ())) for curve in curves]
         epochs = sorted(set.intersection(*map(set, valid))) if valid else []
         if epochs:
-            panel = panels.setdefault(f"{name}: {metric_title(curves[0]['metric'])}", {})
+            sampled = ", among sampled items" if SAMPLED in row.get("validation", ()) else ""
+            panel = panels.setdefault(f"{name}: {metric_title(curves[0]['metric'])}{sampled}", {})
             panel[row["model"]] = {epoch: [values[epoch] for values in valid] for epoch in epochs}
     return panels
 

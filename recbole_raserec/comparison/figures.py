@@ -72,7 +72,12 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: a file of ranks is damaged.
+        ValueError: the runs do not rank the same items: all, or those of one way to sample them.
     """
+    ranked = {run.record["protocol"]["ranking"]: row.label for row in rows for run in row.runs.values()}
+    if len(ranked) > 1:
+        ways = "; ".join(f"{label}: {way}" for way, label in ranked.items())
+        raise ValueError(f"runs that rank different items cannot be compared: {ways}.")
     found = [_row(row) for row in rows]
     runs = {row.label: row.runs for row in rows}
     for row, made in zip(rows, found):
@@ -165,7 +170,10 @@ def _compare(made: dict[str, Any], ours: Mapping[int, Finished], base: Mapping[i
             gain = improvement(statistics.fmean(by_seed[1]), statistics.fmean(by_seed[0]))
             gains[protocol][metric] = None if gain is None else round(gain, 2)
             tests[protocol][metric] = {
-                "users": paired_p(ours_values[metric][left], base_values[metric][right]),
+                # a metric of lists or scores has no value for each user
+                "users": paired_p(ours_values[metric][left], base_values[metric][right])
+                if metric in ours_values
+                else None,
                 "seeds": paired_p(*by_seed),
             }
 

@@ -287,7 +287,7 @@ def _request(spec: Spec, dataset: str, seed: int, files: Sequence[str], shared: 
     problems.raise_all(0)
     base = config.without_regeneration() if config["regeneration"] else config
     base = base.for_backbone() if config["model"] == RETRIEVAL_MODEL else base
-    return _Request(spec, dataset, seed, config, None if base is config else base)
+    return _Request(spec, config["dataset"], seed, config, None if base is config else base)
 
 
 def _shared_remedy(problem: str, spec: Spec) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -101,6 +102,26 @@ def _patched(execute: Callable[[types.ModuleType], None]) -> Callable[[types.Mod
         _patch(module)
 
     return exec_module
+
+
+def _forward(*args: Any, **options: Any) -> Any:
+    return REPLACEMENT(*args, **options)  # type: ignore[name-defined]  # noqa: F821
+
+
+def replace_function(function: Any, make: Callable[[Any], Callable]) -> None:
+    """Let `function` do what `make(original)` does, wherever it was imported already.
+
+    A module's attribute could be replaced instead, but RecBole's modules and its users' scripts import these functions
+    by name, often before this package; such a name would keep the old function, and silently train another model. The
+    object stays the same, so pickles, comparisons and other patches of it go on working.
+    """
+    parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    key = f"_recbole_raserec_{function.__name__}"
+    while key in function.__globals__:  # replaced before
+        key += "_"
+    function.__signature__ = inspect.signature(function)
+    function.__globals__[key] = make(types.FunctionType(*parts))
+    function.__code__ = _forward.__code__.replace(co_names=(key,), co_name=function.__name__)
 
 
 class View(types.ModuleType):

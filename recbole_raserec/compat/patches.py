@@ -9,19 +9,22 @@ import builtins
 import contextlib
 import enum
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import pickle
+import re
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from packaging.version import Version
 
-from recbole_raserec.compat.import_hooks import View, patch
+from recbole_raserec.compat.import_hooks import View, patch, replace_function
 from recbole_raserec.errors import ConfigError
 
 _DATASET = "recbole.data.dataset.dataset"
@@ -124,10 +127,19 @@ def _load_data_and_model(module: Any) -> None:
     module.__builtins__ = {**vars(builtins), "__import__": import_}
     new = types.FunctionType(old.__code__, vars(module), old.__name__, old.__defaults__, old.__closure__)
     functools.update_wrapper(new, old)
-    package: Any = sys.modules[module.__name__.rpartition(".")[0]]
-    for owner in (module, package):
-        if vars(owner).get("load_data_and_model") is old:
-            owner.load_data_and_model = new
+    replace_function(old, lambda _: new)
+
+
+def _new_hyperopt() -> bool:
+    return importlib.util.find_spec("hyperopt") is not None and _at_least("hyperopt", "0.2.6")
+
+
+@patch("hyperopt-generator", "recbole.trainer.hyper_tuning", needed=_new_hyperopt)
+def _hyperopt_generator(module: Any) -> None:
+    """Since hyperopt 0.2.6 a search draws from numpy's Generator; RecBole's exhaustive search gives it a RandomState,
+    which has no such methods. In RecBole's module a Generator takes its place."""
+    numpy = module.np
+    module.np = View(numpy, random=View(numpy.random, RandomState=numpy.random.default_rng))
 
 
 @patch("ensure-dir", "recbole.utils.utils")
@@ -142,7 +154,68 @@ def _ensure_dir(module: Any) -> None:
             problem = "RecBole needs a directory of this name; move the file, or start elsewhere"
             raise ConfigError([f"{os.path.abspath(dir_path)}: {problem}"]) from None
 
-    module.ensure_dir = ensure_dir
+    replace_function(module.ensure_dir, lambda _: ensure_dir)
+
+
+@patch("log-folder", "recbole.utils.logger")
+def _log_folder(module: Any) -> None:
+    """RecBole logs into log/ of the working directory, names the file after the model, colours its texts whatever reads
+    them, and logs a second run into the file of the first. With a configuration of this package the file lies below its
+    `log_folder`, a model of one's own has the name of its class, and each run has its file. Colours are for terminals;
+    with NO_COLOR there are none."""
+    original, colour = module.init_logger, module.set_color
+
+    def init_logger(config: Any) -> None:
+        root, plain = logging.getLogger(), module.RemoveColorFilter()
+        if not hasattr(config, "log_folder"):
+            return original(config)
+        for handler in [handler for handler in root.handlers if handler.name == "recbole_raserec"]:
+            root.removeHandler(handler)
+            handler.close()
+        if root.handlers:
+            return None  # the program has its own
+        name = re.split("[.:]", config["model"])[-1]
+        values = "".join(map(str, config.final_config_dict.values()))
+        mark, folder = hashlib.md5(values.encode(), usedforsecurity=False).hexdigest()[:6], config.log_folder / "log"
+        module.ensure_dir(str(folder / name))
+        path = folder / name / f"{name}-{config['dataset']}-{module.get_local_time()}-{mark}.log"
+        file, screen = logging.FileHandler(path, delay=True), logging.StreamHandler()
+        line = "%(asctime)-15s %(levelname)s  %(message)s"
+        file.setFormatter(logging.Formatter(line, "%a %d %b %Y %H:%M:%S"))
+        file.addFilter(plain)
+        colours = {"log_colors": module.log_colors_config}
+        screen.setFormatter(module.colorlog.ColoredFormatter(f"%(log_color)s{line}", "%d %b %H:%M", **colours))
+        if os.environ.get("NO_COLOR") or not getattr(screen.stream, "isatty", bool)():
+            screen.setFormatter(logging.Formatter(line, "%d %b %H:%M"))
+            screen.addFilter(plain)
+        elif os.name == "nt":
+            module.init()  # colours on a console of Windows
+        for handler in (screen, file):
+            handler.name = "recbole_raserec"
+        logging.basicConfig(level=str(config["state"] or "info").upper(), handlers=[screen, file])
+
+    def set_color(log: Any, color: Any, highlight: bool = True) -> str:
+        return str(log) if os.environ.get("NO_COLOR") else colour(log, color, highlight)
+
+    module.init_logger, module.set_color = init_logger, set_color
+
+
+class Later:
+    """What `make` returns, made when it is first used."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make = functools.cache(make)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._make(), name)
+
+
+@patch("tensorboard-later", _TRAINER)
+def _tensorboard_later(module: Any) -> None:
+    """RecBole's Trainer makes a folder log_tensorboard/ in the working directory even if nothing is written to it; here
+    it is made when something is."""
+    make = module.get_tensorboard
+    module.get_tensorboard = lambda logger: Later(lambda: make(logger))
 
 
 @patch("torch-grad-scaler", _TRAINER, needed=lambda: _at_least("torch", "2.4"))
@@ -205,7 +278,8 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
     """torch.load for a checkpoint of RecBole's Trainer; with `weights_only` or `pickle_module` it is torch.load itself.
 
     `file` may also be a checkpoint directory of this package (S3Rec's and RaCT's `pre_model_path`); of its weights,
-    {"state_dict": tensors} is returned.
+    {"state_dict": tensors} is returned. The file of a model of RecBole's own names that one also where its name is that
+    of one of this package.
 
     Raises:
         pickle.UnpicklingError: the file names a global that no checkpoint of RecBole names.
@@ -221,7 +295,13 @@ def load_checkpoint(file: Any, map_location: Any = None, **options: Any) -> Any:
         reader.__dict__.update(vars(pickle), Unpickler=CheckpointUnpickler)
         reader.load = lambda file, **more: CheckpointUnpickler(file, **more).load()  # torch < 1.6: a row of pickles
         options.update(weights_only=False, pickle_module=reader)
-    return torch.load(file, map_location, **options)
+    found = torch.load(file, map_location, **options)
+    config: Any = found.get("config") if isinstance(found, dict) else None
+    if hasattr(config, "model_class"):
+        from recbole_raserec.config import name_of, recbole_name
+
+        config["model"] = (name_of if hasattr(config, "training_options") else recbole_name)(config.model_class)
+    return found
 
 
 @patch("pandas-fillna", _DATASET)
@@ -308,6 +388,25 @@ def _dok_update(_: Any) -> None:
 
     if not hasattr(dok_matrix, "_update"):
         dok_matrix._update = lambda self, data: self._dict.update(data)
+
+
+@patch("collector-counts", "recbole.evaluator.collector")
+def _collector_counts(module: Any) -> None:
+    """RecBole bug: at the end of an evaluation its Collector moves all that it holds to the CPU, the number of items
+    and the counts of each too, an int and a Counter, which have no such method. So ItemCoverage, GiniIndex,
+    AveragePopularity and TailPercentage fail. These are put aside meanwhile."""
+    collect = module.Collector.get_data_struct
+
+    @functools.wraps(collect)
+    def get_data_struct(self: Any) -> Any:
+        held = self.data_struct._data_dict
+        counts = {name: held.pop(name) for name in list(held) if not hasattr(held[name], "cpu")}
+        found = collect(self)
+        held.update(counts)
+        found._data_dict.update(counts)
+        return found
+
+    module.Collector.get_data_struct = get_data_struct
 
 
 @patch("cpr-predict", _SEQUENTIAL + "gru4reccpr", _SEQUENTIAL + "sasreccpr")

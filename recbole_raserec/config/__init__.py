@@ -3,15 +3,17 @@
 from recbole_raserec.config.checks import (
     check_run,
     evaluation_problems,
+    metric_needs,
     selection_protocol,
 )
-from recbole_raserec.config.config import Config, model_versions
+from recbole_raserec.config.config import Config, model_versions, saved_config
 from recbole_raserec.config.options import (
     ENCODERS,
     MINING,
     OVERALL,
     REGENERATION,
     RETRIEVAL_MODEL,
+    SAMPLED,
     SEEN_KEPT,
     SEEN_REMOVED,
     Count,
@@ -42,29 +44,35 @@ from recbole_raserec.config.options import (
 from recbole_raserec.config.sources import (
     MODELS,
     PROPERTIES,
+    RECBOLE,
     REFUSED,
     SUPPORTED,
     TRIMMABLE,
     folder_of,
     get_model,
     get_trainer_class,
+    in_recbole,
+    is_ours,
     is_own,
+    model_keys,
     model_names,
     name_of,
     options_of,
     parse_value,
     read_yaml,
+    recbole_name,
     short_name,
     trims,
     with_names,
 )
 
 __all__ = [
-    "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL", "SEEN_KEPT",
-    "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts", "EncoderOptions",
-    "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive", "PositiveShare",
-    "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run", "evaluation_problems",
-    "folder_of", "get_model", "get_trainer_class", "in_words", "is_own", "model_names", "model_versions", "name_of",
-    "option", "options_of", "parse_value", "read_yaml", "regeneration_options", "selection_protocol", "short_name",
+    "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "RECBOLE", "REFUSED", "REGENERATION", "RETRIEVAL_MODEL",
+    "SAMPLED", "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Config", "Count", "Dropout", "Dropouts",
+    "EncoderOptions", "LearningOptions", "Loss", "ModelName", "Names", "Natural", "Numbers", "Options", "Positive",
+    "PositiveShare", "Precision", "SequentialOptions", "Several", "Share", "Sizes", "Text", "Weight", "check_run",
+    "evaluation_problems", "folder_of", "get_model", "get_trainer_class", "in_recbole", "in_words", "is_ours", "is_own",
+    "metric_needs", "model_keys", "model_names", "model_versions", "name_of", "option", "options_of", "parse_value",
+    "read_yaml", "recbole_name", "regeneration_options", "saved_config", "selection_protocol", "short_name",
     "trains_regenerator", "trims", "with_names",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Callable
 import torch
 from recbole.config import Config as RecBoleConfig  # ours, a subclass, imports this module
 from recbole.evaluator import metric_types
-from recbole.evaluator.register import metric_information
+from recbole.evaluator.register import metric_information, smaller_metrics
 from recbole.utils import EvaluatorType, ModelType
 
 from recbole_raserec.config.options import (
@@ -20,6 +21,7 @@ from recbole_raserec.config.options import (
     NESTED,
     REMEDIES,
     RETRIEVAL_MODEL,
+    SAMPLED,
     SEEN_KEPT,
     SEEN_REMOVED,
     Options,
@@ -30,6 +32,9 @@ from recbole_raserec.config.options import (
 from recbole_raserec.config.sources import REFUSED, SUPPORTED, all_keys, get_model, get_trainer_class, model_keys
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
+
+#: Packages that figures are sent to while a run goes on, each by an option `log_...`.
+TRACKERS = ("wandb", "mlflow")
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
@@ -195,8 +200,14 @@ def _check_metrics(options: Mapping[str, Any], targets: list[str]) -> list[str]:
     if len(kinds) > 1:
         return [f"metrics: {shown(metrics)} mixes ranking and value metrics; keep those of one kind"]
     ranking = kinds == {EvaluatorType.RANKING}
-    allowed = [f"{metric}@{k}" for metric in metrics for k in topk] if ranking else list(metrics)
+    single = [metric for metric in metrics if not ranking or "rec.meanrank" in metric_information[metric.lower()]]
+    allowed = single + [f"{metric}@{k}" for metric in metrics if metric not in single for k in topk]
+    mode = options["eval_args"].get("mode", "full") if isinstance(options.get("eval_args"), dict) else "full"
+    if not ranking and "full" in (mode.values() if isinstance(mode, dict) else [mode]):
+        problems.append(f"metrics: {shown(list(metrics))} compare scores with labels; set eval_args: {{mode: uni100}}")
     for name in targets:
+        if len(targets) > 1 and str(options.get(name)).lower().partition("@")[0] in smaller_metrics:
+            problems.append(f"{name}: {options[name]} is better when smaller; choose another, such as NDCG@10")
         if str(options.get(name)).lower() not in {candidate.lower() for candidate in allowed}:
             problems.append(
                 f"{name}: {shown(options.get(name))} is not computed with metrics: {shown(list(metrics))} and topk: "
@@ -267,6 +278,11 @@ def check_run(config: RecBoleConfig) -> None:
     retrieval = config["model"] == RETRIEVAL_MODEL
     name = config["backbone"] if retrieval else config["model"]
     problems = evaluation_problems(config)
+    for package in TRACKERS:
+        found = importlib.util.find_spec(package) if config[f"log_{package}"] else None
+        if config[f"log_{package}"] and (found is None or found.origin is None):  # without origin: any folder so named
+            remedy = f"pip install 'recbole-raserec[{package}]', or leave it out"
+            problems.append(f"log_{package}: true needs the package {package}, which is not installed; {remedy}")
     if retrieval and name in REFUSED:
         problems.append(f"backbone: {name} {REFUSED[name]}; choose one of {', '.join(SUPPORTED)}.")
     if config["regeneration"]:
@@ -363,6 +379,8 @@ def layout_problems(config: RecBoleConfig, target: RecBoleConfig) -> list[str]:
 
 def selection_protocol(config: RecBoleConfig) -> str:
     """The protocol whose validation figures stop a training early and choose among trials."""
+    if _modes(config)["valid"] != "full":
+        return SAMPLED
     if config["valid_protocol"] != "auto":
         return config["valid_protocol"]
     return SEEN_KEPT if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else SEEN_REMOVED
@@ -370,18 +388,42 @@ def selection_protocol(config: RecBoleConfig) -> str:
 
 def evaluation_problems(config: RecBoleConfig) -> list[str]:
     """What in the evaluation options cannot be honoured here, one sentence each; empty if all is well."""
-    problems = []
-    usable = sorted(name for name, needs in metric_information.items() if needs == ["rec.topk"])
+    problems, modes = [], _modes(config)
+    counts = {"data.num_items", "data.num_users", "data.count_items", "data.count_users"}
+    ranked = counts | {"rec.topk", "rec.items", "rec.meanrank"}
+    usable = sorted(name for name, needs in metric_information.items() if ranked.issuperset(needs))
     metrics = config["metrics"]
     for name in [metrics] if isinstance(metrics, str) else metrics:
-        if name.lower() not in usable:
-            known = "needs more than the ranks of the targets" if name.lower() in metric_information else "is unknown"
-            problems.append(f"metrics: {name} {known}; choose among {', '.join(usable)}.")
-    mode = (config["eval_args"] or {}).get("mode", "full")
-    for phase, value in (mode if isinstance(mode, Mapping) else {"valid": mode, "test": mode}).items():
-        if value != "full":
+        if name.lower() not in metric_information:
+            problems.append(f"metrics: {name} is unknown; choose among {', '.join(usable)}.")
+        elif name.lower() not in usable and (
+            metric_types[name.lower()] != EvaluatorType.VALUE or "full" in modes.values()
+        ):
+            what = "needs the score of each item; with all items ranked"
+            problems.append(f"metrics: {name} {what} choose among {', '.join(usable)}.")
+    for phase, value in modes.items():
+        if value == "labeled":
             problems.append(
-                f"eval_args: mode of {phase} is {value!r}, but results are reported over all items only; "
-                "set eval_args: {mode: full}."
+                f"eval_args: mode of {phase} is 'labeled', but items are ranked here; set it to full, uniN or popN."
             )
+    chosen = config["valid_protocol"] if "valid_protocol" in config else "auto"  # noqa: SIM401
+    if modes["valid"] != "full" and chosen not in (None, "auto"):
+        problems.append(
+            f"valid_protocol: {chosen} is of all items, but the mode of valid is {modes['valid']!r}; leave it out."
+        )
     return problems
+
+
+def metric_needs(config: Any, metric: str | None = None) -> set[str]:
+    """What one metric, or all that are configured, read, by the names of RecBole's Collector."""
+    metrics = config["metrics"] if metric is None else metric
+    names = [metrics] if isinstance(metrics, str) else metrics
+    return {need for name in names for need in metric_information[name.lower()]}
+
+
+def _modes(config: Any) -> dict[str, str]:
+    """Which items are ranked in each phase: full, labeled, uniN or popN; one left out is as the other."""
+    mode = (config["eval_args"] or {}).get("mode") or "full"
+    given = mode if isinstance(mode, Mapping) else {"valid": mode}
+    first = next(iter(given.values()), "full")
+    return {phase: given.get(phase, first) for phase in ("valid", "test")}

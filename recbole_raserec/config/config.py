@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ from recbole_raserec.config.sources import (
 )
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
-from recbole_raserec.storage import fingerprint, plain, read_manifest, version_of
+from recbole_raserec.storage import fingerprint, plain, raw_format, raw_stem, read_manifest, version_of
 
 #: The devices visible when the program started. RecBole overwrites the variable with gpu_id at every configuration.
 _VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -96,10 +97,11 @@ class Config(RecBoleConfig):
 
     Args:
         model: name (of one's own: `package.module:Class`) or class; default: the option `model`.
-        dataset: name; default: the option `dataset`.
+        dataset: name, or path of a file to prepare; default: the option `dataset`.
         config_file_list: paths of YAML files; those of an option `--config_files="a.yaml b.yaml"` are added.
         config_dict: options by name.
         argv: command line arguments without the program's name; default: those of the process.
+        strict: options that the model does not read are errors; otherwise a warning names them, and they are left out.
 
     Raises:
         ConfigError: with every problem found. Nothing but YAML files has been read at that point.
@@ -117,10 +119,11 @@ class Config(RecBoleConfig):
         config_file_list: Sequence[str | os.PathLike] | None = None,
         config_dict: Mapping[str, Any] | None = None,
         argv: Sequence[str] | None = None,
+        strict: bool = True,
     ):
         if argv is None:
             argv = [] if "ipykernel_launcher" in sys.argv[0] else sys.argv[1:]
-        self._argv = list(argv)
+        self._argv, self._strict = list(argv), strict
         self._problems: list[str] = []
         self._origins: dict[str, str] = {}
         self._backbone_class: Any = None
@@ -188,6 +191,7 @@ class Config(RecBoleConfig):
         model = given.get("model") if model is None else model
         dataset = given.get("dataset") if dataset is None else dataset
         model_class = model if isinstance(model, type) else self._find_model("model", model)
+        dataset = self._prepared_from(dataset)
         # A data set called 2019 arrives from the command line as a number.
         dataset = str(dataset) if type(dataset) is int else dataset
         if not isinstance(dataset, str) or not dataset:
@@ -203,6 +207,16 @@ class Config(RecBoleConfig):
             self._problems += check_values(dict(given), options, self._origins, {})
             raise ConfigError(self._problems)
         return name_of(model_class), model_class, dataset
+
+    def _prepared_from(self, dataset: Any) -> Any:
+        """The name of the data set that is made of a file; a name stays as it is."""
+        if isinstance(dataset, (str, os.PathLike)) and raw_format(dataset):
+            path = Path(dataset).expanduser().absolute()
+            if not path.is_file():
+                self._problems.append(f"dataset: the file {shown(str(dataset))} does not exist (looked at {path})")
+            self.external_config_dict["dataset_file"] = str(path)
+            return raw_stem(path)
+        return dataset
 
     def _find_model(self, option: str, name: Any) -> Any:
         """The class of a model; None, with the problem noted, when there is none."""
@@ -261,10 +275,18 @@ class Config(RecBoleConfig):
     # ------------------------------------------------------------------ the final options, checked
 
     def _get_final_config_dict(self) -> dict[str, Any]:
-        given, shipped = self.external_config_dict, self.internal_config_dict
+        given, shipped, keys = self.external_config_dict, self.internal_config_dict, self._known_keys()
+        unread = check_names(given, keys, self._origins)
+        if not self._strict and unread:
+            getLogger().warning(f"Options that {self.model} does not read are left out.\n" + "\n".join(unread))
+            for name in [name for name in given if check_names({name: None}, keys, {})]:
+                del given[name]
+            unread = []
+        self._problems += unread
         final = {**copy.deepcopy(shipped), **copy.deepcopy(given)}
-        if final.get("training") == "packed" and final.get("loss_type", "CE") != "CE" and "training" not in given:
-            final["training"] = "prefix"  # a data set's file asks for packed where the loss allows it
+        if final.get("training") == "auto" or "training" not in given:  # or a data set's file asks for packed
+            by_windows = final.get("loss_type", "CE") != "CE" or final.get("filter_scope") == "window"
+            final.update({"training": "prefix"} if by_windows and "training" in final else {})
         if "train_neg_sample_args" not in given and self._needs_no_negatives(final):
             final["train_neg_sample_args"] = None
         for name in NESTED:
@@ -272,11 +294,11 @@ class Config(RecBoleConfig):
                 final[name] = {**copy.deepcopy(shipped[name]), **final[name]}
         if isinstance(final.get("gpu_id"), list):
             final["gpu_id"] = tuple(final["gpu_id"])
+        if final.get("show_progress") == "auto":
+            final["show_progress"] = bool(sys.stderr and sys.stderr.isatty())
         if isinstance(final.get("topk"), tuple):
             final["topk"] = list(final["topk"])
 
-        keys = self._known_keys()
-        self._problems += check_names(given, keys, self._origins)
         sequential = self.model_class.type == ModelType.SEQUENTIAL
         self._problems += check_values(final, self._options(), self._origins, shipped)
         retrieval = self.model == RETRIEVAL_MODEL
@@ -450,6 +472,11 @@ class Config(RecBoleConfig):
         return {**options, "eval_args": protocol}
 
     @property
+    def log_folder(self) -> Path:
+        """Where log files and boards of a run go."""
+        return Path(self.final_config_dict["log_dir"] or self.final_config_dict["checkpoint_dir"])
+
+    @property
     def not_training(self) -> frozenset[str]:
         """Names of options that leave the trained weights as they are."""
         return NOT_TRAINING | without_training(self._options())
@@ -461,3 +488,14 @@ class Config(RecBoleConfig):
     def explain(self) -> dict[str, Any]:
         """All final options, JSON-able, sorted by name."""
         return {name: plain(self.final_config_dict[name]) for name in sorted(self.final_config_dict)}
+
+
+def saved_config(manifest: Mapping[str, Any]) -> Config:
+    """The configuration of the run whose checkpoint has this manifest."""
+    options = dict(manifest["options"])
+    if options["train_neg_sample_args"]["distribution"] == "none":
+        del options["train_neg_sample_args"]
+    name, dataset, path = options.pop("model"), options.pop("dataset"), options.pop("data_path")
+    bare = Config(name, dataset, config_dict=Parsed({k: v for k, v in options.items() if k == "backbone"}), argv=[])
+    given = {**bare._known(options), "data_path": os.path.dirname(path)}
+    return Config(name, dataset, config_dict=Parsed(given), argv=[])

@@ -240,6 +240,8 @@ Dropouts = Annotated[Any, Accepts(
 Sizes = Annotated[Any, Accepts(
     "a size >= 0, or a list with a size or a pair of sizes for each layer", _sizes, "int or list")]
 Devices = Annotated[Any, Accepts("a GPU number, several joined by commas, or empty for the CPU", _devices)]
+Column = Annotated[Any, Accepts(
+    "a name, or a position from 1", lambda value: bool(value) and type(value) in (str, int), "str", str)]
 Interval = Annotated[Any, Accepts('an interval such as "[5,inf)" (in quotes)', _is_interval, "str", _interval)]
 Level = Annotated[Any, Accepts(
     f"one of {', '.join(_LEVELS)}", lambda value: isinstance(value, str) and value.lower() in _LEVELS)]
@@ -248,6 +250,8 @@ Processes = Annotated[Any, Accepts(
     "-1 or an integer >= 1", lambda value: type(value) is int and (value == -1 or value >= 1), "int")]
 Regenerates = Annotated[Any, Accepts(
     "true, false or personalised", lambda value: value in (True, False, "personalised"), "bool or str")]
+Progress = Annotated[Any, Accepts(
+    "true, false or auto", lambda value: value in (True, False, "auto"), "bool or str")]
 EvalArgs = Annotated[Any, Accepts("a mapping with split, order, group_by, mode", _anything, "dict")]
 Metrics = Annotated[Any, Accepts("a list of names", _anything, "list")]
 Cutoffs = Annotated[Any, Accepts("a list of integers > 0", _anything, "list")]
@@ -257,8 +261,9 @@ ModelName = Annotated[Any, Accepts("a model", _anything)]
 
 # Options of every run, by section of `properties/overall.yaml`.
 
-#: The two protocols of evaluation: items of the history stay in the ranking (RecBole's way), or are taken out.
-SEEN_KEPT, SEEN_REMOVED = "seen_kept", "seen_removed"
+#: The two protocols of a ranking of all items: those of the history stay in it (RecBole's way), or are taken out. The
+#: third is of a ranking among sampled items.
+SEEN_KEPT, SEEN_REMOVED, SAMPLED = "seen_kept", "seen_removed", "sampled"
 
 
 class RunOptions(Options):
@@ -268,20 +273,24 @@ class RunOptions(Options):
     reproducibility: bool = option(True, "deterministic kernels where the library has them")
     data_path: Text = option("dataset/", "directory that contains NAME/NAME.inter of a data set NAME", training=False)
     checkpoint_dir: Text = option("saved", "directory of the checkpoints", training=False)
-    show_progress: bool = option(True, "progress bars with the time left", training=False)
+    show_progress: Progress = option(
+        "auto", "progress bars: true, false, or auto: on a terminal, elsewhere one line an epoch", training=False
+    )
     result_file: Optional[Text] = option(None, "write the final figures to this JSON file", training=False)
     ranks_file: Optional[Text] = option(None, "write the rank of every test target to this .npz file", training=False)
     threads: Optional[Count] = option(None, "CPU threads; null leaves it to the library", training=False)
     resume: bool = option(True, "continue an interrupted run of the same configuration and data", training=False)
     use_gpu: bool = option(sentence="a GPU, where torch sees one; the compiled kernels are for the CPU", training=False)
-    cuda_graphs: bool = option(
-        True, "on a GPU: record a training step of SASRec, DuoRec, BSARec or GRU4Rec for each shape of batch, and "
-        "replay it", training=False,
-    )  # fmt: skip
     gpu_id: Devices = option(sentence="which GPU", training=False)
     worker: Natural = option(training=False)
     state: Level = option(training=False)
-    log_wandb: bool = option(training=False)
+    log_dir: Optional[Text] = option(
+        None, "directory of log/, log_tensorboard/ and what trackers write; null: checkpoint_dir", training=False
+    )
+    log_wandb: bool = option(sentence="figures to Weights & Biases, of the project wandb_project", training=False)
+    log_mlflow: bool = option(
+        False, "figures to MLflow, below log_dir unless MLFLOW_TRACKING_URI is set", training=False
+    )
     save_dataset: bool = option(training=False)
     dataset_save_path: Optional[Text] = option(training=False)
     save_dataloaders: bool = option(training=False)
@@ -316,6 +325,19 @@ class DataOptions(Options):
     transform: Optional[
         Literal["mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined"]
     ] = option()
+
+
+class FileOptions(Options):
+    """A file as the data set (--dataset=ratings.csv): how it is prepared; as of `recbole-raserec prepare`"""
+
+    dataset_file: Optional[Text] = option(None, "set by dataset=FILE: the file", training=False)
+    user_col: Optional[Column] = option(None, "the user's column; null: found by its name", training=False)
+    item_col: Optional[Column] = option(None, "the item's", training=False)
+    rating_col: Optional[Column] = option(None, "the rating's; none: there is none", training=False)
+    time_col: Optional[Column] = option(None, "the time's; none: the lines are in order", training=False)
+    sep: Optional[Text] = option(None, "between the columns: a sign, or tab; null: found", training=False)
+    k_core: Natural = option(0, "keep users and items with that many interactions, repeatedly", training=False)
+    drop_duplicates: bool = option(False, "keep only a user's first interaction with an item", training=False)
 
 
 class TrainingOptions(Options):
@@ -394,11 +416,13 @@ class RegenerationOptions(Options):
 
 
 class EvaluationOptions(Options):
-    """Evaluation: leave-one-out in time order, every item ranked"""
+    """Evaluation: by default leave-one-out in time order, every item ranked"""
 
     eval_args: EvalArgs = option(
         {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user",
-         "mode": {"valid": "full", "test": "full"}}, "keys that are left out keep the value they have here",
+         "mode": {"valid": "full", "test": "full"}},
+        "keys that are left out keep the value they have here; mode: full ranks all items; uniN, popN, such as uni100: "
+        "the target among N items that RecBole draws uniformly or by popularity",
     )  # fmt: skip
     metrics: Metrics = option(["Recall", "NDCG"], training=False)
     topk: Cutoffs = option([5, 10, 20], training=False)
@@ -406,7 +430,7 @@ class EvaluationOptions(Options):
     valid_protocol: Literal["auto", "seen_kept", "seen_removed"] = option(
         "auto",
         "validation figures of which protocol stop a training and tune the kNN head: seen_kept, seen_removed; auto: "
-        "RecBole's, kept for sequential models, removed for general ones",
+        "RecBole's, kept for sequential models, removed for general ones; validation among sampled items has only one",
         later=True,
     )
     eval_batch_size: Count = option(1024, training=False)
@@ -449,14 +473,16 @@ class LearningOptions(Options):
 class EncoderOptions(LearningOptions):
     """How SASRec, DuoRec, BSARec, GRU4Rec and NARM are trained."""
 
-    training: Literal["prefix", "packed"] = option(
-        "prefix", "prefix: one window per target; packed: all targets of a sequence in one pass"
+    training: Literal["auto", "prefix", "packed"] = option(
+        "auto",
+        "prefix: one window per target; packed: all targets of a sequence in one pass; auto: packed where it can be "
+        "(loss_type: CE, filter_scope: causal) and histories have 30 items or more on average, otherwise prefix",
     )
     packed_copies: Count = option(1, "rows among which `packed` distributes a sequence's targets in each epoch")
 
 
 #: The sections of `properties/overall.yaml`.
-OVERALL = (RunOptions, DataOptions, TrainingOptions, RegenerationOptions, EvaluationOptions)
+OVERALL = (RunOptions, DataOptions, FileOptions, TrainingOptions, RegenerationOptions, EvaluationOptions)
 
 
 def overall_defaults() -> dict[str, Any]:
@@ -472,7 +498,7 @@ def options_for(own: Iterable[type[Options]], sequential: bool) -> type[Options]
         sequential: whether the model reads sequences.
     """
     shared = (SequentialOptions, RegenerationOptions) if sequential else ()
-    common = (RunOptions, ProcessOptions, DataOptions, TrainingOptions, LearningOptions, EvaluationOptions)
+    common = (RunOptions, ProcessOptions, DataOptions, FileOptions, TrainingOptions, LearningOptions, EvaluationOptions)
     return combined((*own, *shared, *common))
 
 

@@ -128,6 +128,9 @@ MODELS = {
 }
 
 
+#: In front of a name that this package has too: RecBole's own class.
+RECBOLE = "recbole:"
+
 #: Entry points of installed packages that name model classes.
 ENTRY_POINTS = "recbole_raserec.models"
 
@@ -138,16 +141,33 @@ _GIVEN: dict[str, Any] = {}
 def get_model(name: str) -> Any:
     """Model class by name: one of this package, an entry point's, RecBole's, or `package.module:Class`.
 
+    `recbole:Class` is RecBole's also where this package has a class of that name.
+
     Raises:
         ValueError: neither this package nor RecBole has a model of that name.
         ImportError: a model of the user's cannot be imported, or is none.
     """
     if name in MODELS:
         return getattr(importlib.import_module(MODELS[name]), name)
+    if name.startswith(RECBOLE):
+        return recbole_get_model(name)  # ours, which knows the prefix: `recbole_raserec.compat`
     if ":" in name:
         return _import_model(name)
     found = {} if name in model_keys() else {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
     return _import_model(found[name]) if name in found else recbole_get_model(name)
+
+
+def is_ours(model: Any) -> bool:
+    """Whether a name, or a class, is one that this package's configuration, data and trainer are for.
+
+    These are its own models and classes derived from them, entry points, and the names `package.module:Class`.
+    """
+    if isinstance(model, type):
+        return any(base.__module__.startswith("recbole_raserec.") for base in model.__mro__)
+    if not isinstance(model, str) or model.startswith(RECBOLE):
+        return False
+    named = model in MODELS or ":" in model
+    return named or (model not in model_keys() and model in {entry.name for entry in entry_points(group=ENTRY_POINTS)})
 
 
 def _import_model(name: str) -> Any:
@@ -195,7 +215,7 @@ def is_own(model: Any) -> bool:
 def name_of(model: type) -> str:
     """The name by which `get_model` finds a class: its own, or `package.module:Class` of one of the user's."""
     if not is_own(model):
-        return model.__name__
+        return recbole_name(model)
     name = f"{model.__module__}:{model.__qualname__}"
     place: Any = sys.modules.get(model.__module__)
     if (
@@ -204,6 +224,17 @@ def name_of(model: type) -> str:
     ):
         _GIVEN[name] = model
     return name
+
+
+def recbole_name(model: type) -> str:
+    """The name of a class in a configuration of RecBole's, with a prefix where one of ours has that name."""
+    name = model.__name__
+    return f"{RECBOLE}{name}" if name in MODELS and not is_ours(model) else name
+
+
+def in_recbole(name: str) -> bool:
+    """Whether RecBole has a model of that name."""
+    return (RECBOLE_PROPERTIES / "model" / f"{name}.yaml").is_file()
 
 
 def short_name(name: str) -> str:
@@ -242,7 +273,7 @@ def options_of(name: str, model_class: Any) -> list[type[Options]]:
     """The class that declares the options of a model, in a list; an empty one if no class does.
 
     Args:
-        name: of the model; one of RecBole with the name of one of ours has the options of ours.
+        name: of the model.
         model_class: its class.
     """
     options = getattr(model_class, "options", None)
@@ -252,8 +283,8 @@ def options_of(name: str, model_class: Any) -> list[type[Options]]:
 
 
 def get_trainer_class(config: Any) -> Any:
-    """RecBole's trainer class for the configured model."""
-    return recbole_get_trainer(config["MODEL_TYPE"], config["model"])
+    """RecBole's trainer class for the configured model; for ours, that of its type."""
+    return recbole_get_trainer(config["MODEL_TYPE"], RECBOLE if is_ours(config["model"]) else config["model"])
 
 
 @functools.cache
@@ -361,26 +392,23 @@ def trims(model: Any) -> bool:
 
 #: What the option `backbone` may name.
 SUPPORTED: tuple[str, ...] = (
-    "BERT4Rec", "BSARec", "CORE", "Caser", "DARec", "DuoRec", "FEARec", "FOSSIL", "FPMC", "GCSAN", "GRU4Rec",
-    "HGN", "HRM", "LightSANs", "NARM", "NPE", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP",
+    "BERT4Rec", "BSARec", "CORE", "Caser", "DARec", "DuoRec", "FDSA", "FEARec", "FOSSIL", "FPMC", "GCSAN", "GRU4Rec",
+    "GRU4RecF", "HGN", "HRM", "LightSANs", "NARM", "NPE", "NextItNet", "SASRec", "SASRecF", "SHAN", "SINE", "SRGNN",
+    "STAMP",
 )  # fmt: skip
 
-_FEATURES = "reads item features, which a checkpoint that reloads without the data set does not hold"
-_KNOWLEDGE = "reads pre-trained knowledge-graph vectors that come with the data set"
+_KNOWLEDGE = "reads a data set of its own kind, with a knowledge graph, and retrieval needs plain sequences"
 _MIXTURE = "ranks by a mixture of probabilities (items seen, items near, all items), not by one dot product"
 
 #: RecBole 1.2.1's sequential models that do not, and why.
 REFUSED: dict[str, str] = {
     "DIEN": "scores one (sequence, candidate) pair at a time; the user vector depends on the candidate",
     "DIN": "scores one (sequence, candidate) pair at a time; the user vector depends on the candidate",
-    "FDSA": _FEATURES,
     "GRU4RecCPR": _MIXTURE,
-    "GRU4RecF": _FEATURES,
     "GRU4RecKG": _KNOWLEDGE,
     "KSR": _KNOWLEDGE,
     "RepeatNet": "ranks by a mixture of two probabilities (repeat, explore), not by one dot product",
     "S3Rec": "reads item attributes, and is trained in two runs (pre-training, then fine-tuning)",
     "SASRecCPR": _MIXTURE,
-    "SASRecF": _FEATURES,
     "TransRec": "ranks by a Euclidean distance, not by a dot product",
 }

@@ -1,25 +1,23 @@
 """Interactions as sequences, their splits, and the batches of a training."""
 
-from recbole_raserec.data.catalogue import Catalogue, Histories, catalogue_of
+from recbole_raserec.data.catalogue import Catalogue, Features, Histories, catalogue_of
 from recbole_raserec.data.dataset import POSITION, SEQUENCE, WEIGHT, SequenceDataset
 from recbole_raserec.data.loaders import (
-    PACKED_SLOTS,
     PACKED_TARGETS,
     SAME_TARGET,
     SAME_TARGET_ROWS,
     BucketLoader,
     PackedWindows,
     RowLoader,
-    fixed_shape,
 )
 from recbole_raserec.data.patterns import Patterns, mine_patterns
 from recbole_raserec.data.regenerated import ORIGINS, Regenerated, joined, training_hash
 from recbole_raserec.data.sequences import SequenceStore, pad_lists, pad_rows
-from recbole_raserec.data.splits import Splits, check_same_split, prepare_data
+from recbole_raserec.data.splits import Splits, check_same_options, check_same_split, prepare_data
 
 __all__ = [
-    "ORIGINS", "PACKED_SLOTS", "PACKED_TARGETS", "POSITION", "SAME_TARGET", "SAME_TARGET_ROWS", "SEQUENCE", "WEIGHT",
-    "BucketLoader", "Catalogue", "Histories", "PackedWindows", "Patterns", "Regenerated", "RowLoader",
-    "SequenceDataset", "SequenceStore", "Splits", "catalogue_of", "check_same_split", "fixed_shape", "joined",
-    "mine_patterns", "pad_lists", "pad_rows", "prepare_data", "training_hash",
+    "ORIGINS", "PACKED_TARGETS", "POSITION", "SAME_TARGET", "SAME_TARGET_ROWS", "SEQUENCE", "WEIGHT", "BucketLoader",
+    "Catalogue", "Features", "Histories", "PackedWindows", "Patterns", "Regenerated", "RowLoader", "SequenceDataset",
+    "SequenceStore", "Splits", "catalogue_of", "check_same_options", "check_same_split", "joined", "mine_patterns",
+    "pad_lists", "pad_rows", "prepare_data", "training_hash",
 ]  # fmt: skip

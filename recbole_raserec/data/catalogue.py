@@ -1,4 +1,5 @@
-"""What a checkpoint knows beyond its weights: how popular each item is, what it is called, and what every user did.
+"""What a checkpoint knows beyond its weights: how popular each item is, what it is called, what every user did, and
+what the model reads of the data set beside sequences (`Features`).
 
 Histories end before the test targets, as the test itself sees them; what was held out can be brought in by an update.
 """
@@ -11,11 +12,23 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import torch
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.dataset import SequenceDataset
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.storage import HISTORIES, ITEMS, read_arrays, read_json, write_arrays, write_json
+from recbole_raserec.storage import (
+    HISTORIES,
+    ITEMS,
+    part_of,
+    read_arrays,
+    read_json,
+    read_tensors,
+    sha256,
+    write_arrays,
+    write_json,
+    write_tensors,
+)
 
 _KIND, _VERSION = "user histories", 1
 _ARRAYS = {"offsets": "<i8", "items": "<i4"}
@@ -106,6 +119,60 @@ class Catalogue:
         kept = directory / HISTORIES
         histories = Histories.load(kept, n_users, n_items) if kept.is_dir() else None
         return cls(np.array(counts, dtype=np.int64), titles, histories)
+
+
+@dataclasses.dataclass
+class Features:
+    """The data set as a model sees it that reads attributes of items or pre-trained vectors.
+
+    Attributes of users are not kept: they are personal, and would outlive a user who is forgotten.
+
+    Attributes:
+        fields: RecBole's type and size of each field, (type, number of values, length of a sequence).
+        items: attributes of items by field, [V, ...]; None where the data set has none.
+        weights: pre-trained vectors by field.
+        personal: names of the attributes of users that were read.
+    """
+
+    fields: dict[str, tuple[str, int, Optional[int]]]
+    items: Optional[dict[str, Any]]
+    weights: dict[str, Any]
+    personal: list[str]
+
+    @classmethod
+    def of(cls, dataset: Any) -> Optional[Features]:
+        """Those of a data set of RecBole; None where it has sequences alone."""
+        items, users, weights = dataset.item_feat, dataset.user_feat, dict(dataset._preloaded_weight)
+        personal = [] if users is None else [name for name in users.interaction if name != dataset.uid_field]
+        if items is None and not weights and not personal:
+            return None
+        known = {*(items.interaction if items is not None else ()), *weights}
+        known |= {dataset.config[name] for name in ("ENTITY_ID_FIELD", "RELATION_ID_FIELD")}
+        kinds, lengths = dataset.field2type, dataset.field2seqlen
+        fields = {f: (kinds[f].value, int(dataset.num(f)), lengths[f]) for f in sorted(known) if f in kinds}
+        return cls(fields, None if items is None else dict(items.interaction), weights, personal)
+
+    def save(self, path: Path) -> None:
+        """Write them as one file of tensors."""
+        parts = {"items": self.items or {}, "weights": self.weights}
+        tensors = {f"{part}.{f}": torch.as_tensor(x) for part, of in parts.items() for f, x in of.items()}
+        write_tensors(
+            path, tensors, {"fields": self.fields, "items": self.items is not None, "personal": self.personal}
+        )
+
+    @classmethod
+    def load(cls, path: Path, digest: Optional[str]) -> Optional[Features]:
+        """Read the file of that SHA-256; None where a checkpoint has none."""
+        if digest is None:
+            return None
+        tensors, meta = read_tensors(path)
+        if sha256(path) != digest or not isinstance(meta, dict) or not {"fields", "items", "personal"} <= set(meta):
+            raise CheckpointError(
+                f"{path} is not what its checkpoint was written with; it is damaged or of another one."
+            )
+        fields = {name: (kind, count, length) for name, (kind, count, length) in meta["fields"].items()}
+        weights = {name: value.numpy() for name, value in part_of(tensors, "weights").items()}
+        return cls(fields, part_of(tensors, "items") if meta["items"] else None, weights, meta["personal"])
 
 
 def catalogue_of(splits: Any, config: Config) -> Catalogue:

@@ -54,7 +54,8 @@ class SequenceDataset(SequentialDataset):
         load, unload = self._get_load_and_unload_col(source)
         if source != FeatureSource.INTERACTION or load == set() or len(separator) != 1:
             return super()._load_feat(filepath, source)
-        with open(filepath, encoding=self.config["encoding"]) as file:
+        encoding = self.config["encoding"] or "utf-8"  # pandas's default; that of `open` differs between systems
+        with open(filepath, encoding=encoding) as file:
             header = file.readline().rstrip("\n").split(separator)
         types = dict(column.partition(":")[::2] for column in header)
         wanted = {f: t for f, t in types.items() if (load is None or f in load) and (unload is None or f not in unload)}
@@ -63,7 +64,7 @@ class SequenceDataset(SequentialDataset):
         dtypes: dict[str, Any] = {f"{f}:{t}": (np.float64 if t == "float" else str) for f, t in wanted.items()}
         columns: dict[str, list[np.ndarray]] = {name: [] for name in dtypes}
         known: dict[str, str] = {}
-        options = {"sep": separator, "usecols": list(dtypes), "dtype": dtypes, "encoding": self.config["encoding"]}
+        options = {"sep": separator, "usecols": list(dtypes), "dtype": dtypes, "encoding": encoding}
         with pd.read_csv(filepath, engine="c", chunksize=CHUNK, **options) as chunks:
             for chunk in chunks:
                 for name, column in columns.items():

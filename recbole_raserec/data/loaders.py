@@ -9,7 +9,6 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from recbole.config import Config
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
@@ -27,8 +26,6 @@ SAME_TARGET = "same_target_"
 SAME_TARGET_ROWS = SAME_TARGET + "rows"
 #: Field of a packed batch: target item of each position, 0 where none is predicted, [U, L].
 PACKED_TARGETS = "packed_targets"
-#: Field of a packed batch of a fixed shape, see `fixed_shape`: the flat position of each of its targets, [N].
-PACKED_SLOTS = "packed_slots"
 
 
 class BucketLoader(TrainDataLoader):
@@ -328,38 +325,3 @@ class PackedLoader(BucketLoader):
         if self._partners is not None:
             fields.update(self._partner_fields(self._partners, windows.row[slot]))
         return Interaction(fields)
-
-
-def fixed_shape(batch: Interaction, config: Config, longest: int) -> Optional[Interaction]:
-    """The batch with its sizes rounded up, so that few shapes occur; the loss stays what it is. None: not possible.
-
-    Windows are padded at the end, to `longest` at most. A packed batch also gets rows of padding, and its targets [N]
-    and weights [N] stand in a row of their own, with the weight 0 for those that were added; `PACKED_SLOTS` says where
-    in the windows they are.
-    """
-    seq, length = config["ITEM_ID_FIELD"] + config["LIST_SUFFIX"], config["ITEM_LIST_LENGTH_FIELD"]
-    windows = [name for name in (seq, SAME_TARGET + seq) if name in batch.columns]
-    held = [length, config["ITEM_ID_FIELD"], WEIGHT, SAME_TARGET + length, SAME_TARGET_ROWS]
-    fields = {name: batch[name] for name in held if name in batch.columns}
-    for name in windows:
-        columns = min(rounded(batch[name].shape[1]), max(longest, batch[name].shape[1]))
-        fields[name] = F.pad(batch[name], (0, columns - batch[name].shape[1]))
-    if PACKED_TARGETS not in batch.columns:
-        return Interaction(fields)
-    if len(windows) > 1:  # rows of padding would be negatives of the contrast
-        return None
-    line, column = batch[PACKED_TARGETS].nonzero(as_tuple=True)
-    more = rounded(len(line), 16) - len(line)
-    rows = rounded(len(batch[seq])) - len(batch[seq])
-    weights = fields[WEIGHT][line, column] if WEIGHT in fields else torch.ones(len(line))
-    fields[seq], fields[length] = F.pad(fields[seq], (0, 0, 0, rows)), F.pad(fields[length], (0, rows))
-    fields[PACKED_SLOTS] = F.pad(line * fields[seq].shape[1] + column, (0, more))
-    fields[PACKED_TARGETS] = F.pad(batch[PACKED_TARGETS][line, column], (0, more))
-    fields[WEIGHT] = F.pad(weights * ((len(line) + more) / max(len(line), 1)), (0, more))
-    return Interaction(fields)
-
-
-def rounded(size: int, steps: int = 2) -> int:
-    """`size` rounded up to one of `steps` sizes (a power of two) between two powers of two."""
-    step = max((1 << size.bit_length()) // (2 * steps), 1)
-    return -(-size // step) * step

@@ -168,16 +168,8 @@ def _failure(found: ProcessExitedException, count: int, folder: Path) -> RaSeRec
 
 def silence() -> None:
     """From now on this process shows and logs nothing."""
-    from recbole.trainer import trainer
-
     warnings.simplefilter("ignore")
     logging.getLogger().setLevel(logging.ERROR)
-    trainer.get_tensorboard = lambda _: _NoBoard()
-
-
-class _NoBoard:
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
 
 
 def cores() -> int:

@@ -36,6 +36,7 @@ _MASK_BYTES = 4
 _EXACT_ITEMS = 2**24
 
 SeenPairs = tuple[np.ndarray, np.ndarray]
+Lists = dict[str, dict[str, torch.Tensor]]  # protocol -> name -> rows
 
 
 def scores(h: torch.Tensor, item_vectors: torch.Tensor, item_bias: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -214,6 +215,34 @@ def _chunk_bytes(device: torch.device) -> int:
     return _CPU_CHUNK_BYTES if device.type == "cpu" else _GPU_CHUNK_BYTES
 
 
+def fill_lists(
+    lists: dict[str, torch.Tensor], scores: torch.Tensor, rows: torch.Tensor, targets: torch.Tensor, step: int
+) -> None:
+    """What metrics read beside the ranks, of scores [b, V] and the targets [P] in their rows [P].
+
+    Args:
+        lists: to be filled, by the names of RecBole's Collector: "rec.items" [b, k], the items with the highest scores;
+            "rec.meanrank" [b, 3], the sum of the targets' ranks (equal scores share the mean of theirs), the number of
+            ranked items and that of targets.
+        scores: minus infinity for what is not ranked; the padding item is made so.
+        rows: the row of each target.
+        targets: item ids.
+        step: rows to be copied at once.
+    """
+    scores[:, 0] = -math.inf
+    if (items := lists.get("rec.items")) is not None:
+        items.copy_(scores.topk(items.shape[1]).indices)
+    if (mean_ranks := lists.get("rec.meanrank")) is not None:
+        rows, targets = rows.to(scores.device), targets.to(scores.device)
+        parts = []
+        for row, target in zip(rows.split(step), targets.split(step)):
+            block, own = scores[row], scores[row, target].unsqueeze(1)
+            parts.append((block > own).sum(1) + ((block == own).sum(1) + 1) / 2)
+        sums = scores.new_zeros(len(scores), dtype=torch.float32).index_add_(0, rows, torch.cat(parts).float())
+        ranked, count = (scores > -math.inf).sum(1), torch.bincount(rows, minlength=len(scores))
+        mean_ranks.copy_(torch.stack([sums, ranked, count], 1))
+
+
 class Scorer:
     """Scores all items for a block of queries, whichever of the three ways the model offers."""
 
@@ -221,32 +250,94 @@ class Scorer:
         self.model, self.dataset, self.config = model, dataset, config
         self.n_items = dataset.item_num
         self.device = torch.device(config["device"])
-        self.memory_mb = _option(config, "eval_memory_mb") or DEFAULT_MEMORY_MB
+        self.memory_mb = option_of(config, "eval_memory_mb") or DEFAULT_MEMORY_MB
         # float32 scores, the mask they are counted with, and a copy such as many models make on their way.
         self.rows = chunk_rows(self.n_items, 3 * 4, self.memory_mb, self.device)
-        self.batch_size = max(1, _option(config, "eval_batch_size") or 4096)
+        self.batch_size = max(1, option_of(config, "eval_batch_size") or 4096)
         self.gives_vectors = hasattr(model, "full_sort_vectors")
         if self.gives_vectors:  # the scores are cut up later; encoding is better done in large batches
             self.rows = max(self.rows, self.batch_size)
+        # The same for `fill_lists`, which copies the rows of the targets and sorts in float32 and int64.
+        self.listed = chunk_rows(self.n_items, 6 * 4, self.memory_mb, self.device)
         self.predicts_pairs_only = False
 
     def rank(
         self, interaction: Interaction, start: int, stop: int, rows: torch.Tensor, targets: torch.Tensor,
-        pairs: Optional[SeenPairs],
+        pairs: Optional[SeenPairs], lists: Optional[Lists] = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """Ranks of `targets` [P] in the rows `rows` [P] of the block of queries start..stop."""
+        """Ranks of `targets` [P] in the rows `rows` [P] of the block of queries start..stop.
+
+        Where `lists` are given, by protocol, the rows start..stop of each are filled, see `fill_lists`.
+        """
         block = interaction[start:stop].to(self.device)
+        if lists:
+            return self._rank_and_list(block, start, rows, targets, pairs, lists)
         if self.gives_vectors:
             h, item_vectors, item_bias = self._vectors(block)
             if pairs is not None:  # pairs come sorted by owner: as a CSR over the targets
                 pairs = (np.searchsorted(pairs[0], np.arange(len(targets) + 1)), pairs[1])
             h = h[rows.to(h.device)]
             return rank_in_chunks(h, item_vectors, targets, pairs, item_bias=item_bias, memory_mb=self.memory_mb)
+        return target_ranks(self._matrix(block), targets, pairs, rows)
+
+    def _matrix(self, block: Interaction) -> torch.Tensor:
         scores = self._scores(block).reshape(-1, self.n_items)
-        if len(scores) != stop - start:
+        if len(scores) != len(block):
             name = type(self.model).__name__
-            raise ValueError(f"{name} gives {len(scores)} rows of scores for {stop - start} queries.")
-        return target_ranks(scores, targets, pairs, rows)
+            raise ValueError(f"{name} gives {len(scores)} rows of scores for {len(block)} queries.")
+        return scores
+
+    def _rank_and_list(
+        self, block: Interaction, start: int, rows: torch.Tensor, targets: torch.Tensor, pairs: Optional[SeenPairs],
+        lists: Lists,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        ranks = torch.zeros((2, len(targets)), dtype=torch.int64)
+        vectors = self._vectors(block) if self.gives_vectors else None
+        for first, last in even_blocks(len(block), self.listed):
+            if vectors is None:
+                matrix = self._matrix(block[first:last])
+            else:
+                matrix = scores(vectors[0][first:last], *vectors[1:])
+            here = ((rows >= first) & (rows < last)).nonzero().squeeze(1)
+            own, wanted, near = rows[here] - first, targets[here], None
+            if pairs is not None:
+                place = np.full(len(targets), -1)
+                place[here.numpy()] = np.arange(len(here))
+                near = (place[pairs[0]], pairs[1])
+                near = (near[0][near[0] >= 0], near[1][near[0] >= 0])
+            ranks[0, here], ranks[1, here] = target_ranks(matrix, wanted, near, own)
+            for protocol, found in lists.items():
+                if protocol != next(iter(lists)) and near is not None:  # the seen items go, in place
+                    owner, item = (torch.from_numpy(part.astype(np.int64)) for part in near)
+                    gone = item != wanted[owner]
+                    matrix[own[owner[gone]].to(matrix.device), item[gone].to(matrix.device)] = -math.inf
+                part = {name: values[start + first : start + last] for name, values in found.items()}
+                fill_lists(part, matrix, own, wanted, self.listed)
+        return ranks[0], ranks[1]
+
+    def score_pairs(self, interaction: Interaction, positives: torch.Tensor) -> torch.Tensor:
+        """Scores [N] of the rows of sampled items: for each user its P positives, then N / P - 1 draws for each.
+
+        Args:
+            interaction: RecBole's batch, users one after the other.
+            positives: the positives of each user, int64 [users].
+        """
+        items = interaction[self.dataset.iid_field].to(self.device)
+        if not self.gives_vectors:
+            parts = [interaction[a : a + self.batch_size] for a in range(0, len(interaction), self.batch_size)]
+            return torch.cat([self.model.predict(part.to(self.device)).reshape(-1) for part in parts])
+        times = len(items) // int(positives.sum())
+        ends = positives.cumsum(0)
+        history = torch.cat([
+            torch.arange(end - count, end).repeat(times) for end, count in zip(ends.tolist(), positives.tolist())
+        ])  # [N], the positive whose history a row repeats: it is encoded once  # fmt: skip
+        offsets = (ends - positives) * times
+        rows = torch.cat([torch.arange(a, a + n) for a, n in zip(offsets.tolist(), positives.tolist())])
+        h, table, bias = self._vectors(
+            Interaction({k: v[rows] for k, v in interaction.interaction.items()}).to(self.device)
+        )
+        found = (h[history.to(h.device)] * table[items]).sum(1)
+        return found if bias is None else found + bias[items]
 
     def _vectors(self, block: Interaction) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
         """The model's `full_sort_vectors`; where windows may be trimmed, encoded in groups of like length."""
@@ -286,16 +377,16 @@ class Scorer:
         return torch.cat(scores)
 
 
-def batches_of(eval_data: Any, rows: int, progress: bool) -> Iterator[tuple[Interaction, torch.Tensor, torch.Tensor]]:
-    """(interaction, positive_u, positive_i) of every batch."""
+def batches_of(eval_data: Any, rows: int, progress: bool) -> Iterator[tuple[Any, Any, torch.Tensor, torch.Tensor]]:
+    """(interaction, query of each row where items are sampled, positive_u, positive_i) of every batch."""
     batches, collate = eval_data, None
     if isinstance(eval_data, FullSortEvalDataLoader) and not eval_data.is_sequential:
         # RecBole sizes these batches as eval_batch_size // n_items queries: one user a batch for most catalogues.
         batches = [list(range(start, stop)) for start, stop in even_blocks(eval_data.sample_size, rows)]
         collate = eval_data.collate_fn
     for batch in tqdm(batches, desc="evaluate", ncols=80, leave=False, disable=not progress):
-        interaction, _, positive_u, positive_i = collate(batch) if collate else batch
-        yield interaction, positive_u.cpu(), positive_i.cpu()
+        interaction, row, positive_u, positive_i = collate(batch) if collate else batch
+        yield interaction, row, positive_u.cpu(), positive_i.cpu()
 
 
 def even_blocks(n: int, size: int) -> list[tuple[int, int]]:
@@ -304,6 +395,6 @@ def even_blocks(n: int, size: int) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in zip(cuts[:-1], cuts[1:])]
 
 
-def _option(config: Any, name: str) -> Any:
+def option_of(config: Any, name: str) -> Any:
     """An option that may be absent: RecBole's Config answers None, a plain mapping has no such key."""
     return config.get(name) if isinstance(config, Mapping) else config[name]

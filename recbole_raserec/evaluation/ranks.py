@@ -31,7 +31,7 @@ from scipy import stats
 from scipy.sparse import csr_matrix
 
 from recbole_raserec.errors import CheckpointError
-from recbole_raserec.evaluation.protocols import PROTOCOLS, Ranks, metrics_from_ranks, query_metrics
+from recbole_raserec.evaluation.protocols import PROTOCOLS, SAMPLED, Ranks, metrics_from_ranks, query_metrics
 from recbole_raserec.storage import replacing
 
 #: Names in the file: `<stage>/users`, `<stage>/queries`, `<stage>/<protocol>` for the ranks, and what targets are
@@ -96,6 +96,7 @@ def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
     """
     if not Path(path).is_file():
         raise CheckpointError(f"{path} does not exist.")
+    protocols = (*PROTOCOLS, SAMPLED)
     try:
         stages: dict[str, dict[str, np.ndarray]] = {}
         with np.load(path, allow_pickle=False) as file:
@@ -105,7 +106,7 @@ def read_ranks(path: str | os.PathLike) -> dict[str, StageRanks]:
         return {
             stage: StageRanks(
                 parts[USERS], parts[QUERIES],
-                *({name: parts[name] for name in names if name in parts} for names in (PROTOCOLS, GROUPINGS)),
+                *({name: parts[name] for name in names if name in parts} for names in (protocols, GROUPINGS)),
             )
             for stage, parts in stages.items()
         }  # fmt: skip
@@ -140,16 +141,19 @@ def grouped(ranks: StageRanks, options: Mapping[str, Any], metric: str) -> dict[
     """One metric ("ndcg@10", say; `options` give `metrics` and `topk`) in quintiles of the targets, each its own query.
 
     Returns:
-        {"popularity" | "history": {"3-7": {"targets": n, protocol: value}}}; empty for ranks without groupings.
+        {"popularity" | "history": {"3-7": {"targets": n, protocol: value}}}; empty for ranks without groupings, and for
+        a metric that needs more than ranks.
     """
     found: dict[str, dict[str, Any]] = {}
     for grouping, values in ranks.groupings.items():
         found[grouping] = {}
         for rows in quintiles(values):
             figures = {
-                name: metrics_from_ranks(torch.from_numpy(each[rows]), options, decimals=DECIMALS)[metric]
+                name: metrics_from_ranks(torch.from_numpy(each[rows]), options, decimals=DECIMALS).get(metric)
                 for name, each in ranks.ranks.items()
             }
+            if None in figures.values():
+                return {}  # a metric of lists or scores
             label = f"{values[rows].min()}-{values[rows].max()}"
             found[grouping][label] = {"targets": len(rows), **figures}
     return found

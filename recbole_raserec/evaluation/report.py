@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import platform
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
@@ -17,7 +18,8 @@ from recbole.utils import ModelType
 from tabulate import LATEX_ESCAPE_RULES, DataRow, Line, TableFormat, tabulate
 
 from recbole_raserec.config import Config, short_name
-from recbole_raserec.evaluation.protocols import PROTOCOLS, SEEN_KEPT, SEEN_REMOVED, Metrics, Options
+from recbole_raserec.evaluation.protocols import PROTOCOLS, SAMPLED, SEEN_KEPT, SEEN_REMOVED, Metrics, Options
+from recbole_raserec.evaluation.ranking import option_of
 from recbole_raserec.evaluation.ranks import write_ranks
 from recbole_raserec.kernels import loaded, peak_memory_mb
 from recbole_raserec.storage import plain, write_json
@@ -25,6 +27,7 @@ from recbole_raserec.storage import plain, write_json
 PROTOCOL_TITLES = {
     SEEN_KEPT: "seen items kept in the ranking (RecBole's way for sequential models)",
     SEEN_REMOVED: "seen items removed from the ranking",
+    SAMPLED: "the targets among sampled items (RecBole's modes uniN and popN)",
 }
 ABSENT = "-"
 #: Columns of a terminal that the text of a comparison may take.
@@ -56,6 +59,8 @@ class Record(TypedDict, total=False):
     parameters: Mapping[str, int]  # {"base" | "ours": learned numbers of the model}
     peak_memory_mb: Optional[float]  # largest memory of the process, MiB
     curves: Mapping[str, Any]  # {"base" | "ours": validation values and training losses by epoch}
+    checkpoint: str  # directory of the trained model, for `Recommender.load`
+    checkpoints: Mapping[str, str]  # the same of each stage, by its name in a table
     versions: dict[str, Optional[str]]
     options: Mapping[str, Any]  # of the run
 
@@ -84,6 +89,8 @@ def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, 
         parameters={name: outcome.parameters for name, outcome in ends.items()}, peak_memory_mb=peak_memory_mb(),
         curves={name: outcome.curve for name, outcome in ends.items()},
     )  # fmt: skip
+    record["checkpoints"] = {name: str(outcome.directory.absolute()) for name, outcome in stages.items()}
+    record["checkpoint"] = str([*ends.values()][-1].directory.absolute())
     if config["ranks_file"]:
         ranks = {name: outcome.ranks for name, outcome in stages.items() if outcome.ranks is not None}
         write_ranks(config["ranks_file"], ranks, base.splits.vocabulary()["users"], base.splits.seen)
@@ -91,7 +98,11 @@ def report_stages(config: Config, stages: Mapping[str, Any], regeneration: Any, 
     if config["result_file"]:
         write_json(config["result_file"], record)
         getLogger().info(f"Figures written to {config['result_file']}")
-    getLogger().info(f"Checkpoint: {[*ends.values()][-1].directory}")
+    getLogger().info(f"Checkpoint: {record['checkpoint']}")
+    if sequential:
+        words = ["recbole-raserec", "recommend", record["checkpoint"]]
+        words.append(f"--user={base.splits.vocabulary()['users'][1]}")
+        getLogger().info(f"Next: {shlex.join(words)}")
     return record
 
 
@@ -131,15 +142,31 @@ def protocol_description(
         validation_in_memory: the validation pairs had joined the memory when the test was run.
     """
     eval_args = config["eval_args"] or {}
+    mode = eval_args.get("mode") or "full"
+    modes = dict(mode) if isinstance(mode, Mapping) else {"valid": mode, "test": mode}
+    names = (SEEN_KEPT, SEEN_REMOVED) if modes.get("test", "full") == "full" else (SAMPLED,)
+    ways = {phase: _way(mode) for phase, mode in modes.items()}
+    same = len(set(ways.values())) == 1
+    seen = "every item of the user before the target, in the whole log"
+    if SAMPLED in names:
+        seen += "; " + ("they may be drawn" if option_of(config, "repeatable") else "none is drawn")
     return {
         **{name: eval_args.get(name) for name in ("split", "group_by", "order")},
-        "ranking": "every item of the data set",
-        "seen_items": {name: PROTOCOL_TITLES[name] for name in PROTOCOLS},
-        "seen_means": "every item of the user before the target, in the whole log; the target itself is never removed",
+        "ranking": ways["test"] if same else f"{ways['test']}; in the validation {ways['valid']}",
+        "seen_items": {name: PROTOCOL_TITLES[name] for name in names},
+        "seen_means": seen if SAMPLED in names else f"{seen}; the target itself is never removed",
         "ties": "among equal scores the lower internal item id ranks first",
         "validation_in_history": validation_in_history,
         "validation_in_memory": validation_in_memory,
     }
+
+
+def _way(mode: str) -> str:
+    """What is ranked in an evaluation mode of RecBole, in words."""
+    if mode == "full":
+        return "every item of the data set"
+    how = "uniformly" if mode.startswith("uni") else "by popularity"
+    return f"the target and {mode[3:]} items drawn {how} by RecBole's sampler, by the seed"
 
 
 def versions() -> dict[str, str | None]:
@@ -172,7 +199,10 @@ def record_table(record: Record, *, style: str = "text", width: int = 80, digits
     stages, name = record["metrics"].get("stages", record["metrics"]), record["backbone"] or record["model"]
     titles = (record["model"] if stage == "ours" else stage.replace("base", short_name(name)) for stage in stages)
     rows = [(title, phases["test"]) for title, phases in zip(titles, stages.values())]
-    return results_table(rows, len(rows) > 1, style=style, width=width, digits=digits)
+    table = results_table(rows, len(rows) > 1, style=style, width=width, digits=digits)
+    if any(SAMPLED in results for _, results in rows):
+        table += "\n\n" + textwrap.fill(f"Ranked: {record['protocol']['ranking']}.", width)
+    return table
 
 
 def results_table(

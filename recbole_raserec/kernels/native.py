@@ -47,7 +47,9 @@ class Library:
 @functools.cache
 def loaded() -> Optional[Library]:
     """The best library this processor can run, or None."""
-    places = itertools.product(filter(_runs, NAMES), list(_folders()), importlib.machinery.EXTENSION_SUFFIXES)
+    # The shortest first: a file named after one Python is of an earlier installation.
+    suffixes = sorted(importlib.machinery.EXTENSION_SUFFIXES, key=len)
+    places = itertools.product(filter(_runs, NAMES), list(_folders()), suffixes)
     for name, folder, suffix in places:
         path = folder / (name + suffix)
         with contextlib.suppress(OSError, AttributeError):

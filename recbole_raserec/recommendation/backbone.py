@@ -119,7 +119,7 @@ class BERT4RecBackbone(Backbone):
         masked = F.pad(item_seq, (0, 1)).scatter(1, item_seq_len.unsqueeze(1), self.n_items)  # [B, L + 1]
         # The first item makes room for the mask in every sequence, short ones too: RecBole ranks this way.
         output = self.model(masked[:, 1:])  # [B, L, H]
-        return output[torch.arange(len(output), device=output.device), item_seq_len - 1]  # [B, H]
+        return output[torch.arange(output.shape[0], device=output.device), item_seq_len - 1]  # [B, H]
 
     def item_bias(self) -> Tensor | None:
         return self.model.output_bias
@@ -163,7 +163,9 @@ class NPEBackbone(Backbone):
 #: RecBole 1.2.1's sequential models that work as a backbone.
 ADAPTERS: dict[str, type[Backbone]] = {
     **dict.fromkeys(("Caser", "FEARec", "FOSSIL", "GCSAN", "GRU4Rec", "HGN", "HRM", "LightSANs"), Backbone),
-    **dict.fromkeys(("NARM", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP"), Backbone),
+    **dict.fromkeys(
+        ("FDSA", "GRU4RecF", "SASRecF", "NARM", "NextItNet", "SASRec", "SHAN", "SINE", "SRGNN", "STAMP"), Backbone
+    ),
     "BERT4Rec": BERT4RecBackbone,
     "CORE": COREBackbone,
     "FPMC": FPMCBackbone,

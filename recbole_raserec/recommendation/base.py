@@ -8,7 +8,7 @@ from typing import Any, Optional
 from torch import Tensor
 
 from recbole_raserec.config import Config
-from recbole_raserec.data import PACKED_SLOTS, PACKED_TARGETS, WEIGHT
+from recbole_raserec.data import PACKED_TARGETS, WEIGHT
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy, use_fast_dropout
 
@@ -53,7 +53,6 @@ class SoftmaxOverItems(DotProduct):
     POS_ITEM_ID: str
     loss_type: str
     encode_positions: Any
-    waits = True  # False: a step on a GPU needs nothing back from it, so that it can be recorded (`cuda_graphs`)
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """The loss of a training batch, a scalar: by `loss_type` cross-entropy over all items, or BPR (RecBole's)."""
@@ -76,8 +75,6 @@ class SoftmaxOverItems(DotProduct):
         if PACKED_TARGETS not in interaction.columns:
             return self.forward(item_seq, lengths), interaction[self.POS_ITEM_ID]
         targets = interaction[PACKED_TARGETS]  # [U, L]
-        if PACKED_SLOTS in interaction.columns:  # of a batch of a fixed shape: targets [N] at these positions
-            return self.encode_positions(item_seq).flatten(0, 1)[interaction[PACKED_SLOTS]], targets
         predicted = targets > 0
         return self.encode_predicted(item_seq, lengths, predicted), targets[predicted]
 
@@ -91,6 +88,4 @@ def row_weights(interaction: Any) -> Optional[Tensor]:
     if WEIGHT not in interaction.columns:
         return None
     weights = interaction[WEIGHT]
-    if PACKED_SLOTS in interaction.columns:
-        return weights
     return weights[interaction[PACKED_TARGETS] > 0] if PACKED_TARGETS in interaction.columns else weights

@@ -163,7 +163,7 @@ class Delays:
         else:
             values, index = torch.topk(strengths, self.count, dim=1)
             weights = torch.softmax(values, dim=1)
-        spread = weights.new_zeros(len(weights), self.length).scatter(1, index, weights)  # [B, delay]
+        spread = weights.new_zeros(weights.shape[0], self.length).scatter(1, index, weights)  # [B, delay]
         if last is None:  # row t holds them from position t on, around
             return torch.cat([spread, spread], dim=1).unfold(1, self.length, 1)[:, 1:].flip(1)
         delay = torch.arange(self.length, device=last.device) - last[:, None]
@@ -177,5 +177,5 @@ def _attention(part: Any, delays: Delays, hidden: Tensor, last: Optional[Tensor]
     taken = delays.mixing(strengths, part.training, last) @ hidden  # weights sum to 1, so that values may come after
     if last is not None:
         taken = taken.squeeze(1)
-        hidden = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
     return part.LayerNorm(part.out_dropout(part.dense(part.value_layer(taken))) + hidden)

@@ -33,7 +33,7 @@ class GRU4Rec(SoftmaxOverItems, RecBoleGRU4Rec):
     """
 
     options = GRU4RecOptions
-    trims, waits = True, False
+    trims = True
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors [B, E] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""
@@ -74,7 +74,7 @@ class NARM(SoftmaxOverItems, RecBoleNARM):
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """User vectors [B, E] of histories [B, L], left-aligned, padded with 0, of lengths [B]."""
-        rows = torch.arange(len(item_seq), device=item_seq.device)
+        rows = torch.arange(item_seq.shape[0], device=item_seq.device)
         return self._user_vectors(item_seq, rows, item_seq_len - 1)
 
     def encode_positions(self, item_seq: Tensor) -> Tensor:

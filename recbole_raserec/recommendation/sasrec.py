@@ -30,7 +30,6 @@ class SASRec(SoftmaxOverItems, RecBoleSASRec):
     """
 
     options = SASRecOptions
-    waits = False
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)

@@ -333,6 +333,8 @@ def _learned(
         learner.learn(rows, original, lambda batch: batch[SEQUENCE] >= n_users, losses.append)
         meta = {"passes": number + 1, "steps": learner.steps, "losses": losses}
         write_tensors(path, learner.tensors(), {**meta, "seconds": time.perf_counter() - started})
+        if losses:
+            getLogger().info(f"Personaliser: pass {number}, loss of the original targets {losses[-1]:.4f}")
     return model, scorer, losses, seconds
 
 

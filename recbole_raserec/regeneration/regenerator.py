@@ -447,7 +447,10 @@ def held_out_loss(model: Regenerator, pairs: Pairs, rows: np.ndarray, batch_pair
     return total / max(count, 1.0)
 
 
-def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, progress: bool) -> dict[str, Any]:
+def fit(
+    model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, progress: bool,
+    log: Callable[[str, dict[str, float], int], None] = lambda *_: None,
+) -> dict[str, Any]:  # fmt: skip
     """Train until the held-out loss stops falling; the model ends with the weights of the lowest.
 
     Args:
@@ -456,6 +459,7 @@ def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, p
         schedule: how.
         directory: holds the state after each epoch, from which a later call with the same arguments continues.
         progress: show progress bars.
+        log: takes the stage, the figures and the number of each epoch.
 
     Returns:
         {"epochs": [{"loss", "held_out", "entropy", "seconds"}], "best": epoch, "held_out": loss of the best}.
@@ -488,6 +492,7 @@ def fit(model: Regenerator, pairs: Pairs, schedule: Schedule, directory: Path, p
         seconds = time.perf_counter() - started
         history.append({"loss": loss, "held_out": value, "entropy": entropy, "seconds": seconds})
         getLogger().info(f"regenerator epoch {epoch} [{seconds:.1f}s, loss: {loss:.4f}, held-out: {value:.4f}]")
+        log("regeneration", {"train/loss": loss, "valid/loss": value, "train/entropy": entropy}, epoch)
         if _best(history) == epoch:
             best = {name: value.detach().clone() for name, value in model.state_dict().items()}
         # one file, so that the best weights are those of the history whenever the run is killed

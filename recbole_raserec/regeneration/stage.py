@@ -11,7 +11,8 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from recbole.utils import init_logger, init_seed
+from recbole.utils import init_seed
+from recbole.utils.logger import init_logger
 
 from recbole_raserec.config import ENCODERS, MINING, REGENERATION, Config, trains_regenerator
 from recbole_raserec.data import Regenerated, SequenceDataset, Splits, prepare_data, training_hash
@@ -26,7 +27,7 @@ from recbole_raserec.regeneration.pairs import Sequences, make_pairs, mine, piec
 from recbole_raserec.regeneration.regenerator import STATE, build, check_heads, fit, schedule_of
 from recbole_raserec.regeneration.report import REPORT, RegeneratedData, stored_or_made
 from recbole_raserec.storage import fingerprint, read_json, sha256
-from recbole_raserec.training import Trial
+from recbole_raserec.training import Trial, tracker_of
 
 #: Raised when the same options and data would give another regenerated set than before.
 REGENERATION_VERSION = 1
@@ -130,7 +131,9 @@ def _mined(config: Config) -> RegeneratedData:
 def _generated(config: Config, trial: Optional[Trial]) -> RegeneratedData:
     """Mined patterns, and those that a trained regenerator writes."""
     check_heads(config)
-    source = train_model(config.for_embeddings(), trial=trial) if config["regen_pretrained"] else None
+    source = (
+        train_model(config.for_embeddings(), trial=trial, stage="embeddings") if config["regen_pretrained"] else None
+    )
     plain = source.splits if source is not None else prepare_data(config.for_embeddings())
     splits = mined_splits(config, plain, config["regen_pretrained"])
     parts = [splits.fingerprint, source.fingerprint if source is not None else ""]
@@ -159,7 +162,8 @@ def _generated(config: Config, trial: Optional[Trial]) -> RegeneratedData:
         prepared = time.perf_counter() - started
         if config["resume"] is False:
             (trained / STATE).unlink(missing_ok=True)
-        history = fit(model, pairs, schedule_of(config), trained, progress)
+        tracker = tracker_of(config)
+        history = fit(model, pairs, schedule_of(config), trained, progress, tracker.log)
         started = time.perf_counter()
         generated = generate(
             model, read, config["regen_gamma"], config["regen_temperature"], config["seed"],

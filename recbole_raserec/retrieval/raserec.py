@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Callable, Literal, Optional, Union
 
@@ -23,15 +24,17 @@ from recbole_raserec.config import (
     Share,
     Text,
     Weight,
+    get_model,
     option,
 )
 from recbole_raserec.data import POSITION
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy
-from recbole_raserec.recommendation import Backbone
+from recbole_raserec.recommendation import Backbone, wrap_backbone
 from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
+from recbole_raserec.storage import load_weights, read_manifest, read_weights
 
 
 class RaSeRecOptions(Options):
@@ -45,7 +48,9 @@ class RaSeRecOptions(Options):
         heading="The backbone",
     )
     backbone_checkpoint: Optional[Text] = option(
-        None, "directory of a trained backbone; null: train, or reuse one in checkpoint_dir", training=False
+        None,
+        "directory of a trained backbone, or .pth of RecBole's; null: train, or reuse one in checkpoint_dir",
+        training=False,
     )
     freeze_backbone: bool = option(True, "train the module alone, as the paper; false: the backbone too")
     memory: Literal["pairs", "patterns", "both"] = option(
@@ -133,11 +138,13 @@ class RaSeRec(SequentialRecommender):
     Args:
         config: options of `properties/model/RaSeRec.yaml`.
         dataset: RecBole data set, or anything with `num(field)`.
-        backbone: gives user and item vectors.
+        backbone: gives user and item vectors; None: one as the options name it, with the weights of
+            `backbone_checkpoint`, or untrained: the trainer trains it.
 
     Attributes:
         known: vectors and neighbours of some splits, where rows (user and position) are looked up first; a change of
             the memory empties it.
+        makes_backbone: whether the backbone is its own, to be trained.
         augments: whether user vectors are augmented.
         knn: whether the kNN head is there.
     """
@@ -147,8 +154,16 @@ class RaSeRec(SequentialRecommender):
     knn_share: Tensor
     knn_tau: Tensor
 
-    def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Backbone):
+    def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Optional[Backbone] = None):
         super().__init__(config, dataset)
+        self.makes_backbone = backbone is None
+        if backbone is None:
+            own = config.for_backbone()  # type: ignore[union-attr]
+            model = get_model(own["model"])(own, dataset)
+            path = config["backbone_checkpoint"]
+            if path and os.path.isdir(path):
+                load_weights(model, read_weights(path, read_manifest(path)), path)
+            backbone = wrap_backbone(model, own, dataset)
         self.backbone = backbone
         self.n_users = int(dataset.num(self.USER_ID))
         self.top_k, self.time_field, self.frozen = config["top_k"], config["TIME_FIELD"], config["freeze_backbone"]
@@ -264,6 +279,11 @@ class RaSeRec(SequentialRecommender):
         self.memory, self._copy = memory, None
         self._memory_changed()
 
+    def load_other_parameter(self, para: Any) -> None:
+        """The memory of one of RecBole's checkpoints."""
+        if para:
+            self.use_memory(para["memory"])
+
     def _memory_changed(self) -> None:
         if self.memory.retrieve_by == "target":
             self.memory.set_target_vectors(self.item_vectors())
@@ -282,7 +302,9 @@ class RaSeRec(SequentialRecommender):
         return (h, *self.neighbours(h, user, position, time))
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """Cross-entropy of h~ over all items (report, loss L)."""
+        """Cross-entropy of h~ over all items (report, loss L); raises ValueError while the memory is empty."""
+        if not len(self.memory):
+            raise ValueError("RaSeRec: its memory is empty; train it with RaSeRecTrainer, whose fit builds it")
         if self.frozen:
             h, ids, mask = self.retrieved(interaction)
         else:
@@ -313,7 +335,10 @@ class RaSeRec(SequentialRecommender):
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
         """Scores of all items, [B, V]; with the kNN head logarithms of the mixed probabilities."""
-        h, ids, mask = self.retrieved(interaction)
+        return self.scores_of(*self.retrieved(interaction))
+
+    def scores_of(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """The same of user vectors h [B, H] and the memories `ids` where `mask` is True, [B, K] each."""
         mixed = self.augment(h, ids, mask) if self.augments else h
         found = scores(mixed, self.item_vectors(), self.backbone.item_bias())
         if not self.knn or not len(self.memory):

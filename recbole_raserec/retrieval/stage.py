@@ -66,7 +66,7 @@ class RetrievalHooks(Hooks):
         model.ram.calibrate(h, keys, model.item_vectors().detach()[targets])
         if not model.frozen:
             for name, dtype in zip(TRAINING_BUFFERS, (torch.int32, torch.bool)):
-                model.register_buffer(name, torch.zeros(len(queries), model.top_k, dtype=dtype))
+                model.register_buffer(name, torch.zeros(len(queries), model.top_k, dtype=dtype, device=device))
 
     def encode(self, split: SequenceDataset, what: str) -> Queries:
         """Encode the windows of a split with the model's current backbone."""
@@ -141,6 +141,8 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
     splits = base.splits
     if not isinstance(splits.train._dataset, SequenceDataset) or not splits.train._dataset.is_lazy:
         raise ConfigError([f"backbone: {base.name} reads its own kind of data set; retrieval needs plain sequences."])
+    inner = config.for_backbone()
+    splits.settle(config, inner)
     init_seed(config["seed"], config["reproducibility"])
     backbone = wrap_backbone(base.model, config, splits.dataset)
     model = RaSeRec(config, splits.dataset, backbone).to(config["device"])
@@ -161,8 +163,9 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
     manifest = {
         "options": config.explain(),
         "backbone": base.name,
-        "backbone_options": {**config.for_backbone().explain(), **getattr(base.model, "extra_options", {})},
+        "backbone_options": {**inner.explain(), **getattr(base.model, "extra_options", {})},
         "validation_in_memory": True,
     }
     init_seed(config["seed"], config["reproducibility"])
-    return run_stage(stage, splits, model, loader, mark, manifest, hooks, trial)
+    name = "retrieval_regenerated" if config["regeneration"] else "retrieval"
+    return run_stage(stage, splits, model, loader, mark, manifest, hooks, trial, name)

@@ -8,10 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recbole_raserec.serving.export import write_programs, write_vectors
     from recbole_raserec.serving.live import load_checkpoint
     from recbole_raserec.serving.recommender import Recommender
 
-__all__ = ["Recommender", "load_checkpoint"]
+__all__ = ["Recommender", "load_checkpoint", "write_programs", "write_vectors"]
+
+_MODULES = {"Recommender": "recommender", "load_checkpoint": "live"}
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +22,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{'recommender' if name == 'Recommender' else 'live'}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'export')}"), name)

@@ -52,13 +52,14 @@ class Recommendations:
         return items, scores
 
     def columns(self) -> dict[str, Any]:
-        """A row an item: query, rank (from 1), item, score."""
+        """A row an item: query, rank (from 1), item, score, popular."""
         lengths = [len(found) for found in self.items]
         return {
             "query": [label for label, length in zip(self.labels, lengths) for _ in range(length)],
             "rank": [rank for length in lengths for rank in range(1, length + 1)],
             "item": [item for found in self.items for item in found],
             "score": np.concatenate([*self.scores, np.empty(0, np.float32)]),
+            "popular": np.repeat(self.popular, lengths),
         }
 
     def to_pandas(self) -> Any:

@@ -22,15 +22,18 @@ from typing import Any, Optional, Union
 import numpy as np
 import torch
 from filelock import BaseFileLock
+from recbole.data.interaction import Interaction
+from recbole.utils import FeatureType
 
 from recbole_raserec.config import get_model, trims
-from recbole_raserec.data import Catalogue, Histories, pad_lists
+from recbole_raserec.data import Catalogue, Features, Histories, pad_lists
 from recbole_raserec.errors import CheckpointError, InputError
 from recbole_raserec.recommendation import batches_by_length, encode_in_batches, wrap_backbone
 from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec
 from recbole_raserec.serving.inputs import Event
 from recbole_raserec.storage import (
     BEST,
+    FEATURES,
     MEMORY,
     live_parts,
     load_weights,
@@ -58,27 +61,53 @@ class Options(dict):
 
 
 class Vocabulary:
-    """Stands in for a data set where a model only asks how many users and items there are.
+    """Stands in for a data set where a model asks how many users and items there are, and for what `features` hold.
 
     Args:
         options: names of the id fields.
         users: external ids by internal ones; the first is that of the padding.
         items: the same.
+        features: what the model reads beside sequences.
 
     Attributes:
         numbers: internal ids of the items by external ones.
     """
 
-    def __init__(self, options: Mapping[str, Any], users: list[str], items: list[str]):
+    def __init__(
+        self, options: Mapping[str, Any], users: list[str], items: list[str], features: Optional[Features] = None
+    ):
         self.uid_field, self.iid_field = options["USER_ID_FIELD"], options["ITEM_ID_FIELD"]
         self.users, self.items = users, items
         self.user_num, self.item_num = len(users), len(items)
         self.numbers = {token: number for number, token in enumerate(items) if number}
         self.inter_feat = {self.iid_field: torch.empty(0, dtype=torch.int64)}  # no training rows here
+        self.config, self._features, fields = options, features, features.fields if features else {}
+        longest = int(options["MAX_ITEM_LIST_LENGTH"])
+        lists = {f"{name}{options['LIST_SUFFIX']}": longest for name in (self.iid_field, *fields)}
+        self.field2seqlen = {**lists, **{name: length for name, (_, _, length) in fields.items()}}
+        kinds = {self.uid_field: FeatureType.TOKEN, self.iid_field: FeatureType.TOKEN}
+        self.field2type = {**kinds, **{name: FeatureType(kind) for name, (kind, _, _) in fields.items()}}
 
     def num(self, field: str) -> int:
-        """Number of ids of a field, padding included."""
-        return {self.uid_field: self.user_num, self.iid_field: self.item_num}[field]
+        """Number of ids of a field, padding included; of a field of numbers their length."""
+        own = {self.uid_field: self.user_num, self.iid_field: self.item_num}
+        return own[field] if field in own or self._features is None else self._features.fields[field][1]
+
+    def get_item_feature(self) -> Interaction:
+        """Attributes of all items."""
+        known = self._features.items if self._features is not None else None
+        return Interaction(known if known is not None else {self.iid_field: torch.arange(self.item_num)})
+
+    def get_user_feature(self) -> Interaction:
+        """The users' ids; a ValueError where the model was trained with more, which a checkpoint does not hold."""
+        if self._features is not None and self._features.personal:
+            names = ", ".join(self._features.personal)
+            raise ValueError(f"it reads attributes of users ({names}), which are personal and not kept; unload them")
+        return Interaction({self.uid_field: torch.arange(self.user_num)})
+
+    def get_preload_weight(self, field: str) -> np.ndarray:
+        """Pre-trained vectors of a field."""
+        return ({} if self._features is None else self._features.weights)[field]
 
 
 @dataclasses.dataclass
@@ -129,7 +158,8 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name, options, ids = manifest["model"], Options(manifest["options"], device=target), read_ids(directory)
     parts, trained, applied = live_parts(directory)
-    vocabulary = Vocabulary(options, ids["users"][:trained], ids["items"])
+    features = Features.load(directory / FEATURES, manifest.get("features_sha256"))
+    vocabulary = Vocabulary(options, ids["users"][:trained], ids["items"], features)
     memory: Any = None
     try:
         if name == "RaSeRec":
@@ -212,6 +242,9 @@ def lock_directory(directory: Path) -> BaseFileLock:
         lock = try_lock(directory / LOCK)
     except FileNotFoundError:
         raise CheckpointError(f"{directory.absolute()} is no directory.") from None
+    except OSError as error:  # a read-only file system, or another user's directory
+        why = f"{directory} takes no journal of changes ({error.strerror})"
+        raise CheckpointError(f"{why}; serve it with --read_only, or a copy of it.") from None
     if lock is None:
         holder = directory / HOLDER
         process = holder.read_bytes()[:20].decode("ascii", "replace").strip() if holder.is_file() else ""
@@ -261,10 +294,12 @@ class Journal:
 
     def clear(self) -> None:
         """Drop all records: what they changed is stored elsewhere."""
-        with replacing(self.path) as part:
-            part.write_bytes(b"")
-        self._file.close()
-        self._open()
+        self._file.close()  # Windows replaces no open file
+        try:
+            with replacing(self.path) as part:
+                part.write_bytes(b"")
+        finally:
+            self._open()
 
     def close(self) -> None:
         """Close the file."""
@@ -320,16 +355,26 @@ class LiveMemory:
 
     def keep_journal(self, lock: BaseFileLock) -> None:
         """Take up what the journal holds beyond the saved state; journal changes from now on. `close` frees `lock`."""
-        journal = Journal(self.directory / JOURNAL)
-        for record in journal.records(self.applied):
+        self._journal = Journal(self.directory / JOURNAL)
+        self._take_up(self._journal.records(self.applied))
+        for close in (lock.release, self._journal.close):
+            self._closing.callback(close)
+
+    def read_journal(self) -> None:
+        """Take up what the journal holds beyond the saved state, and write nothing."""
+        path = self.directory / JOURNAL
+        text = path.read_bytes() if path.is_file() else b""
+        whole = text[: text.rfind(b"\n") + 1]
+        self._take_up(record for record in _records(whole, path) if record["n"] > self.applied)
+        self._saved = self.applied
+
+    def _take_up(self, records: Iterable[dict[str, Any]]) -> None:
+        for record in records:
             if "forget" in record:
                 self._forget(record["forget"])
             else:
                 self._apply(record["events"])
             self.applied = record["n"]
-        self._journal = journal
-        for close in (lock.release, journal.close):
-            self._closing.callback(close)
 
     def update(self, events: Sequence[Event]) -> Update:
         """Take up new interactions of known items, see `Recommender.update`."""

@@ -64,6 +64,9 @@ class Recommender:
         if not isinstance(model, SequentialRecommender):
             what = f"{directory} holds a {type(model).__name__}, which reads no histories"
             raise CheckpointError(f"{what}; recommendations for a history need a sequential model.")
+        if hasattr(model, "NEG_ITEM_SEQ"):
+            what = f"{directory} holds a {type(model).__name__}, which reads sampled negative items beside a history"
+            raise CheckpointError(f"{what}, also where it scores; it cannot recommend for a history alone.")
         self.model, self.options, self.catalogue = model, checkpoint.options, catalogue
         self.name, self.dataset, self.fingerprint = manifest["model"], manifest.get("dataset"), manifest["fingerprint"]
         self.live = LiveMemory(checkpoint, catalogue, Path(directory))
@@ -186,9 +189,10 @@ class Recommender:
             with self.live.lock.read():
                 interaction = self._interaction(query, filled)
                 if isinstance(self.model, RaSeRec):
-                    part = self.model.augment(*self.model.retrieved(interaction))
+                    h, *found = self.model.retrieved(interaction)
+                    part = self.model.augment(h, *found) if self.model.augments else h
                 else:
-                    part = self._backbone.encode(*(interaction[name] for name in self._fields))
+                    part = self.backbone.encode(*(interaction[name] for name in self._fields))
             if vectors is None:
                 vectors = np.zeros((len(query.rows), part.shape[1]), np.float32)
             vectors[filled] = part.cpu().numpy()
@@ -207,7 +211,7 @@ class Recommender:
         """
         k, numbers = _positive("k", k), self._known_items(items, "items", strict=True)
         with self.live.lock.read():
-            vectors = torch.nn.functional.normalize(self._backbone.item_vectors(), dim=1)
+            vectors = torch.nn.functional.normalize(self.backbone.item_vectors(), dim=1)
             cosine = vectors[numbers] @ vectors.T
         cosine[:, 0] = -torch.inf
         cosine[torch.arange(len(numbers)), numbers] = -torch.inf
@@ -352,7 +356,18 @@ class Recommender:
         """[B, V] of the model."""
         if hasattr(self.model, "full_sort_vectors"):
             return scores(*self.model.full_sort_vectors(interaction))
-        return self.model.full_sort_predict(interaction).reshape(len(interaction), -1)[:, : len(self.items)]
+        rows, item = len(interaction), self._names[1]
+        interaction.update(Interaction({item: torch.ones(rows, dtype=torch.int64, device=self.device)}))  # some read it
+        try:
+            return self.model.full_sort_predict(interaction).reshape(rows, -1)[:, : len(self.items)]
+        except NotImplementedError:  # a user vector depends on the candidate: one pair of them at a time
+            numbers, found = torch.arange(len(self.items), device=self.device), []
+            for row in range(rows):
+                for part in numbers.split(1024):
+                    pairs = interaction[row : row + 1].repeat_interleave(len(part))
+                    pairs.update(Interaction({item: part}))
+                    found.append(self.model.predict(pairs).reshape(-1))
+            return torch.cat(found).view(rows, -1)
 
     def _best(self, found: torch.Tensor, k: int) -> tuple[list[list[str]], list[np.ndarray]]:
         """The k best items of each row [B, V] and their scores, without those of minus infinity."""
@@ -363,7 +378,8 @@ class Recommender:
         return [[self.items[number] for number in row[:count]] for row, count in rows], values
 
     @cached_property
-    def _backbone(self) -> Backbone:
+    def backbone(self) -> Backbone:
+        """The model as user vectors times item vectors; an `InputError` where it has none."""
         if isinstance(self.model, RaSeRec):
             return self.model.backbone
         try:

@@ -2,6 +2,7 @@
 
 from recbole_raserec.storage.checkpoint import (
     BEST,
+    FEATURES,
     HISTORIES,
     ITEMS,
     MANIFEST,
@@ -25,6 +26,8 @@ from recbole_raserec.storage.files import (
     named_tensors,
     part_of,
     plain,
+    raw_format,
+    raw_stem,
     read_arrays,
     read_json,
     read_tensors,
@@ -39,9 +42,9 @@ from recbole_raserec.storage.files import (
 from recbole_raserec.storage.locks import locked, try_lock
 
 __all__ = [
-    "ARRAYS", "BEST", "HISTORIES", "ITEMS", "MANIFEST", "MEMORY", "MODEL_VERSIONS", "STATE", "data_fingerprint",
-    "dense_tensors", "fingerprint", "live_parts", "load_named", "load_weights", "locked", "named_tensors", "part_of",
-    "plain", "read_arrays", "read_ids", "read_json", "read_manifest", "read_tensors", "read_weights", "replacing",
-    "save_parts", "sha256", "sync_directory", "try_lock", "version_of", "write_arrays", "write_checkpoint",
-    "write_json", "write_tensors",
+    "ARRAYS", "BEST", "FEATURES", "HISTORIES", "ITEMS", "MANIFEST", "MEMORY", "MODEL_VERSIONS", "STATE",
+    "data_fingerprint", "dense_tensors", "fingerprint", "live_parts", "load_named", "load_weights", "locked",
+    "named_tensors", "part_of", "plain", "raw_format", "raw_stem", "read_arrays", "read_ids", "read_json",
+    "read_manifest", "read_tensors", "read_weights", "replacing", "save_parts", "sha256", "sync_directory", "try_lock",
+    "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
 ]  # fmt: skip

@@ -1,7 +1,8 @@
 """The checkpoint directory: configuration, weights, memory and external ids; it reloads without the data set.
 
 Layout: `checkpoint.json` (format, model, options, figures), `model.safetensors` (weights), `ids.json` (external user
-and item ids in the order of the internal ones), `memory/` (RaSeRec), `items.json` and `histories/` (the catalogue). A
+and item ids in the order of the internal ones), `memory/` (RaSeRec), `items.json` and `histories/` (the catalogue),
+`features.safetensors` (what a model reads beside sequences). A
 service that changes it keeps ids, memory and catalogue in a directory `live-...` that `live.json` names. No pickle.
 """
 
@@ -21,7 +22,7 @@ from recbole_raserec.storage.files import read_json, read_tensors, replacing, sh
 FORMAT, VERSION = "recbole-raserec checkpoint", 1
 STATE, BEST = "state.safetensors", "model.safetensors"
 MANIFEST, IDS, MEMORY, LIVE = "checkpoint.json", "ids.json", "memory", "live.json"
-ITEMS, HISTORIES = "items.json", "histories"
+ITEMS, HISTORIES, FEATURES = "items.json", "histories", "features.safetensors"
 
 
 def dense_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -40,12 +41,16 @@ def load_weights(model: torch.nn.Module, tensors: dict[str, torch.Tensor], sourc
 
 
 def write_checkpoint(
-    directory: Path, manifest: dict[str, Any], ids: dict[str, list[str]], memory: Any = None, catalogue: Any = None
-) -> None:
+    directory: Path, manifest: dict[str, Any], ids: dict[str, list[str]], memory: Any = None, catalogue: Any = None,
+    features: Any = None,
+) -> None:  # fmt: skip
     """Complete a directory that holds the weights. The manifest comes last: without it there is no checkpoint."""
     write_json(directory / IDS, ids)
     if catalogue is not None:
         catalogue.save(directory)
+    if features is not None:
+        features.save(directory / FEATURES)
+        manifest = {**manifest, "features_sha256": sha256(directory / FEATURES)}
     if memory is not None:
         memory.save(directory / MEMORY, manifest["fingerprint"])
     weights = sha256(directory / BEST)
@@ -71,8 +76,9 @@ def save_parts(
     manifest, copied = read_manifest(source), target.resolve() != source.resolve()
     target.mkdir(parents=True, exist_ok=True)
     if copied:
-        with replacing(target / BEST) as part:
-            shutil.copyfile(source / BEST, part)
+        for name in (BEST, *([FEATURES] if "features_sha256" in manifest else [])):
+            with replacing(target / name) as part:
+                shutil.copyfile(source / name, part)
     parts = target / f"live-{secrets.token_hex(8)}"
     parts.mkdir()
     write_json(parts / IDS, ids)

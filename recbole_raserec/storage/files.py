@@ -42,7 +42,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     part = Path(name)
     try:
         yield part
-        with open(part, "rb") as written:
+        with open(part, "rb+") as written:  # Windows syncs no file that is open for reading alone
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
@@ -51,6 +51,27 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         sync_directory(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+#: Format of raw data by the end of a file's name, before .gz.
+RAW_FORMATS = {
+    **dict.fromkeys((".csv", ".tsv", ".dat", ".txt"), "ratings"),
+    **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+}
+
+
+def raw_format(path: str | os.PathLike) -> str:
+    """The format of raw data that the end of a file's name stands for; empty for another end."""
+    return RAW_FORMATS.get(Path(os.fspath(path).lower().removesuffix(".gz")).suffix, "")
+
+
+def raw_stem(path: str | os.PathLike) -> str:
+    """The name of a data set that is made of a file: of `data/my ratings.csv.gz` `my_ratings`."""
+    name = Path(path).name
+    for suffix in (".gz", *RAW_FORMATS):
+        name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
+    return re.sub(r"[^\w.+-]", "_", name)
 
 
 def sync_directory(path: str | os.PathLike) -> None:
@@ -122,7 +143,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]
     try:
         with safe_open(str(path), framework="pt") as archive:
             meta = json.loads((archive.metadata() or {})["meta"])
-            return {name: archive.get_tensor(name) for name in list(archive.keys())}, meta
+            # Copies: the tensors are maps of the file, and Windows replaces no file that is mapped.
+            return {name: archive.get_tensor(name).clone() for name in list(archive.keys())}, meta
     except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file of this package ({error}).") from None
 

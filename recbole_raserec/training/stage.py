@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from recbole_raserec.config import Config, get_trainer_class, selection_protocol, short_name
-from recbole_raserec.data import Splits, catalogue_of
+from recbole_raserec.data import Features, Splits, catalogue_of
 from recbole_raserec.distributed import current
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.evaluation import Ranks, collect_ranks, evaluate, metrics_by_protocol
 from recbole_raserec.storage import MANIFEST, locked, read_manifest, write_checkpoint
+from recbole_raserec.training.tracking import tracker_of
 from recbole_raserec.training.trainer import resumable
 
 #: Digits of the figures in reports and results; early stopping compares RecBole's `metric_decimal_place`.
@@ -102,7 +103,7 @@ def evaluate_test(model: Any, splits: Splits, config: Config) -> tuple[Ranks, di
 
 def run_stage(
     config: Config, splits: Splits, model: Any, train_data: Any, mark: str, manifest: dict[str, Any],
-    hooks: Optional[Hooks] = None, trial: Optional[Trial] = None,
+    hooks: Optional[Hooks] = None, trial: Optional[Trial] = None, stage: str = "recommendation",
 ) -> Outcome:  # fmt: skip
     """Train to the end (or reuse a finished run), evaluate the best weights, complete the checkpoint.
 
@@ -117,6 +118,7 @@ def run_stage(
         manifest: what the checkpoint's manifest says beside the figures.
         hooks: what happens around the training.
         trial: given where the run is one of a search.
+        stage: first part of the names of its figures.
 
     Raises:
         CheckpointError: the directory holds another run, or a damaged state.
@@ -151,7 +153,7 @@ def run_stage(
                 raise CheckpointError(f"{directory} holds another run; move it away or set `checkpoint_dir`.")
             getLogger().info(f"{name}: reusing the finished run in {directory}")
         kind = resumable(get_trainer_class(config))
-        trainer = kind(config, model, directory, validate, protocol, resume, hooks.before_epoch)
+        trainer = kind(config, model, directory, validate, protocol, resume, hooks.before_epoch, stage)
         if not hooks.trains:
             if done is None:
                 trainer.keep()
@@ -164,15 +166,19 @@ def run_stage(
         if done is None and hooks.after_training(value, trainer.valid_metric):
             trainer.keep()
         metrics = {"valid": evaluate(model, splits.valid, config, splits.seen["valid"], decimals=DECIMALS)}
+        tracker_of(config).log_metrics(stage, "best", metrics["valid"])
         if trial is not None:
             return Outcome(name, model, splits, metrics, trainer.seconds, directory, mark)
         hooks.before_test()
         ranks, metrics["test"] = evaluate_test(model, splits, config)
+        tracker_of(config).log_metrics(stage, "test", metrics["test"])
         curve = trainer.curve if done is None else done.get("curve", {})
         outcome = Outcome(name, model, splits, metrics, trainer.seconds, directory, mark, ranks, curve)
         if done is None and group.first:
             full = {"model": name, "dataset": config["dataset"], "fingerprint": mark, "data": splits.fingerprint}
             full.update(manifest, metrics=metrics, seconds=trainer.seconds, curve=curve)
             known = catalogue_of(splits, config)
-            write_checkpoint(directory, full, splits.vocabulary(), getattr(model, "memory", None), known)
+            write_checkpoint(
+                directory, full, splits.vocabulary(), getattr(model, "memory", None), known, Features.of(splits.dataset)
+            )
     return outcome

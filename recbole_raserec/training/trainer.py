@@ -33,7 +33,7 @@ from recbole_raserec.storage import (
     write_tensors,
 )
 from recbole_raserec.training.data_parallel import SplitSteps
-from recbole_raserec.training.graphs import FixedShapes, GraphedLoss
+from recbole_raserec.training.tracking import tracker_of
 
 #: The first averages reach back over a tenth of the steps so far, so that the initial weights soon count for nothing.
 WARM_UP = 10
@@ -111,6 +111,7 @@ class ResumableTrainer(Trainer):
         protocol: the protocol whose `valid_metric` decides on early stopping.
         resume: continue a run found in `directory`; otherwise overwrite it.
         before_epoch: called with the epoch's number before it starts.
+        stage: first part of the names of its figures (`training.tracking`).
 
     Raises:
         CheckpointError: `directory` holds a damaged state, or another run's.
@@ -120,10 +121,13 @@ class ResumableTrainer(Trainer):
 
     def __init__(
         self, config: Config, model: Any, directory: Path, evaluate: Evaluate, protocol: str, resume: bool = True,
-        before_epoch: Optional[Callable[[int], None]] = None,
+        before_epoch: Optional[Callable[[int], None]] = None, stage: str = "training",
     ):  # fmt: skip
+        asked, config["log_wandb"] = config["log_wandb"], False  # RecBole would open a run of its own
         super().__init__(config, model)
-        weakref.finalize(self, self.tensorboard.close)  # it has a thread and an open file
+        config["log_wandb"], self._stage = asked, stage
+        self.tensorboard = self._tracker = tracker_of(config)
+        weakref.finalize(self, self._tracker.let_go)
         self._group = group = current()
         self.directory = Path(directory)
         if group.first:
@@ -133,6 +137,7 @@ class ResumableTrainer(Trainer):
         self.seconds, self._epoch_start = 0.0, time.perf_counter()
         self.valid_values: dict[int, float] = {}  # by epoch
         self._freed = FreedMemory()
+        self._epoch, self._brief, self._said = 0, False, ""  # one line an epoch where there is no progress bar
         self._loader: Any = None
         self._resumed: Any = None  # tensors and meta of the state that the run continues from
         # Graph models cache embeddings there. Until this process has seen the best epoch, they are as constructed.
@@ -142,7 +147,6 @@ class ResumableTrainer(Trainer):
             average = self._average = WeightAverage(model, config["weight_averaging"])
             self.optimizer.register_step_post_hook(lambda *_: average.update())
         self._split: Optional[SplitSteps] = None
-        self._graphs: Optional[GraphedLoss] = None
         if group.size > 1:
             self._split = SplitSteps(group, model, config["model"], self.optimizer, self.clip_grad_norm)
             self.clip_grad_norm = None
@@ -182,8 +186,12 @@ class ResumableTrainer(Trainer):
                 callback_fn(epoch, score)
             self.save_state(epoch)
 
+        self._brief = verbose and not show_progress and not self._pretrains
         self._epoch_start = time.perf_counter()
-        result = super().fit(train_data, valid_data, verbose, saved, show_progress, after_epoch)
+        result = super().fit(train_data, valid_data, verbose and not self._brief, saved, show_progress, after_epoch)
+        if self._brief and self.valid_values:
+            best = (max if self.valid_metric_bigger else min)(self.valid_values, key=lambda n: self.valid_values[n])
+            self.logger.info(f"{self._stage}: best in epoch {best}, {self.valid_metric} {self.valid_values[best]:.4f}")
         if self._pretrains and last % self.save_step:
             self.save_pretrained_model(last - 1)  # RecBole keeps each `save_step`-th epoch only, perhaps none
         return result
@@ -211,20 +219,19 @@ class ResumableTrainer(Trainer):
             self._before_epoch(epoch_idx)
         if self._split is not None:
             loss_func = self._split.loss_of(loss_func or self.model.calculate_loss)
-        elif loss_func is None and self._records:
-            self._graphs = self._graphs or GraphedLoss(self.model, self.model.calculate_loss)
-            train_data = FixedShapes(train_data, self.config, self.model.max_seq_length)
-            loss_func = self._graphs
+        started = time.perf_counter()
         with self._in_bfloat16():
             losses = super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)
         self._freed.bound()
+        self._epoch, seconds = epoch_idx, time.perf_counter() - started
+        parts = losses if isinstance(losses, tuple) else (losses,)
+        figures = {"train/loss": sum(parts), **{f"train/loss{n}": part for n, part in enumerate(parts, 1)}}
+        self._tracker.log(self._stage, figures if len(parts) > 1 else {"train/loss": parts[0]}, epoch_idx)
+        text = " + ".join(f"{part:.{self.config['loss_decimal_place'] or 4}f}" for part in parts)
+        self._said = f"{self._stage} epoch {epoch_idx} [{seconds:.2f} s]: loss {text}"
+        if self._brief and (self.eval_step <= 0 or (epoch_idx + 1) % self.eval_step):
+            self.logger.info(self._said)
         return losses
-
-    @property
-    def _records(self) -> bool:
-        """Whether steps are recorded: on a GPU, of a model none of whose steps waits for it."""
-        wanted = self.device.type == "cuda" and self.config["cuda_graphs"] and not self.enable_scaler
-        return bool(wanted and not getattr(self.model, "waits", True) and self.config["loss_type"] == "CE")
 
     @contextmanager
     def _in_bfloat16(self) -> Iterator[None]:
@@ -241,8 +248,15 @@ class ResumableTrainer(Trainer):
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
         with self._averaged():
-            result = self._group.broadcast(self._evaluate(self.model, valid_data)[self._protocol])
+            found = self._group.broadcast(self._evaluate(self.model, valid_data))
+        self._tracker.log_metrics(self._stage, "valid", found, self._epoch)
+        result = found[self._protocol]
+        if self._brief:
+            self.logger.info(f"{self._said}; " + ", ".join(f"{key} {value:g}" for key, value in result.items()))
         return result[self.valid_metric], result
+
+    def _add_train_loss_to_tensorboard(self, *_: Any, **__: Any) -> None:
+        """Each epoch's loss is logged where it is known, under the stage's name."""
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         with self._averaged():

@@ -23,13 +23,13 @@ from typing import Any, Optional
 
 import torch
 import yaml
-from recbole.utils import init_logger
+from recbole.utils.logger import init_logger
 
 from recbole_raserec.config import REGENERATION, RETRIEVAL_MODEL, Config, check_run, selection_protocol
 from recbole_raserec.data.preparation import ensure_dataset
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError, nearest, shown
-from recbole_raserec.evaluation import PROTOCOL_TITLES, SEEN_KEPT, plot_points, record_table, text_block, versions
+from recbole_raserec.evaluation import PROTOCOL_TITLES, plot_points, record_table, text_block, versions
 from recbole_raserec.quick_start import run, run_stages
 from recbole_raserec.storage import plain, read_json, replacing, try_lock, write_json
 from recbole_raserec.training import Trial
@@ -270,10 +270,10 @@ def _report(search: Search, study: Any) -> dict[str, Any]:
     best = ranked[0]
     chosen = options_of(trials[best.number]["options"])
     how = f"sampler {search.sampler}, pruner {search.pruner}, seed {config['seed']}"
-    seen = "kept in" if selection_protocol(config) == SEEN_KEPT else "removed from"
+    by = PROTOCOL_TITLES[selection_protocol(config)]
     header = [
         f"The best of {len(trials)} trials of the study {search.name} ({how}):",
-        f"trial {best.number}, validation {search.metric} {best.value:.6f}, seen items {seen} the ranking.",
+        f"trial {best.number}, validation {search.metric} {best.value:.6f}, {by}.",
         f"Searched: {', '.join(search.options)}.",
     ]
     shared = {"model": config["model"], "dataset": config["dataset"], **search.given}

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from recbole_raserec.config import Config
 from recbole_raserec.data.preparation.atomic import check_inter
+from recbole_raserec.data.preparation.convert import prepare_file
 from recbole_raserec.errors import DatasetError
 
 SUFFIXES = (".inter", ".user", ".item", ".kg", ".link", ".net")
@@ -119,12 +120,15 @@ def inter_files(folder: str | os.PathLike, dataset: str, benchmark: Sequence[str
 
 
 def ensure_dataset(config: Config) -> Path:
-    """The run's (first) interaction file, there and usable; RecBole's copy is downloaded if there is one.
+    """The run's (first) interaction file, there and usable: prepared from the file that the run names, or downloaded
+    where RecBole has one.
 
     Raises:
         DatasetError: It is missing and cannot be downloaded, or it is no atomic file with the columns the run needs.
     """
     dataset, folder, benchmark = config["dataset"], Path(config["data_path"]), config["benchmark_filename"]
+    if config["dataset_file"]:
+        prepare_file(config)
     files, failure = inter_files(folder, dataset, benchmark), ""
     there = all(path.is_file() for path in files)
     if not there and benchmark is None and (url := recbole_urls().get(dataset)):

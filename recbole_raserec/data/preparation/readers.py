@@ -1,9 +1,9 @@
 """Raw recommendation files into interactions.
 
 Tables (format `ratings`) are read by pandas in chunks. It counts rows, not lines: a second pass over the file, made
-only when something is wrong, finds the line. Two formats are read by hand: `sequences`, whose lines differ in length,
-and `amazon`, because `pandas.read_json` turns integer ids beside a missing one into floats, and names no line when one
-is no JSON.
+only when something is wrong, finds the line. Some formats are read by hand: `sequences`, whose lines differ in length,
+and `json` and `amazon`, because `pandas.read_json` turns integer ids beside a missing one into floats, and names no
+line when one is no JSON. Parquet is read by polars.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,19 +29,29 @@ import pandas as pd
 from tqdm import tqdm
 
 from recbole_raserec.data.preparation.atomic import MISSING, Log, fits
-from recbole_raserec.errors import DatasetError
+from recbole_raserec.errors import DatasetError, MissingExtraError
 
-FORMATS = ("sequences", "ratings", "amazon")
+FORMATS = ("auto", "sequences", "ratings", "json", "parquet", "amazon")
 ROLES = ("user", "item", "rating", "time")
 SEPARATORS = ("::", "\t", ",", ";", "|")
 NONE = "none"
-#: Column names recognised in a header, in the order of preference, lower case and without RecBole's ":type".
-KNOWN = {
-    "user": ("user_id", "userid", "user", "uid", "reviewerid", "reviewer_id", "visitorid", "customer_id"),
-    "item": ("item_id", "itemid", "item", "iid", "parent_asin", "asin", "movieid", "movie_id", "product_id",
-             "productid"),
-    "rating": ("rating", "overall", "ratings", "score", "stars", "review/score"),
-    "time": ("timestamp", "time", "unixreviewtime", "unix_time", "unixtime", "review/time", "date", "datetime"),
+#: Names of columns, by role in the order of preference; which of two on one line is meant nobody knows. Lower case,
+#: letters and digits alone, without RecBole's ":type": `userId`, `user_id` and `User ID` are one name.
+KNOWN: dict[str, tuple[str, ...]] = {
+    "user": (
+        "userid", "user uid", "reviewerid visitorid customerid customer clientid memberid accountid buyerid profileid",
+        "sessionid session",
+    ),
+    "item": (
+        "itemid", "item iid", "parentasin",
+        "asin movieid movie productid product sku stockcode bookid isbn songid trackid artistid articleid newsid "
+        "videoid gameid businessid recipeid",
+    ),
+    "rating": ("rating", "ratings overall stars starrating score reviewscore reviewrating"),
+    "time": (
+        "timestamp", "unixreviewtime unixtime unixtimestamp ts", "time datetime date eventtime createdat", "reviewtime",
+        "reviewdate eventdate day",
+    ),
 }  # fmt: skip
 #: Keys of a review: the files of 2014 and 2018, then those of 2023 (times in milliseconds, kept as they are).
 AMAZON_KEYS = {
@@ -62,12 +73,13 @@ class Options:
     """The options of `recbole-raserec prepare`, by their names on the command line.
 
     Attributes:
-        input: the raw file, plain or gzip.
+        input: the raw file, plain or gzip; or a pandas or polars DataFrame, whose columns have names.
         format: "sequences": one user a line, `user item item ...`; the time is the position in the user's history,
-            which a later line of the user continues. "ratings": one interaction a line. "amazon": one JSON a line.
+            which a later line of the user continues. "ratings": one interaction a line. "json": one object a line.
+            "parquet". "amazon": reviews of all years. "auto": by the end of the file's name.
         output: directory of the data sets (`data_path` of a run).
-        name: name of the data set.
-        user_col: The user's column, by name or by position from 1 (amazon: key). None: found by its name in the header;
+        name: name of the data set; empty: that of the file.
+        user_col: The user's column, by name or by position from 1 (amazon: key). None: found by its name, see `KNOWN`;
             without a header it is the first, and item, rating and time are the next.
         item_col: as `user_col`.
         rating_col: as `user_col`; "none": there is no such column.
@@ -82,10 +94,10 @@ class Options:
         encoding: of the input.
     """
 
-    input: str
-    format: str
-    output: str
-    name: str
+    input: Any
+    format: str = "auto"
+    output: str = "dataset"
+    name: str = ""
     user_col: Optional[str] = None
     item_col: Optional[str] = None
     rating_col: Optional[str] = None
@@ -105,24 +117,49 @@ class Options:
         return {role: value for role, value in chosen.items() if value is not None}
 
 
-def read(options: Options) -> tuple[Log, int, int, str]:
-    """Read a raw file.
+@dataclasses.dataclass
+class Read:
+    """A raw file that was read.
 
-    Returns:
-        The interactions in the order of the file; the number of lines that are not blank, and of those that are no
-        interaction; line and reason of the first of these, empty if there is none.
+    Attributes:
+        log: its interactions in the order of the file.
+        lines: lines (rows) that are not blank.
+        bad: those of them that are no interaction.
+        first_bad: line and reason of the first of these; empty if there is none.
+        how: what was taken for what, a line.
+    """
+
+    log: Log
+    lines: int
+    bad: int
+    first_bad: str
+    how: str
+
+
+def read(options: Options) -> Read:
+    """Read a raw file.
 
     Raises:
         DatasetError: The file cannot be read, a column cannot be found, a quote is never closed, or an atomic file
             cannot hold a user or item.
+        MissingExtraError: polars, which reads Parquet, is not installed.
     """
-    source, found, refused = options.input, _Found(), False
+    found, refused, table, by_row = _Found(), False, options.format == "ratings", False
+    source = options.input if isinstance(options.input, (str, os.PathLike)) else "the DataFrame"
     try:
-        with _opened(options) as (stream, advance):
-            if options.format == "ratings":
-                frames = _tables(stream, options)
+        with contextlib.ExitStack() as stack:
+            if source is not options.input or options.format == "parquet":
+                advance, by_row = (lambda: None), True
+                data = _parquet(options.input) if source is options.input else options.input
+                frames = _frame(data, options, found)
             else:
-                frames = _frames((_sequences if options.format == "sequences" else _amazon)(stream, options))
+                stream, advance = stack.enter_context(_opened(options))
+                if table:
+                    frames = _tables(stream, options, found)
+                elif options.format == "sequences":
+                    frames = _frames(_sequences(stream, options))
+                else:
+                    frames = _frames(_json(stream, options, found))
             try:
                 for frame in frames:
                     found.add(frame)
@@ -130,10 +167,10 @@ def read(options: Options) -> tuple[Log, int, int, str]:
             except _Refused as error:
                 found.first, refused = error.args, True
         first = found.first
-        if first and options.format == "ratings":
+        if first and table and not by_row:
             with _opened(options) as (stream, _):
                 first = _line_of(first[0], stream, options), first[1]
-        where = f"line {first[0]}: {first[1]}" if first else ""
+        where = f"{'row' if by_row else 'line'} {first[0]}: {first[1]}" if first else ""
         if refused:
             raise DatasetError(where)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -145,7 +182,10 @@ def read(options: Options) -> tuple[Log, int, int, str]:
     lines, *log = (np.concatenate(part) for part in zip(*found.parts))
     tokens = (np.array(list(known), dtype=object) for known in found.known.values())
     good = int(np.count_nonzero(np.diff(lines, prepend=-1)))  # sequences: many interactions a line
-    return Log(*log, *tokens), good + found.bad, found.bad, where
+    columns = ", ".join(f"{role} = {name}" for role, name in found.columns.items())
+    how = f"Read {source} as {options.format if source is options.input else 'a table'}{found.form}"
+    how += (f": {columns}" if columns else "") + (" (dates, as seconds since 1970 UTC)" if found.dates else "")
+    return Read(Log(*log, *tokens), good + found.bad, found.bad, where, how)
 
 
 class _Text(io.TextIOWrapper):
@@ -189,10 +229,15 @@ class _Found:
         self.parts = [tuple(np.zeros(0, kind) for kind in kinds)]  # line, user, item, rating, time
         self.bad = 0
         self.first: Any = None
+        self.columns: dict[str, Any] = {}  # by role, where there are columns
+        self.form, self.dates = "", False
 
     def add(self, frame: pd.DataFrame) -> None:
         """Take the interactions of a frame whose columns are those of `Record`."""
-        ratings, times = _numbers(frame["rating"], float), _numbers(frame["time"], parse_time)
+        ratings, times = _numbers(frame["rating"], float), _numbers(frame["time"], float)
+        if len(unread := np.flatnonzero(np.isnan(times))):
+            times[unread] = _numbers(frame["time"].iloc[unread], parse_time)
+            self.dates |= bool(np.isfinite(times[unread]).any())
         fine = np.isfinite(times) & (np.isfinite(ratings) | frame["rating"].isna().to_numpy())
         reasons = np.where(fine, "", _NO_NUMBER).astype(object)
         reasons = np.where(frame["user"].isna(), frame["item"], reasons)
@@ -250,34 +295,102 @@ def _sequences(stream: _Text, options: Options) -> Iterator[Record]:
         yield from ((number, user, item, None, position) for position, item in enumerate(items, start=start))
 
 
-def _amazon(stream: _Text, options: Options) -> Iterator[Record]:
+def _json(stream: _Text, options: Options, found: _Found) -> Iterator[Record]:
     keys = {**AMAZON_KEYS, **{role: (key,) for role, key in options.columns.items() if key}}
+    if options.format == "json":
+        keys = _keys(stream, options)
+        found.columns = {role: key for role, (key, *_) in keys.items()}
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
-        review = None
-        with contextlib.suppress(ValueError, RecursionError):
-            review = json.loads(line)
+        review = _object(line)
         if not isinstance(review, dict):
             yield number, None, "not a JSON object", None, None
             continue
-        found: dict[str, Any] = {}
-        for role in ROLES:
+        values: dict[str, Any] = {} if "time" in keys else {"time": number}
+        for role in keys:
             value = next((review[key] for key in keys[role] if review.get(key) is not None), "")
-            found[role] = None if value == "" or isinstance(value, (dict, list, bool)) else str(value)
-        missing = [" / ".join(keys[role]) for role in ROLES if found[role] is None and role != "rating"]
+            values[role] = None if value == "" or isinstance(value, (dict, list, bool)) else str(value)
+        missing = [" / ".join(keys[role]) for role in keys if values[role] is None and role != "rating"]
         if missing:
             yield number, None, f"no usable {', '.join(missing)}", None, None
         else:
-            yield number, found["user"], found["item"], found["rating"], found["time"]
+            yield number, values["user"], values["item"], values.get("rating"), values["time"]
 
 
-def _tables(stream: _Text, options: Options) -> Iterator[pd.DataFrame]:
+def _object(line: str) -> Any:
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(line)
+    return None
+
+
+def _keys(stream: _Text, options: Options) -> dict[str, tuple[str, ...]]:
+    """The key of each role, found among those of the first lines; the stream is at its beginning again."""
+    head = list(itertools.islice(stream, 1000))
+    if "".join(head).lstrip()[:1] == "[":
+        raise DatasetError("it is one JSON list; write one object a line (JSON lines), or read it with pandas.")
+    objects = [found for line in head if isinstance(found := _object(line), dict)]
+    names = list(dict.fromkeys(key for each in objects for key in each))
+    stream.seek(0)
+    places = _positions(names, options.columns, True) if names else {}
+    return {role: (names[place],) for role, place in places.items()}
+
+
+def _parquet(path: Any) -> Any:
+    try:
+        import polars as pl  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise MissingExtraError("frames", "polars", "it reads Parquet files") from None
+    with open(path, "rb") as file:
+        data: Any = path if file.read(2) != b"\x1f\x8b" else io.BytesIO(gzip.decompress(Path(path).read_bytes()))
+    try:
+        return pl.read_parquet(data)
+    except pl.exceptions.PolarsError as error:
+        raise DatasetError(f"it is no Parquet file ({str(error).partition(chr(10))[0]}).") from None
+
+
+def _frame(table: Any, options: Options, found: _Found) -> Iterator[pd.DataFrame]:
+    """The rows of a pandas or polars DataFrame, numbered from 1."""
+    names = [str(name) for name in table.columns]
+    places = _positions(names, options.columns, True)
+    found.columns = {role: names[place] for role, place in places.items()}
+    rows = np.arange(1, len(table) + 1)
+    columns: dict[str, Any] = {"rating": None, "time": rows, "line": rows}
+    for role, place in places.items():
+        column = table[table.columns[place]]
+        if not isinstance(column, pd.Series):  # of polars; its text of whole numbers is exact, also beside missing ones
+            ids = role in ("user", "item") and not column.dtype.is_float()
+            column = pd.Series((column.cast(str) if ids else column).to_numpy())
+        columns[role] = (_ids if role in ("user", "item") else _values)(column)
+    whole = pd.DataFrame(columns)
+    yield from (whole.iloc[start : start + _ROWS] for start in range(0, len(whole), _ROWS))
+
+
+def _ids(column: pd.Series) -> np.ndarray:
+    """Ids as texts, empty where one is missing; 5.0 beside a missing one is 5."""
+    if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 == 0).all():
+        column = column.astype("Int64")
+    return column.astype(object).where(column.notna(), "").map(str).to_numpy()
+
+
+def _values(column: pd.Series) -> np.ndarray:
+    """Numbers as they are, times in seconds since 1970, anything else as text."""
+    if pd.api.types.is_datetime64_any_dtype(column):
+        since = pd.to_datetime(column, utc=True) - pd.Timestamp(0, tz="UTC")
+        return since.dt.total_seconds().to_numpy()
+    if pd.api.types.is_numeric_dtype(column):
+        return column.astype("Float64").to_numpy(np.float64, na_value=np.nan)
+    return column.map(str, na_action="ignore").to_numpy()
+
+
+def _tables(stream: _Text, options: Options, found: _Found) -> Iterator[pd.DataFrame]:
     """The rows of a table; in the place of the line stands the number of the row, from 0."""
     sep, header, names = _form(stream, options)
     if not names:  # an empty file
         return
     columns = _positions(names, options.columns, header)
+    found.columns = {role: names[place] if header else f"column {place + 1}" for role, place in columns.items()}
+    found.form = f" (separator {sep!r}, {'a' if header else 'no'} header)"
     if not header:
         stream.seek(0)
     stream.long_sep = sep if len(sep.encode()) > 1 else ""
@@ -300,7 +413,8 @@ def _form(stream: _Text, options: Options) -> tuple[str, bool, list[str]]:
     first, header = stream.readline(), options.header
     if first and not first.strip():
         raise DatasetError("the first line is blank: expected interactions, or the names of the columns.")
-    sep = options.sep or next((mark for mark in SEPARATORS if mark in first), ",")
+    sep = {"tab": "\t", "\\t": "\t", "space": " "}.get(options.sep or "", options.sep)
+    sep = sep or next((mark for mark in SEPARATORS if mark in first), ",")
     try:
         rows = csv.reader(itertools.chain([first], stream), delimiter=sep) if len(sep) == 1 else [first.split(sep)]
         fields = next(iter(rows)) if first else []
@@ -353,7 +467,9 @@ def _looks_like_header(names: list[str], chosen: dict[str, str]) -> bool:
     """The first line names the columns when names are asked for or recognised, or when its time column is no time."""
     if any(value.lower() != NONE and not value.isdigit() for value in chosen.values()):
         return True
-    if {name.lower() for name in names} & {alias for aliases in KNOWN.values() for alias in aliases}:
+    if {_plain(name) for name in names} & {
+        alias for tiers in KNOWN.values() for tier in tiers for alias in tier.split()
+    }:
         return True
     time = chosen.get("time", "4" if len(names) >= 4 else NONE)
     if not time.isdigit() or not 1 <= int(time) <= len(names):
@@ -366,7 +482,11 @@ def _looks_like_header(names: list[str], chosen: dict[str, str]) -> bool:
 
 def _positions(names: list[str], chosen: dict[str, str], header: bool) -> dict[str, int]:
     """Position (from 0) of each column that there is, by its role."""
-    listed = f"the header names {', '.join(names)}" if header else f"{len(names)} columns and no header"
+    listed = (
+        f"the header names {', '.join(names)}"
+        if header
+        else f"{len(names)} columns and no header; the first line is {', '.join(names)[:120]}"
+    )
     found: dict[str, int] = {}
     for role, value in chosen.items():
         if header and value in names:
@@ -375,13 +495,12 @@ def _positions(names: list[str], chosen: dict[str, str], header: bool) -> dict[s
             found[role] = int(value) - 1
         elif not (value.lower() == NONE and role in ("rating", "time")):
             raise DatasetError(f"--{role}_col={value}: no such column ({listed}); positions count from 1.")
-    lower = [name.lower() for name in names]
     for place, role in enumerate(ROLES):
         if role in chosen:
             continue
         guess = place if len(names) >= len(ROLES) or place < 2 else None
         if header:
-            guess = next((lower.index(alias) for alias in KNOWN[role] if alias in lower), None)
+            guess = _guess(role, names, listed)
         if guess is not None and guess not in found.values():
             found[role] = guess
         elif role != "rating":
@@ -392,3 +511,20 @@ def _positions(names: list[str], chosen: dict[str, str], header: bool) -> dict[s
         options = ", ".join(f"--{role}_col" for role in ("user", "item", "time", "rating"))
         raise DatasetError(f"one column is used twice ({columns}): check {options}.")
     return found
+
+
+def _plain(name: str) -> str:
+    """A column's name as `KNOWN` has it."""
+    return re.sub(r"[\W_]", "", name.lower())
+
+
+def _guess(role: str, names: list[str], listed: str) -> Optional[int]:
+    """The position of the column whose name says that it has this role; None if there is none."""
+    for tier in KNOWN[role]:
+        places = [place for place, name in enumerate(names) if _plain(name) in tier.split()]
+        if len(places) > 1:
+            both = " and ".join(names[place] for place in places)
+            raise DatasetError(f"{both} may both be the {role} column ({listed}): choose one by --{role}_col=NAME.")
+        if places:
+            return places[0]
+    return None

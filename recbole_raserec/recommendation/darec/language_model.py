@@ -131,6 +131,11 @@ class Adapter(nn.Module):
         return self.up(self.dropout(F.gelu(self.down(x))))
 
 
+def _own_weights_are_there(module: Frozen, keys: Any) -> None:
+    own = tuple(f"model.{name}" for name in module.model.state_dict())
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(own)]
+
+
 class Frozen(nn.Module):
     """Holds the language model. Of its weights only a hash is in the state dict, as the buffer `mark`."""
 
@@ -144,6 +149,7 @@ class Frozen(nn.Module):
             digest.update(name.encode())
             digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.register_buffer("mark", torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).clone())
+        self.register_load_state_dict_post_hook(_own_weights_are_there)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         destination = OrderedDict() if destination is None else destination

@@ -17,17 +17,20 @@ from recbole_raserec.serving.http.settings import LOG, Settings
 
 def serve(
     directory: Union[str, Path], settings: Optional[Settings] = None, host: str = "127.0.0.1", port: int = 8000,
-    device: Optional[str] = None,
+    device: Optional[str] = None, read_only: bool = False,
 ) -> None:  # fmt: skip
     """Serve a checkpoint until SIGTERM or SIGINT: then running requests finish, and what changed is saved.
 
-    Port 0 is any free one; the default device is a GPU if there is one.
+    Port 0 is any free one; the default device is a GPU if there is one. With `read_only` nothing is written into the
+    directory, and there is no token: all changes are refused.
 
     Raises:
         RaSeRecError: the address is taken, the checkpoint is not fit or in use by another process.
         MissingExtraError: the packages of the extra `serve` are not installed.
     """
     settings = settings or Settings()
+    if read_only:
+        settings = settings.model_copy(update={"token": None})
     try:
         import uvicorn
     except ImportError as error:
@@ -37,7 +40,9 @@ def serve(
 
     _log_to_stderr()
     with _bind(host, port) as listening:
-        recommender = Recommender.load(directory, device, journal=True)
+        recommender = Recommender.load(directory, device, journal=not read_only)
+        if read_only:
+            recommender.live.read_journal()
         app = create_app(recommender, settings)
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
