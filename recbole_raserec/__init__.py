@@ -41,6 +41,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:  # the same for type checkers
     from recbole_raserec.comparison import compare as compare
     from recbole_raserec.config import Config as Config
+    from recbole_raserec.data.preparation import prepare as prepare
     from recbole_raserec.quick_start import run_recbole_raserec as run_recbole_raserec
     from recbole_raserec.recommendation import NARM as NARM
     from recbole_raserec.recommendation import BERT4Rec as BERT4Rec

@@ -24,6 +24,7 @@ from tune_helpers import QUICK, SPACE, search, unfinished
 
 from recbole_raserec.cli import main as cli
 from recbole_raserec.errors import CheckpointError, ConfigError, MissingExtraError
+from recbole_raserec.evaluation import PROTOCOL_TITLES
 from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.storage.locks import try_lock
 from recbole_raserec.training.trainer import ResumableTrainer
@@ -189,7 +190,7 @@ def test_best_yaml_is_a_configuration_of_the_best_trial(shared, tmp_path, monkey
     header = [line for line in Path("out/best.yaml").read_text().splitlines() if line.startswith("#")]
     assert header == [
         "# The best of 3 trials of the study RaSeRec-tiny (sampler tpe, pruner median, seed 2020):",
-        f"# trial {best['number']}, validation NDCG@10 {best['value']:.6f}, seen items kept in the ranking.",
+        f"# trial {best['number']}, validation NDCG@10 {best['value']:.6f}, {PROTOCOL_TITLES['seen_kept']}.",
         "# Searched: alpha, top_k.",
     ]
 

@@ -74,7 +74,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         CheckpointError: a file of ranks is damaged.
         ValueError: the runs do not rank the same items: all, or those of one way to sample them.
     """
-    ranked = {run.record["protocol"]["ranking"]: row.label for row in rows for run in row.runs.values()}
+    ranked = {run.record["protocol"].get("ranking"): row.label for row in rows for run in row.runs.values()}
     if len(ranked) > 1:
         ways = "; ".join(f"{label}: {way}" for way, label in ranked.items())
         raise ValueError(f"runs that rank different items cannot be compared: {ways}.")

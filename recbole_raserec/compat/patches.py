@@ -179,7 +179,7 @@ def _log_folder(module: Any) -> None:
         mark, folder = hashlib.md5(values.encode(), usedforsecurity=False).hexdigest()[:6], config.log_folder / "log"
         module.ensure_dir(str(folder / name))
         path = folder / name / f"{name}-{config['dataset']}-{module.get_local_time()}-{mark}.log"
-        file, screen = logging.FileHandler(path, delay=True), logging.StreamHandler()
+        file, screen = logging.FileHandler(path, encoding="utf-8", delay=True), logging.StreamHandler()
         line = "%(asctime)-15s %(levelname)s  %(message)s"
         file.setFormatter(logging.Formatter(line, "%a %d %b %Y %H:%M:%S"))
         file.addFilter(plain)

@@ -384,10 +384,13 @@ TRIMMABLE = frozenset({
 def trims(model: Any) -> bool:
     """Whether batches for a model, or its class, may be cut to their longest sequence without a change of any result.
 
-    A model that `TRIMMABLE` does not know says so itself with a class attribute `trims = True`.
+    A model that `TRIMMABLE` does not know says so itself with a class attribute `trims = True`. What a user's class
+    derives from says nothing of what it adds.
     """
     kind = model if isinstance(model, type) else type(model)
-    return bool(getattr(kind, "trims", not is_own(kind) and kind.__name__ in TRIMMABLE))
+    own = is_own(kind)
+    said = [vars(base)["trims"] for base in kind.__mro__ if "trims" in vars(base) and (is_own(base) or not own)]
+    return bool(said[0] if said else not own and kind.__name__ in TRIMMABLE)
 
 
 #: What the option `backbone` may name.
