@@ -35,7 +35,7 @@ FORMATS = ("auto", "sequences", "ratings", "json", "parquet", "amazon")
 ROLES = ("user", "item", "rating", "time")
 SEPARATORS = ("::", "\t", ",", ";", "|")
 NONE = "none"
-#: Names of columns, by role in the order of preference; which of two on one line is meant nobody knows. Lower case,
+#: Names of columns, by role in the order of preference; which of two on one line is meant is not known. Lower case,
 #: letters and digits alone, without RecBole's ":type": `userId`, `user_id` and `User ID` are one name.
 KNOWN: dict[str, tuple[str, ...]] = {
     "user": (
