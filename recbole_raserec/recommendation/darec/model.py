@@ -13,7 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_raserec.config import Config, Count, Dropout, Natural, Options, Positive, Precision, Sizes, Weight, option
+from recbole_raserec.config import (
+    Config,
+    Count,
+    Dropout,
+    Natural,
+    Options,
+    Positive,
+    Precision,
+    Sizes,
+    Text,
+    Weight,
+    option,
+)
 from recbole_raserec.data import PACKED_TARGETS, computes_in_bfloat16, item_features, item_tokens, model_source
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import linear_cross_entropy
@@ -69,7 +81,14 @@ class DARecOptions(LanguageOptions, SASRecOptions):
         "both", "text: a trained map of its text's vector, and embeddings of its attributes; both: beside a trained "
         "vector for each item", heading="What an item's vector is made of",
     )  # fmt: skip
+    item_text_size: Count = option(256, "principal components of the texts' vectors")
+    item_text_encoder: Optional[Text] = option(
+        None, "directory or hub name of an encoder or causal decoder; null: the MiniLM of the extra llm"
+    )
     loss_type: Literal["CE"] = option("CE", "softmax over all items")
+    weight_averaging: Dropout = option(
+        0.999, "moving average of the weights that is validated and kept; 0: the last ones"
+    )
     training: Literal["packed"] = option("packed", "all targets of a sequence in one pass")
 
 
