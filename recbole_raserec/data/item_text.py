@@ -67,7 +67,7 @@ def item_texts(config: Any, dataset: Any) -> tuple[list[str], list[str]]:
     """
     path = Path(config["data_path"]) / f"{config['dataset']}.item"
     if not path.is_file():
-        remedy = "bring the file (docs/item_text.md)" + ("" if config["model"] == "DARec" else ", or leave it out")
+        remedy = "bring the file (docs/item_text.md), or train a model with item_vectors: id"
         raise ConfigError([f"item_vectors: {config['item_vectors']} reads {path}, which is not there; {remedy}"])
     wanted, field = config["item_text"], dataset.iid_field
     fields = [] if wanted is None else None if wanted == "auto" else list(wanted)

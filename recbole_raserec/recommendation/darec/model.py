@@ -48,7 +48,7 @@ class LanguageOptions(Options):
     )
     item_text_length: Count = option(32, "tokens of an item's text that the adapted language model reads, at most")
     text_items: Natural = option(
-        16, "items of a training step whose text is read again through the adapters; the others as last read; 0: none"
+        0, "items of a training step whose text is read again through the adapters; the others as last read; 0: none"
     )
     adapter_sizes: Sizes = option(
         32, "inner sizes of the adapters: one for all; or for each layer a number, or a pair (after attention, after "
