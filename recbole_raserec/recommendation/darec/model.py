@@ -77,6 +77,10 @@ class DARecOptions(LanguageOptions, SASRecOptions):
     """DARec (arXiv 2408.07427): a frozen language model with adapters reads the items as text. docs/darec.md says what
     is the paper's and what is this package's choice."""
 
+    hidden_size: Count = option(128, "length of an item's and a user's vector")
+    inner_size: Count = option(512, "inner size of the feed-forward layers")
+    hidden_dropout_prob: Dropout = option(0.3, "dropout of the hidden states, in [0, 1)")
+    attn_dropout_prob: Dropout = option(0.3, "dropout of the attention weights, in [0, 1)")
     item_vectors: Literal["text", "both"] = option(
         "both", "text: a trained map of its text's vector, and embeddings of its attributes; both: beside a trained "
         "vector for each item", heading="What an item's vector is made of",
@@ -89,6 +93,7 @@ class DARecOptions(LanguageOptions, SASRecOptions):
     weight_averaging: Dropout = option(
         0.999, "moving average of the weights that is validated and kept; 0: the last ones"
     )
+    stopping_step: Natural = option(5, "stop after more than that many evaluations without a better valid_metric")
     training: Literal["packed"] = option("packed", "all targets of a sequence in one pass")
 
 
