@@ -34,7 +34,7 @@ def test_the_options_are_read_as_recbole_reads_them(options, expected):
         ("RaSeRec", "--nproc=2 --backbone=DuoRec", ["contrast: us_x", "contrast: none"]),
         ("FEARec", "--nproc=2", ["FEARec chooses its delays", "leave nproc"]),
         ("BSARec", "--nproc=2 --contrast=un", ["contrast: un", "contrast: none"]),
-        ("DARec", "--nproc=2", ["DARec's losses", "leave nproc"]),
+        ("DARec", "--nproc=2", ["DARec reads texts for all", "leave nproc"]),
         ("S3Rec", "--nproc=2", ["S3RecTrainer"]),
         ("Pop", "--nproc=2", ["TraditionalTrainer"]),
         ("GRU4Rec", "--nproc=2 --learner=sparse_adam", ["learner: adam"]),

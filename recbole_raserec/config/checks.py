@@ -352,7 +352,7 @@ def layout_problems(config: RecBoleConfig, target: RecBoleConfig) -> list[str]:
         f"gpu_id: {config['gpu_id']} names {gpus} GPUs that are there, for nproc: {layout.nproc}; name one for each "
         f"process, write use_gpu: false, or {remedy}":
             config["device"].type == "cuda" and gpus < layout.nproc,
-        f"{rows} DARec's losses compare the rows with each other; {remedy}":
+        f"{rows} DARec reads texts for all of them together; {remedy}":
             model == "DARec",
         f"{rows} FEARec chooses its delays by the mean over all of them; {remedy}":
             model == "FEARec",

@@ -129,6 +129,10 @@ class DARec(SASRec):
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
+        if not isinstance(self.item_embedding, ItemTable):
+            raise ConfigError(
+                ["model: this DARec is of version 0.1.0, which read items in another way; train it again"]
+            )
         model, tokenizer = load_pretrained(config["item_text_encoder"])
         self.history, self.context_mask = config["history"], config["context_mask"]
         self.token_budget, self.text_items = config["token_budget"], config["text_items"]
