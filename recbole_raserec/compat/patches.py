@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import csv
 import enum
 import functools
 import hashlib
@@ -323,7 +324,11 @@ def _pandas_fillna(module: Any) -> None:
         fill_nan(self)
 
     def read_csv(*args: Any, **options: Any) -> Any:
-        frame = pd.read_csv(*args, **options)
+        before = csv.field_size_limit(2**31 - 1)  # of RecBole's engine: 131,072 signs, less than some descriptions have
+        try:
+            frame = pd.read_csv(*args, **options)
+        finally:
+            csv.field_size_limit(before)
         # The header of an atomic file names the type of each column: "class:token_seq".
         return frame.fillna({name: "" for name in frame.columns if str(name).endswith("_seq")})
 

@@ -150,6 +150,27 @@ def _datasets(module: Any) -> None:
     _find_lazily(module, "Dataset", find)
 
 
+@patch("our-logs", "recbole.data.dataset.dataset")
+def _logs(module: Any) -> None:
+    """With a configuration of this package, whatever its model: RecBole takes a file with faults as it can, and sorts
+    by times as float32, in which seconds of today are multiples of 128. Files are checked, and the order is exact."""
+
+    def replace(name: str, ours: str) -> None:
+        original = getattr(module.Dataset, name)
+
+        @functools.wraps(original)
+        def method(self: Any, *given: Any) -> None:
+            step = functools.partial(original, self, *given)
+            data = importlib.import_module("recbole_raserec.data") if hasattr(self.config, "training_options") else None
+            return step() if data is None else getattr(data, ours)(self, step)
+
+        setattr(module.Dataset, name, method)
+
+    names = ("_load_inter_feat", "_remove_duplication", "_data_filtering", "_remap_ID_all")
+    for name, ours in zip(names, ("read_log", "drop_repeats", "filter_log", "sort_log")):
+        replace(name, ours)
+
+
 @patch("our-loaders", "recbole.data.utils")
 def _loaders(module: Any) -> None:
     """data_preparation gives our models the loaders that they train with."""
