@@ -74,6 +74,7 @@ def recommend(
     """
     from recbole_raserec.serving import Recommender
 
+    _check_output(output)
     if (source is None) == (items is None and user is None):
         raise InputError("give one history by --items or --user, or several by --input.")
     recommender = Recommender.load(checkpoint, device)
@@ -109,6 +110,7 @@ def explain(
     """Why items are recommended. DIR is a finished run; its last line names it."""
     from recbole_raserec.serving import Recommender
 
+    _check_output(output)
     if items is None and user is None:
         raise InputError("give a history by --items or --user.")
     found = Recommender.load(checkpoint, device).explain(_ids(items), k, user, strict)
@@ -155,11 +157,20 @@ def export(
     kinds = [name for name, wanted in (("onnx", onnx), ("torch_export", torch_export)) if wanted]
     if not kinds and not vectors:
         raise InputError("nothing is asked for: give --vectors, --onnx or --torch_export.")
+    _check_output(output, folder=True)
     recommender = Recommender.load(checkpoint, "cpu")
     for line in write_vectors(recommender, output, style, tolerance) if vectors else []:
         click.echo(line)
     for line in write_programs(recommender, output, kinds, tolerance) if kinds else []:
         click.echo(line)
+
+
+def _check_output(path: Path | None, folder: bool = False) -> None:
+    """Raise an InputError if nothing can be written there."""
+    from recbole_raserec.storage import unwritable
+
+    for problem in unwritable("output", path, folder) if path is not None else []:
+        raise InputError(f"{problem}.")
 
 
 def _ids(text: str | None) -> Any:

@@ -37,8 +37,8 @@ __all__ = [
     "ORIGINS", "PACKED_TARGETS", "POSITION", "SAME_TARGET", "SAME_TARGET_ROWS", "SEQUENCE", "WEIGHT",
     "BucketLoader", "Catalogue", "Features", "Histories", "ItemFeatures", "PackedWindows", "Patterns",
     "Regenerated", "RowLoader", "SequenceDataset", "SequenceStore", "Splits", "catalogue_of", "check_same_options",
-    "check_same_split", "computes_in_bfloat16", "drop_repeats", "filter_log", "item_counts", "item_features", "item_tokens", "joined",
-    "mine_patterns", "model_source", "pad_lists", "pad_rows", "prepare_data", "read_features", "read_log", "reading",
-    "sort_log",
+    "check_same_split", "computes_in_bfloat16", "drop_repeats", "filter_log", "item_counts", "item_features",
+    "item_tokens", "joined", "mine_patterns", "model_source", "pad_lists", "pad_rows", "prepare_data", "read_features",
+    "read_log", "reading", "sort_log",
     "title_column", "training_hash",
 ]  # fmt: skip

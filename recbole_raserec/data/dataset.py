@@ -328,11 +328,12 @@ def filter_log(dataset: Any, filter_: Callable[[], None]) -> None:
     if not len(left):
         options = ("val_interval", "user_inter_num_interval", "item_inter_num_interval")
         given = {option: dataset.config[option] for option in options}
-        named = ", ".join(f"{option}: {shown(value)}" for option, value in given.items() if value is not None)
+        named = ", ".join(
+            f"{option}: {shown(value)}" for option, value in given.items() if value not in (None, "[0,inf)")
+        )
         raise DatasetError(f"{name}: none of its {before:,} interactions are left ({named or 'no id'}); choose less.")
     if left[dataset.iid_field].nunique() < 2:
-        raise DatasetError(f"{name} has interactions with one item alone, {left[dataset.iid_field].iloc[0]}; two or more "
-                           "are needed to rank.")  # fmt: skip
+        raise DatasetError(f"{name} has one item alone, {left[dataset.iid_field].iloc[0]}; two or more can be ranked.")
 
 
 def sort_log(dataset: Any, number: Callable[[], None]) -> None:
@@ -350,9 +351,9 @@ def sort_log(dataset: Any, number: Callable[[], None]) -> None:
         log = log.iloc[order].reset_index(drop=True)
     dataset.inter_feat = log.astype({time: np.float64}, copy=False)
     if otherwise:
-        what = f"of {otherwise:,} of {dataset.user_num - 1:,} users " if groups is users else ""
+        who = f"{otherwise:,} of {dataset.user_num - 1:,} users'" if groups is users else "The"
         getLogger().info(
-            f"Interactions {what}are in the order of their times; RecBole alone, which rounds times to 32 bits, would "
+            f"{who} interactions follow the times in the file, where RecBole alone, with times rounded to 32 bits, would "
             "order them otherwise"
         )
 

@@ -31,7 +31,7 @@ from recbole_raserec.data import Catalogue, Features, Histories, ItemFeatures, p
 from recbole_raserec.errors import CheckpointError, InputError
 from recbole_raserec.recommendation import batches_by_length, encode_in_batches, wrap_backbone
 from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec
-from recbole_raserec.serving.inputs import Event
+from recbole_raserec.serving.inputs import Event, as_device
 from recbole_raserec.storage import (
     BEST,
     FEATURES,
@@ -165,7 +165,7 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = as_device(device)
     name, options, ids = manifest["model"], Options(manifest["options"], device=target), read_ids(directory)
     parts, users, items, applied = live_parts(directory)
     described, added = read_features(parts), ids["items"][len(ids["items"]) if items is None else items :]

@@ -35,6 +35,7 @@ from recbole_raserec.storage.files import (
     replacing,
     sha256,
     sync_directory,
+    unwritable,
     version_of,
     write_arrays,
     write_json,
@@ -47,5 +48,5 @@ __all__ = [
     "STATE", "data_fingerprint", "dense_tensors", "fingerprint", "live_parts", "load_named", "load_weights",
     "locked", "named_tensors", "part_of", "plain", "raw_format", "raw_stem", "read_arrays", "read_ids", "read_json",
     "read_manifest", "read_tensors", "read_weights", "replacing", "save_parts", "sha256", "sync_directory",
-    "try_lock", "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
+    "try_lock", "unwritable", "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
 ]  # fmt: skip

@@ -74,6 +74,29 @@ def raw_stem(path: str | os.PathLike) -> str:
     return re.sub(r"[^\w.+-]", "_", name)
 
 
+def unwritable(option: str, path: str | os.PathLike, folder: bool = False) -> list[str]:
+    """What keeps a file, or a folder of files, from being written, as an error says it; tried without leaving a trace.
+
+    Args:
+        option: that names it.
+        path: of the file, or of the folder.
+        folder: which of the two it is.
+    """
+    path = Path(path)
+    try:
+        if not folder and path.exists() and not path.is_file():
+            return [f"{option}: {path} is {'a directory' if path.is_dir() else 'no regular file'}; name a file"]
+        place = path if folder else path.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            return [f"{option}: {path} cannot be written, as {place} is no directory; name another place"]
+        with tempfile.TemporaryFile(dir=place):
+            return []
+    except OSError as error:
+        return [f"{option}: {path} cannot be written ({error.strerror}); name another place"]
+
+
 def sync_directory(path: str | os.PathLike) -> None:
     """Make the names in a directory durable: a synced file can still lose its name when the power fails."""
     if os.name == "nt":  # where a directory cannot be opened

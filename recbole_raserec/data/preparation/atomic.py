@@ -200,6 +200,7 @@ def exact_integers(path: Path, name: str, values: np.ndarray, separator: str, en
     try:
         column = f"{name}:float"
         read: dict[str, Any] = {"sep": separator, "usecols": [column], "dtype": np.int64, "encoding": encoding}
-        return pd.read_csv(path, **read)[column].to_numpy()
+        with np.errstate(invalid="ignore"):  # pandas compares what it casts
+            return pd.read_csv(path, **read)[column].to_numpy()
     except (ValueError, OverflowError):  # written as floats
         return values
