@@ -15,7 +15,7 @@ from recbole_raserec.cli.main import main
 from recbole_raserec.config.sources import read_yaml
 from recbole_raserec.data.catalogue import read_titles
 from recbole_raserec.data.dataset import SequenceDataset
-from recbole_raserec.data.preparation.atomic import check_rows, exact_integers
+from recbole_raserec.data.preparation.log import check_rows, exact_integers
 from recbole_raserec.errors import ConfigError, DatasetError, InputError
 from recbole_raserec.serving.inputs import as_device
 from recbole_raserec.storage import unwritable
@@ -85,7 +85,7 @@ def test_a_line_at_fault_is_named(shop, capsys, line, said, model):
 
 
 def test_faults_are_found_far_inside_a_file_and_in_its_last_line(shop, monkeypatch):
-    monkeypatch.setattr("recbole_raserec.data.preparation.atomic._BLOCK", 64)
+    monkeypatch.setattr("recbole_raserec.data.preparation.log._BLOCK", 64)
     required = {"user_id": "token", "item_id": "token", "timestamp": "float"}
     path = shop()
     check_rows(path, required)
@@ -126,7 +126,7 @@ def test_integers_that_floats_cannot_hold_are_read_as_integers(shop):
         (["--val_interval={'timestamp':'(9e99,inf)'}"], ["none of its 100", "val_interval", "(9e99,inf)"]),
         (["--val_interval={'time':'(9,inf)'}"], ["val_interval: time is no column", "timestamp"]),
         (["--checkpoint_dir=file"], ["checkpoint_dir: file cannot be written"]),
-        (["--log_dir=file/x"], ["log_dir: file/x cannot be written", "file is no directory"]),
+        (["--log_dir=file/x"], ["log_dir: file/x cannot be written", "file is a file"]),
         (["--result_file=file/x.json"], ["result_file: file/x.json cannot be written"]),
         (["--result_file=/tmp"], ["result_file: /tmp is a directory; name a file"]),
         (["--ranks_file=shop"], ["ranks_file: shop is a directory"]),

@@ -16,7 +16,8 @@ from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.quick_start import run_recbole
 
 from recbole_raserec.config import Config
-from recbole_raserec.data.dataset import SequenceDataset, in_time_order
+from recbole_raserec.data.dataset import SequenceDataset
+from recbole_raserec.data.preparation.log import in_time_order
 from recbole_raserec.data.splits import get_dataset_class, prepare_data
 from recbole_raserec.quick_start import run_recbole_raserec
 
@@ -140,8 +141,8 @@ def test_recbole_runs_our_models_on_the_same_data(tmp_path, monkeypatch):
     write_log(tmp_path, "shop", shuffled())
     given_ = {
         "data_path": str(tmp_path), "epochs": 1, "hidden_size": 8, "inner_size": 8, "backbone": "SASRec",
-        "ram_epochs": 1, "ram_inner_size": 8, "top_k": 3, "checkpoint_dir": str(tmp_path / "own"), "show_progress": False,
-        "MAX_ITEM_LIST_LENGTH": 8, "state": "WARNING",
+        "ram_epochs": 1, "ram_inner_size": 8, "top_k": 3, "show_progress": False,
+        "checkpoint_dir": str(tmp_path / "own"), "MAX_ITEM_LIST_LENGTH": 8, "state": "WARNING",
     }  # fmt: skip
     theirs = run_recbole("RaSeRec", "shop", config_dict={**given_, "checkpoint_dir": str(tmp_path / "recbole")})
     ours = run_recbole_raserec("RaSeRec", "shop", config_dict=given_, argv=[])["metrics"]["ours"]["test"]["seen_kept"]

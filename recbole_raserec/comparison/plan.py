@@ -159,11 +159,8 @@ def make_plan(
     names, numbers = parse_names("datasets", datasets, problems), parse_seeds(seeds, problems)
     if not output:
         problems.add("output: is not given; name the directory to write into, for example --output=comparison")
-    elif Path(output).exists() and not Path(output).is_dir():
-        problems.add(f"output: {output} is a file; name a directory")
-    else:
-        for problem in unwritable("output", output, folder=True):
-            problems.add(problem)
+    for problem in unwritable("output", output, folder=True) if output else []:
+        problems.add(problem)
     given = {word[2:].partition("=")[0]: word for word in argv}
     problems.add(*(f"{name}: cannot be given here; {_TAKEN[name]}" for name in given if name in _TAKEN))
     shared = {name: word for name, word in given.items() if name not in _TAKEN}

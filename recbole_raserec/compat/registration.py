@@ -155,20 +155,19 @@ def _logs(module: Any) -> None:
     """With a configuration of this package, whatever its model: RecBole takes a file with faults as it can, and sorts
     by times as float32, in which seconds of today are multiples of 128. Files are checked, and the order is exact."""
 
-    def replace(name: str, ours: str) -> None:
-        original = getattr(module.Dataset, name)
-
+    def around(original: Callable[..., None], ours: str) -> Callable[..., None]:
         @functools.wraps(original)
         def method(self: Any, *given: Any) -> None:
             step = functools.partial(original, self, *given)
-            data = importlib.import_module("recbole_raserec.data") if hasattr(self.config, "training_options") else None
-            return step() if data is None else getattr(data, ours)(self, step)
+            if not hasattr(self.config, "training_options"):
+                return step()
+            return getattr(importlib.import_module("recbole_raserec.data.preparation"), ours)(self, step)
 
-        setattr(module.Dataset, name, method)
+        return method
 
-    names = ("_load_inter_feat", "_remove_duplication", "_data_filtering", "_remap_ID_all")
-    for name, ours in zip(names, ("read_log", "drop_repeats", "filter_log", "sort_log")):
-        replace(name, ours)
+    steps = {"_load_inter_feat": "read_log", "_remove_duplication": "drop_repeats"}
+    for name, ours in {**steps, "_data_filtering": "filter_log", "_remap_ID_all": "sort_log"}.items():
+        setattr(module.Dataset, name, around(getattr(module.Dataset, name), ours))
 
 
 @patch("our-loaders", "recbole.data.utils")

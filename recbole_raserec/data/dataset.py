@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable
-from logging import getLogger
 from typing import Any, Optional
 
 import numpy as np
@@ -13,11 +10,9 @@ import scipy.sparse as sp
 import torch
 from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
-from recbole.utils import FeatureSource, FeatureType, ModelType
+from recbole.utils import FeatureSource, FeatureType
 
-from recbole_raserec.data.preparation import check_rows, exact_integers, find_fault, inter_files, required_columns
 from recbole_raserec.data.sequences import SequenceStore
-from recbole_raserec.errors import ConfigError, DatasetError, shown
 
 #: Column of every batch: index of the target in its user's full history, so the untruncated prefix length.
 POSITION = "sequence_position"
@@ -267,116 +262,3 @@ def _rows_by_group(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(groups, kind="stable")
     ends = np.flatnonzero(np.diff(groups[order])) + 1
     return order, np.concatenate([[0], ends, [len(groups)]]).astype(np.int64)
-
-
-# Steps of RecBole's data sets, with a configuration of this package: `recbole_raserec.compat` puts them there.
-
-
-def read_log(dataset: Any, read: Callable[[], None]) -> None:
-    """Read the interactions; times are as they stand in the file.
-
-    Raises:
-        DatasetError: a file cannot be read; it names the line.
-    """
-    benchmark, layout = dataset.benchmark_filename_list, required_columns(dataset.config)
-    paths = inter_files(dataset.dataset_path, dataset.dataset_name, benchmark)
-    paths = [path for path in paths if path.is_file()]
-    for path in paths if benchmark is None else []:
-        check_rows(path, *layout)
-    try:
-        read()
-    except (ValueError, csv.Error) as error:
-        for path in paths:
-            find_fault(path, *layout)
-        raise DatasetError(f"{', '.join(map(str, paths)) or dataset.dataset_path} cannot be read: {error}") from error
-    log, time = dataset.inter_feat, dataset.time_field
-    if benchmark is None and log is not None and time in log and dataset.field2type[time] == FeatureType.FLOAT:
-        times = log[time].to_numpy()
-        if time in layout[0] and not np.isfinite(times).all():
-            find_fault(paths[0], *layout)
-        log[time] = exact_integers(paths[0], time, times, *layout[1:])
-
-
-def drop_repeats(dataset: Any, drop: Callable[[], None]) -> None:
-    """RecBole's `rm_dup_inter`; of equal times the first in the file is the first."""
-    keep, log = dataset.config["rm_dup_inter"], dataset.inter_feat
-    if keep is None or dataset.time_field not in log:
-        return drop()
-    log = log.sort_values(dataset.time_field, kind="stable")
-    dataset.inter_feat = log.drop_duplicates([dataset.uid_field, dataset.iid_field], keep=keep)
-    return None
-
-
-def filter_log(dataset: Any, filter_: Callable[[], None]) -> None:
-    """Leave out what the options leave out.
-
-    Raises:
-        ConfigError: `val_interval` names no column.
-        DatasetError: no interactions are left, or those of one item.
-    """
-    unknown = [field for field in dataset.config["val_interval"] or {} if field not in dataset.field2type]
-    if unknown:
-        known = ", ".join(dataset.field2type)
-        raise ConfigError([f"val_interval: {unknown[0]} is no column that is loaded; choose among {known}"])
-    before = len(dataset.inter_feat)
-    try:
-        filter_()
-    except ValueError:
-        if len(dataset.inter_feat):
-            raise
-    left, name = dataset.inter_feat, f"The data set {dataset.dataset_name!r}"
-    if not len(left):
-        options = ("val_interval", "user_inter_num_interval", "item_inter_num_interval")
-        given = {option: dataset.config[option] for option in options}
-        named = ", ".join(
-            f"{option}: {shown(value)}" for option, value in given.items() if value not in (None, "[0,inf)")
-        )
-        raise DatasetError(f"{name}: none of its {before:,} interactions are left ({named or 'no id'}); choose less.")
-    if left[dataset.iid_field].nunique() < 2:
-        raise DatasetError(f"{name} has one item alone, {left[dataset.iid_field].iloc[0]}; two or more can be ranked.")
-
-
-def sort_log(dataset: Any, number: Callable[[], None]) -> None:
-    """Give users and items their numbers, in the order of the file; then put each user's interactions into that of the
-    times. RecBole's own sorts, by times as float32, keep it."""
-    number()
-    log, time, options = dataset.inter_feat, dataset.time_field, dataset.config["eval_args"] or {}
-    if dataset.benchmark_filename_list is not None or time not in log or options.get("order", "TO") != "TO":
-        return
-    by_user = dataset.config["MODEL_TYPE"] == ModelType.SEQUENTIAL or "LS" in options["split"]
-    users = log[dataset.uid_field].to_numpy()
-    groups = users if by_user or options.get("group_by") == "user" else np.zeros_like(users)
-    order, otherwise = in_time_order(groups, log[time].to_numpy())
-    if order is not None:
-        log = log.iloc[order].reset_index(drop=True)
-    dataset.inter_feat = log.astype({time: np.float64}, copy=False)
-    if otherwise:
-        who = f"{otherwise:,} of {dataset.user_num - 1:,} users'" if groups is users else "The"
-        getLogger().info(
-            f"{who} interactions follow the times in the file, where RecBole alone, with times rounded to 32 bits, would "
-            "order them otherwise"
-        )
-
-
-def in_time_order(groups: np.ndarray, times: np.ndarray) -> tuple[Optional[np.ndarray], int]:
-    """Rows of a log in which each group's are sorted by time; equal times keep the order of the rows.
-
-    A group keeps the places that its rows have, so that a log that is sorted by user and time stays as it is.
-
-    Args:
-        groups: number of the user, for one, int [N].
-        times: as they stand in the file, int64 or float64 [N].
-
-    Returns:
-        row numbers, int [N], or None: they are sorted; in how many groups RecBole, which compares times as float32,
-        would order the rows otherwise.
-    """
-    places = _rows_by_group(groups)[0]
-    if ((np.diff(groups[places]) != 0) | (times[places][1:] >= times[places][:-1])).all():
-        return None, 0
-    rows = np.lexsort((times, groups))
-    order = np.empty_like(rows)
-    order[places] = rows
-    owners, rounded = groups[rows], times[rows].astype(np.float32)
-    alike = (owners[1:] == owners[:-1]) & (rounded[1:] == rounded[:-1])
-    return order, len(np.unique(owners[1:][alike & (rows[1:] < rows[:-1])]))

@@ -17,11 +17,7 @@ Event = tuple[str, str, Optional[float]]
 
 
 def as_device(name: Optional[str]) -> torch.device:
-    """The device of that name; by default a GPU if there is one, else the CPU.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The device of that name, or an InputError; by default a GPU if there is one, else the CPU."""
     try:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=found).cpu()

@@ -75,13 +75,7 @@ def raw_stem(path: str | os.PathLike) -> str:
 
 
 def unwritable(option: str, path: str | os.PathLike, folder: bool = False) -> list[str]:
-    """What keeps a file, or a folder of files, from being written, as an error says it; tried without leaving a trace.
-
-    Args:
-        option: that names it.
-        path: of the file, or of the folder.
-        folder: which of the two it is.
-    """
+    """What keeps the file, or the `folder` of files, that an option names from being written; tried without a trace."""
     path = Path(path)
     try:
         if not folder and path.exists() and not path.is_file():
@@ -90,7 +84,7 @@ def unwritable(option: str, path: str | os.PathLike, folder: bool = False) -> li
         while not place.exists():
             place = place.parent
         if not place.is_dir():
-            return [f"{option}: {path} cannot be written, as {place} is no directory; name another place"]
+            return [f"{option}: {path} cannot be written, as {place} is a file; name a directory"]
         with tempfile.TemporaryFile(dir=place):
             return []
     except OSError as error:

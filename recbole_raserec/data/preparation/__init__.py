@@ -1,10 +1,10 @@
 """From raw logs to RecBole's atomic files: reading, filtering, downloading, generating."""
 
-from recbole_raserec.data.preparation.atomic import check_rows, exact_integers, find_fault
 from recbole_raserec.data.preparation.convert import Options, name_problems, prepare
-from recbole_raserec.data.preparation.download import ensure_dataset, inter_files, recbole_urls, required_columns
+from recbole_raserec.data.preparation.download import ensure_dataset, inter_files, recbole_urls
+from recbole_raserec.data.preparation.log import drop_repeats, filter_log, read_log, sort_log
 
 __all__ = [
-    "Options", "check_rows", "ensure_dataset", "exact_integers", "find_fault", "inter_files", "name_problems",
-    "prepare", "recbole_urls", "required_columns",
+    "Options", "drop_repeats", "ensure_dataset", "filter_log", "inter_files", "name_problems", "prepare", "read_log",
+    "recbole_urls", "sort_log",
 ]  # fmt: skip

@@ -26,10 +26,6 @@ MISSING |= {"<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ROWS = 1 << 18  # rows written at once
 _HEAD = 1 << 16  # bytes read to check a file
-_BLOCK = 1 << 24  # bytes searched at once
-_EXACT = 2**53  # integers from here on are not all floats
-#: The name that RecBole gives to the user and the item of number 0.
-PADDING = "[PAD]"
 
 
 @dataclasses.dataclass
@@ -121,86 +117,5 @@ def check_inter(path: Path, required: dict[str, str], separator: str = "\t", enc
             f"{where} lacks the column(s) {', '.join(lacking)}; its header has {', '.join(names)}. Correct the header, "
             "or name the columns with USER_ID_FIELD, ITEM_ID_FIELD and TIME_FIELD."
         )
-    first = lines[1].split(separator) if len(lines) > 1 else [""]
-    if first == [""]:
+    if not "".join(lines[1:]):
         raise DatasetError(f"{where} has a header but no interactions; {convert}.")
-    if len(first) != len(names):
-        raise DatasetError(f"{where}, line 2: {len(first)} columns, but the header names {len(names)}.")
-    for name, value in zip(columns, first):
-        try:
-            float(value if name in required and columns[name] == "float" else 0)
-        except ValueError:
-            raise DatasetError(f"{where}, line 2: {name} is {value[:40]!r}, which is no number.") from None
-
-
-def check_rows(path: Path, required: dict[str, str], separator: str = "\t", encoding: str = "utf-8") -> None:
-    """Look at every line of an atomic interaction file whose header is right; arguments as of `check_inter`.
-
-    Raises:
-        DatasetError: a line has too few or too many columns, a quote that opens and does not close its field, or a user
-            or item with the name of the padding.
-    """
-    if not _plain_rows(path, separator, encoding):
-        find_fault(path, required, separator, encoding)
-
-
-def _plain_rows(path: Path, separator: str, encoding: str) -> bool:
-    """Whether all lines have as many columns, and nothing of them needs a closer look."""
-    mark = separator.encode(encoding)
-    if len(mark) != 1 or "\n".encode(encoding) != b"\n":
-        return False
-    with open(path, "rb") as file:
-        width = file.readline().count(mark)
-        while block := file.read(_BLOCK) + file.readline():
-            if b'"' in block or PADDING.encode() in block:
-                return False
-            values = np.frombuffer(block if block.endswith(b"\n") else block + b"\n", np.uint8)
-            ends, marks = (np.flatnonzero(values == each) for each in (ord("\n"), mark[0]))
-            if (np.diff(np.searchsorted(marks, ends), prepend=0) != width).any():
-                return False
-    return True
-
-
-def find_fault(path: Path, required: dict[str, str], separator: str, encoding: str) -> None:
-    """Raise a DatasetError that names the first line at fault; arguments as of `check_inter`."""
-    with open(path, encoding=encoding, newline="\n") as file:
-        columns = [name.partition(":")[::2] for name in file.readline().rstrip("\r\n").split(separator)]
-        for number, line in enumerate(file, start=2):
-            fields = line.rstrip("\r\n").split(separator)
-            if fields == [""]:
-                continue
-            where, problem = f"{path.absolute()}, line {number}", ""
-            if len(fields) != len(columns):
-                problem = f"{len(fields)} columns, but the header names {len(columns)}"
-            for (name, kind), value in zip(columns, fields):
-                if problem:
-                    break
-                if value[:1] == '"' and not re.fullmatch('"[^"]*"', value):
-                    problem = f"{name} is {value[:40]}, whose quote does not close the field; remove the quote"
-                elif kind == "float":
-                    problem = _number_problem(name, value.strip('" '), name in required)
-                elif name in required and value.strip('"') == PADDING:
-                    problem = f"{name} is {PADDING}, RecBole's name of the padding; rename it"
-            if problem:
-                raise DatasetError(f"{where}: {problem}.")
-
-
-def _number_problem(name: str, value: str, needed: bool) -> str:
-    try:
-        fine = np.isfinite(float(value)) or not needed
-    except ValueError:
-        fine = value in MISSING and not needed
-    return "" if fine else f"{name} is {value[:40]!r}, which is no {'finite ' if needed else ''}number"
-
-
-def exact_integers(path: Path, name: str, values: np.ndarray, separator: str, encoding: str) -> np.ndarray:
-    """The column `name` of an atomic file, of which `values` are the float64: int64 where floats cannot hold them."""
-    if np.abs(values).max(initial=0) < _EXACT:
-        return values
-    try:
-        column = f"{name}:float"
-        read: dict[str, Any] = {"sep": separator, "usecols": [column], "dtype": np.int64, "encoding": encoding}
-        with np.errstate(invalid="ignore"):  # pandas compares what it casts
-            return pd.read_csv(path, **read)[column].to_numpy()
-    except (ValueError, OverflowError):  # written as floats
-        return values

@@ -1,9 +1,7 @@
 """Raw files into RecBole's atomic files: the command `recbole-raserec prepare`.
 
-The file written is sorted by user, then time, equal times in the order of the input. This matters: RecBole holds times
-as 32-bit floats, in which Unix seconds of today are multiples of 128, so that a user's actions within two minutes look
-simultaneous to it. Its sort (`numpy.argsort(kind="stable")`) leaves such rows in the order of the file, which is the
-true one. (With `rm_dup_inter` set, RecBole first sorts by a sort that is not stable; drop duplicates here instead.)
+The file written is sorted by user, then time, equal times in the order of the input: RecBole alone, with times as 32-bit
+floats, takes a user's actions within two minutes for simultaneous, and leaves them in the order of the file.
 """
 
 from __future__ import annotations
