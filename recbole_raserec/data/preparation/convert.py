@@ -1,7 +1,7 @@
 """Raw files into RecBole's atomic files: the command `recbole-raserec prepare`.
 
-The file written is sorted by user, then time, equal times in the order of the input: RecBole alone, with times as 32-bit
-floats, takes a user's actions within two minutes for simultaneous, and leaves them in the order of the file.
+The file written is sorted by user, then time, equal times in the order of the input: RecBole alone, which rounds times
+to 32 bits, takes the actions of two minutes for simultaneous, and leaves them in the order of the file.
 """
 
 from __future__ import annotations
