@@ -153,7 +153,7 @@ def sort_log(dataset: Any, step: Callable[[], None]) -> None:
     grouped = sequential or "LS" in options["split"] or options.get("group_by") == "user"
     order, otherwise = in_time_order(users if grouped else np.zeros_like(users), log[time].to_numpy())
     log = log if order is None else log.iloc[order].reset_index(drop=True)
-    dataset.inter_feat = log.astype({time: np.float64}, copy=False)
+    dataset.inter_feat = log if log[time].dtype == np.float64 else log.astype({time: np.float64})
     if otherwise:
         who = f"{otherwise:,} of {dataset.user_num - 1:,} users'" if grouped else "The"
         alone = "RecBole alone, with times rounded to 32 bits, would order them otherwise"
