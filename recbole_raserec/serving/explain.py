@@ -115,6 +115,16 @@ class Explanation:
     memories: list[Memory]
     items: list[Reason]
 
+    def without_users(self) -> Explanation:
+        """The same with numbers instead of the users' ids, in the order in which they come: `user #1`, `user #2`."""
+        names = dict.fromkeys(memory.user for memory in self.memories if memory.user is not None)
+        number = {name: f"user #{place}" for place, name in enumerate(names, start=1)}
+        memories = [
+            memory if memory.user is None else dataclasses.replace(memory, user=number[memory.user])
+            for memory in self.memories
+        ]
+        return dataclasses.replace(self, memories=memories)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dictionaries."""
         return dataclasses.asdict(self)
