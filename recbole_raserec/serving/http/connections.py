@@ -70,7 +70,8 @@ class Connection(H11Protocol):
         self._address = self.client[0] if self.client else ""
         self._wait(self._settings.header_seconds)
         if len(self.connections) > self._settings.max_connections:
-            oldest = next(iter(max(self._waiting.values(), key=len)))
+            most = max(self._waiting, key=lambda address: len(self._waiting[address]))
+            oldest = next(iter(self._waiting[most]))
             log("closed", reason="max_connections")
             oldest.transport.abort()
             oldest.connection_lost(None)
