@@ -25,7 +25,7 @@ class Parser(h11.Connection):
     """h11's parser, which also refuses chunks that are too small or too large; `problem` says why it refuses."""
 
     def __init__(self, settings: Settings):
-        super().__init__(h11.SERVER, PART)
+        super().__init__(h11.SERVER, PART - 1)
         self.problem: Optional[Problem] = None
         self._settings, self._chunks, self._bytes = settings, 0, 0
 
