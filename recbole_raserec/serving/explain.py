@@ -117,12 +117,9 @@ class Explanation:
 
     def without_users(self) -> Explanation:
         """The same with numbers instead of the users' ids, in the order in which they come: `user #1`, `user #2`."""
-        names = dict.fromkeys(memory.user for memory in self.memories if memory.user is not None)
-        number = {name: f"user #{place}" for place, name in enumerate(names, start=1)}
-        memories = [
-            memory if memory.user is None else dataclasses.replace(memory, user=number[memory.user])
-            for memory in self.memories
-        ]
+        users = dict.fromkeys(memory.user for memory in self.memories if memory.user is not None)
+        names: dict[Any, str] = {user: f"user #{number}" for number, user in enumerate(users, start=1)}
+        memories = [dataclasses.replace(memory, user=names.get(memory.user)) for memory in self.memories]
         return dataclasses.replace(self, memories=memories)
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from recbole_raserec.distributed import cores
 from recbole_raserec.errors import InputError, MissingExtraError
 from recbole_raserec.serving.explain import Explanation
 from recbole_raserec.serving.http import messages
-from recbole_raserec.serving.http.limits import CHANGES, Limits, Metrics, answer, exceeded
-from recbole_raserec.serving.http.messages import Error, Problem
+from recbole_raserec.serving.http.limits import CHANGES, Limits, Metrics, answer
+from recbole_raserec.serving.http.messages import Error, Problem, exceeded
 from recbole_raserec.serving.http.settings import Settings, log, log_error
 
 try:
     from fastapi import Depends, FastAPI, Query, Request, Response
     from fastapi.exceptions import RequestValidationError
-    from fastapi.openapi.docs import get_swagger_ui_html
     from fastapi.responses import JSONResponse
     from fastapi.security import HTTPBearer
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -37,13 +36,6 @@ SMALL = 1000  # items of a request that is answered before larger ones
 #: names its own style and script by their digests, and both policies hold.
 CSP = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
-)
-
-#: For the page /docs of FastAPI.
-DOCS_CSP = (
-    "default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; style-src https://cdn.jsdelivr.net "
-    "'unsafe-inline'; img-src https://fastapi.tiangolo.com data:; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
 
@@ -81,7 +73,7 @@ class Service:
         try:
             if pool is self.large and self._large > max(1, self.settings.max_concurrent // 2):
                 what = "requests, half of them large ones, run at a time: ask again later"
-                raise exceeded(self.settings, 429, "max_concurrent", None, what, {"Retry-After": "1"})
+                raise exceeded(self.settings, 429, "max_concurrent", None, what)
             return await asyncio.get_running_loop().run_in_executor(pool, work)
         finally:
             self._large -= pool is self.large
@@ -128,8 +120,8 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
     requests = messages.request_models(settings, (recommender.items[1:4] * 3)[:3] or ["item"])
     about = "Recommendations from a trained model."
     app = FastAPI(
-        title="recbole-raserec", version=__version__, docs_url=None, redoc_url=None, description=about,
-        redirect_slashes=False,  # which would send a browser to the name in the header Host
+        title="recbole-raserec", version=__version__, redoc_url=None, description=about,
+        swagger_ui_oauth2_redirect_url=None, redirect_slashes=False,  # it redirects to the name in the header Host
     )  # fmt: skip
     app.state.service = service
     reads = settings.read_token is not None
@@ -213,12 +205,6 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
             "items": len(recommender.items) - 1, "memories": recommender.live.n_memories,
             "unsaved": recommender.unsaved,
         })  # fmt: skip
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        page = get_swagger_ui_html(openapi_url="openapi.json", title="recbole-raserec")
-        page.headers["Content-Security-Policy"] = DOCS_CSP
-        return page
 
     @app.get("/metrics", **_described(None, None, reads, text="text/plain"))
     async def figures() -> Response:

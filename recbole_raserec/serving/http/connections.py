@@ -13,8 +13,8 @@ from typing import Any, Optional
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from recbole_raserec.serving.http.limits import answer, exceeded, secured
-from recbole_raserec.serving.http.messages import Problem
+from recbole_raserec.serving.http.limits import answer, secured
+from recbole_raserec.serving.http.messages import Problem, exceeded
 from recbole_raserec.serving.http.settings import Settings, log
 
 PART = 16 << 10  # bytes that are parsed at a time, and the longest head of a request
@@ -140,7 +140,8 @@ class Connection(H11Protocol):
         log("refused", status=problem.status)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             response = answer(problem)
-            headers = [*secured(response.raw_headers), (b"connection", b"close")]
+            close = [] if "connection" in response.headers else [(b"connection", b"close")]
+            headers = [*secured(response.raw_headers), *close]
             reason = HTTPStatus(problem.status).phrase.encode()
             start = h11.Response(status_code=problem.status, headers=headers, reason=reason)
             for event in (start, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):

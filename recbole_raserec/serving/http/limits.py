@@ -1,7 +1,8 @@
 """What every request passes on its way in and out: host, token, limits on bytes, seconds and number; log; metrics.
 
-By hand, as ASGI middleware: uvicorn and FastAPI limit neither the size of a body nor the seconds it takes. Starlette's
-TrustedHostMiddleware answers in plain text, and FastAPI asks for a token after it has read the body.
+By hand, as ASGI middleware: uvicorn and FastAPI limit neither the seconds that a body takes nor the bytes of all bodies;
+newer versions of Starlette limit the size of one. TrustedHostMiddleware answers in plain text, and FastAPI asks for a
+token after it has read the body.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.requests import ClientDisconnect, Request
 
-from recbole_raserec.serving.http.messages import Problem
+from recbole_raserec.serving.http.messages import Problem, exceeded
 from recbole_raserec.serving.http.settings import TOKEN_VARIABLE, Settings, log, log_error
 
 FREE = ("/health", "/metrics")  # paths that answer under any load, for those who watch it
@@ -73,7 +74,7 @@ class Limits:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = secured(message.get("headers", ()))
+                message["headers"] = secured(message.get("headers", ()), scope["path"] == "/docs")
             await send(message)
 
         try:
@@ -86,7 +87,7 @@ class Limits:
             self.metrics.running.set(self._running)
             if entered and self._running > self.settings.max_concurrent:
                 what = "requests run at a time: ask again later"
-                raise exceeded(self.settings, 429, "max_concurrent", self._running, what, {"Retry-After": "1"})
+                raise exceeded(self.settings, 429, "max_concurrent", self._running, what)
             await self.app(scope, _replaying(bytes(body), receive), sending)
         except Problem as problem:
             await answer(problem)(scope, receive, sending)
@@ -148,35 +149,23 @@ class Limits:
                     raise self._too_large(None)
                 if len(body) > SMALL and self._buffered > self.settings.max_buffered:
                     what = "bytes of requests at a time is the most: ask again later"
-                    raise exceeded(self.settings, 429, "max_buffered", self._buffered, what, {"Retry-After": "1"})
+                    raise exceeded(self.settings, 429, "max_buffered", self._buffered, what)
 
         try:
             await asyncio.wait_for(read(), self.settings.body_seconds)
         except asyncio.TimeoutError:
             what = "seconds is how long a body may take: send it faster"
-            raise exceeded(self.settings, 408, "body_seconds", None, what, {"Connection": "close"}) from None
+            raise exceeded(self.settings, 408, "body_seconds", None, what) from None
 
     def _too_large(self, size: Optional[int]) -> Problem:
         what = f"bytes is the most a body may have, and this one has {size or 'more'}: send less"
         return exceeded(self.settings, 413, "max_body", size, what)
 
 
-def exceeded(
-    settings: Settings, status: int, option: str, value: Optional[int], what: str,
-    headers: Optional[dict[str, str]] = None,
-) -> Problem:  # fmt: skip
-    """A request beyond the limit `option`; `what` follows its value."""
-    allowed = int(getattr(settings, option))
-    more = {"value": value} if value is not None and value < 2**63 else {}
-    text = f"{allowed} {what}, or start the server with a larger --{option}."
-    return Problem(status, "limit", text, headers, limit=option, allowed=allowed, **more)
-
-
-def secured(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Headers of an answer with those of `SECURITY` that it lacks."""
-    given = list(headers)
-    names = {name.lower() for name, _ in given}
-    return given + [(name, value) for name, value in SECURITY.items() if name not in names]
+def secured(headers: Iterable[tuple[bytes, bytes]], loads: bool = False) -> list[tuple[bytes, bytes]]:
+    """Headers of an answer with those of `SECURITY` that it lacks; without a policy where it `loads` scripts."""
+    names = {name.lower() for name, _ in headers} | ({b"content-security-policy"} if loads else set())
+    return [*headers, *(each for each in SECURITY.items() if each[0] not in names)]
 
 
 def answer(problem: Problem) -> JSONResponse:

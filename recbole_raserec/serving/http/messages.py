@@ -96,6 +96,7 @@ LIMITS = {
     ("events",): "max_events", ("k",): "max_k",
 }  # fmt: skip
 
+TOO_MANY = "items, given and wanted for all histories, is the most of a request: ask for less at a time"
 #: Members of requests. Behind them an error's path has pydantic's names for what an id may be.
 MEMBERS = {name for path in LIMITS for name in path} | {"user", "item", "time", "strict", "exclude_seen"}
 
@@ -154,7 +155,7 @@ def parse(model: Any, body: bytes, settings: Settings) -> Any:
     """A request of a model of `request_models`; `Problem` 400: it is no JSON, 422: it does not fit, or is too much."""
     # No other thread runs while pydantic parses, so what must have too many items is not parsed.
     if body.count(b",") > 4 * settings.max_items + 100:
-        raise _too_many("more", settings)
+        raise exceeded(settings, 422, "max_items", None, TOO_MANY)
     try:
         found = model.model_validate_json(body)
     except ValidationError as error:
@@ -162,7 +163,7 @@ def parse(model: Any, body: bytes, settings: Settings) -> Any:
     if model.either and all(getattr(found, name) is None for name in model.either):
         raise Problem(422, "invalid", f"the request has neither {' nor '.join(model.either)}: give one of them.")
     if size(found) > settings.max_items:
-        raise _too_many(size(found), settings)
+        raise exceeded(settings, 422, "max_items", size(found), TOO_MANY)
     return found
 
 
@@ -174,11 +175,12 @@ def size(found: Any) -> int:
     return sum(map(len, (*given.values(), *given["sequences"]))) + wanted
 
 
-def _too_many(value: Union[int, str], settings: Settings) -> Problem:
-    allowed, more = settings.max_items, dict[str, Any](value=value) if isinstance(value, int) else {}
-    text = f"the request has {value} items, given and wanted for all histories, and {allowed} is the most"
-    remedy = "ask for less at a time, or start the server with a larger --max_items."
-    return Problem(422, "limit", f"{text}: {remedy}", limit="max_items", allowed=allowed, **more)
+def exceeded(settings: Settings, status: int, option: str, value: Optional[int], what: str) -> Problem:
+    """A request beyond the limit `option`; `what` follows its value. After 429 it may be sent again."""
+    allowed, headers = int(getattr(settings, option)), {429: {"Retry-After": "1"}, 408: {"Connection": "close"}}
+    more = {"value": value} if value is not None and value < 2**63 else {}
+    text = f"{allowed} {what}, or start the server with a larger --{option}."
+    return Problem(status, "limit", text, headers.get(status), limit=option, allowed=allowed, **more)
 
 
 def _problem(error: dict[str, Any], settings: Settings) -> Problem:

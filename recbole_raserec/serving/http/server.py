@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -43,11 +45,9 @@ def serve(
     from recbole_raserec.serving.http.limits import LOOPBACK
     from recbole_raserec.serving.recommender import Recommender
 
-    _log_to_stderr()
     if settings.trusted_hosts is None:
         settings = settings.model_copy(update={"trusted_hosts": ",".join([*LOOPBACK, host])})
-    sys.setswitchinterval(0.0005)  # the threads of a large request hold up those of a small one for less
-    with _bind(host, port) as listening:
+    with _json_log(), _bind(host, port) as listening:
         reached = ipaddress.ip_address(listening.getsockname()[0].partition("%")[0])
         if not (reached.is_loopback or public or settings.read_token):
             problem = f"host: {host} is reached by other machines, which could ask about every user without a token"
@@ -74,6 +74,7 @@ def serve(
 
         try:
             app.state.service.start()
+            sys.setswitchinterval(0.0005)  # the threads of a large request hold up those of a small one for less
             try:
                 Server(config).run(sockets=[listening])
             finally:
@@ -104,11 +105,17 @@ def _bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _json_log() -> Iterator[None]:
+    """All loggers write lines of JSON to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    LOG.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are told by `Connection`
+    logging.getLogger().addHandler(handler)
     logging.captureWarnings(True)
-    for logger, level in ((LOG, logging.INFO), (logging.getLogger("uvicorn.error"), logging.ERROR)):
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
-    logging.getLogger().handlers = [handler]
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
