@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import signal
 import socket
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from serve_helpers import AUTHORIZED, LIMITS, TOKEN, Server, fresh
@@ -295,3 +298,16 @@ def test_lines_of_the_log():
         "error": "ValueError",
         "at": [],
     }
+
+
+def test_the_script_of_the_attacks(planted_run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    attacks = importlib.import_module("attacks")
+    output, name = tmp_path / "out" / "attacks.json", "10 chunks of 17 digits"
+    command = ["attacks.py", str(planted_run.ours.directory), "--seconds=4", f"--output={output}", "--attacks", name]
+    monkeypatch.setattr(sys, "argv", [*command, "--limit=5"])
+    with pytest.raises(SystemExit) as ended:
+        attacks.main()
+    found = json.loads(output.read_text())
+    assert (ended.value.code, found["failed"]) == (0, []), found
+    assert set(found["attacks"][name]["attacker"]) == {"413"}
