@@ -32,6 +32,10 @@ class CheckpointError(RaSeRecError):
     """A checkpoint or memory is missing, damaged, not of this package, or belongs to another configuration."""
 
 
+class DiskFullError(RaSeRecError, OSError):
+    """A file could not be written whole: disk full, quota used up, or larger than files may be."""
+
+
 class InputError(RaSeRecError, ValueError):
     """What a trained model was asked does not make sense: histories, ids, k, events."""
 
