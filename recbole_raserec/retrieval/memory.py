@@ -45,7 +45,7 @@ SEARCH_SCORES = 1 << 18
 """Queries times entries from which they do. On an H200 one query of 131,413 entries took 1.45 ms, by faiss on 16 CPU
 threads 1.28; one of 1,000,000 took a fifth of faiss's time, 32 of 131,413 less than a third (results/gpu.md)."""
 
-#: A search that is kept writes what it has after that many seconds, looking at the clock after that many scores, or rows.
+#: A search that is kept writes what it has after that many seconds, between parts of that many scores or rows.
 PART_SECONDS, PART_SCORES, PART_ROWS = 2.0, 1 << 28, 1024
 
 #: Arrays with one row an entry.
@@ -513,7 +513,7 @@ class MemoryBank:
 
 
 def _read_codes(path: Path, size: int, top_k: int) -> np.ndarray:
-    """Codes [n, K] uint64 of the first n of `size` queries, by a search that was killed; n is 0 where there are none."""
+    """Codes [n, K] uint64 of the first n of `size` queries, by a search that was killed; n is 0 without one."""
     codes = np.empty((0, top_k), np.uint64)
     if path.is_file():
         try:

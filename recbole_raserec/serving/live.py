@@ -225,7 +225,7 @@ class _Room(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _take(self, size: int) -> None:
-        self.left -= max(size, 4096)  # of many small ones, what Python needs for each
+        self.left -= max(size, 1 << 15)  # of many small ones, what Python needs for their modules
         if self.left < 0:
             raise ValueError("its options ask for more than its weights are")
 

@@ -191,9 +191,8 @@ def read_manifest(directory: Any) -> dict[str, Any]:
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key, kind()), kind)]
     if manifest["version"] == 1:
         wrong += [key for key in _SINCE_2 if key in manifest]
-    if not all(
-        isinstance(x, dict) and {"bytes", "sha256"} <= set(x) for x in dict(manifest.get("files") or {}).values()
-    ):
+    files = manifest.get("files", {}) if not wrong else {}
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
         wrong.append("files")
     if wrong:
         raise CheckpointError(f"{path} is damaged: {', '.join(wrong)} cannot be what it says.")

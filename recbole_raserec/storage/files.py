@@ -61,9 +61,8 @@ def room_for(path: str | os.PathLike) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, DiskFullError) or not disk_full(error):
             raise
-        found = DiskFullError(f"{path} cannot be written: no room on the disk ({error}); free some, then try again.")
-        found.errno = errno.ENOSPC
-        raise found from None
+        message = f"{path} cannot be written: no room on the disk ({error}); free some, then try again."
+        raise DiskFullError(message) from None
 
 
 @contextlib.contextmanager
