@@ -111,12 +111,7 @@ def check_values(
 
 
 def refused(values: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
-    """Options of a checkpoint that cannot be: those that decide what its models are, as `name: value`.
-
-    Args:
-        values: the options.
-        models: the classes by name; for each its own options, and those of sequential models and their data.
-    """
+    """`name: value` of the options of a checkpoint that cannot be, of those that say what its `models` are."""
     own = [kind for name, model in models.items() for kind in options_of(name, model)]
     declared = combined((*own, SequentialOptions, DataOptions, TrainingOptions))
     given = {name: values[name] for name in declared.model_fields if name in values}

@@ -514,17 +514,14 @@ class MemoryBank:
 
 def _read_codes(path: Path, size: int, top_k: int) -> np.ndarray:
     """Codes [n, K] uint64 of the first n of `size` queries, by a search that was killed; n is 0 without one."""
-    codes = np.empty((0, top_k), np.uint64)
-    if path.is_file():
-        try:
-            codes = read_tensors(path)[0]["codes"].numpy().view(np.uint64)
-            if codes.ndim != 2 or codes.shape[1] != top_k or len(codes) > size:
-                raise ValueError("it is of another search")
+    try:
+        codes = read_tensors(path)[0]["codes"].numpy().view(np.uint64) if path.is_file() else None
+        if codes is not None:
             getLogger().info(f"{path.parent}: {len(codes)} of {size} queries were searched before; the search goes on")
-        except (CheckpointError, KeyError, ValueError) as error:
-            getLogger().warning(f"{path} cannot be used ({error}); all is searched again")
-            return np.empty((0, top_k), np.uint64)
-    return codes
+            return codes
+    except CheckpointError as error:
+        getLogger().warning(f"{error} All is searched again.")
+    return np.empty((0, top_k), np.uint64)
 
 
 class GrowingArray:

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import secrets
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from filelock import BaseFileLock
 
-from recbole_raserec.errors import CheckpointError
+from recbole_raserec.errors import CheckpointError, InputError
 from recbole_raserec.storage import (
     check_files,
     live_parts,
@@ -40,6 +39,7 @@ from recbole_raserec.storage import (
 
 #: In the checkpoint directory: the journal, its lock, the process that holds that; what a repair read.
 JOURNAL, LOCK, HOLDER, DAMAGED = "journal.jsonl", "journal.lock", "journal.pid", "journal.damaged"
+LINE_BYTES = 1 << 26  # of the longest line
 _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"\}')
 
 
@@ -52,11 +52,8 @@ class Content(NamedTuple):
     size: int
 
 
-class Damage(NamedTuple):
-    """A line that does not fit, from 1 on, and why."""
-
-    line: int
-    why: str
+#: A line that does not fit, from 1 on, and why.
+Damage = tuple[int, str]
 
 
 def lock_directory(directory: Path) -> BaseFileLock:
@@ -86,17 +83,12 @@ def lock_directory(directory: Path) -> BaseFileLock:
 def read_journal(directory: Path, manifest: Mapping[str, Any], applied: int) -> Content:
     """What a checkpoint's journal holds; a `CheckpointError` where it does not hold all that was acknowledged.
 
-    Args:
-        directory: of the checkpoint.
-        manifest: its own.
-        applied: number of the last change that the saved parts hold.
+    `applied` is the number of the last change that the saved parts hold.
     """
     content, damage = _scan(directory, manifest, applied)
-    if damage:
-        raise CheckpointError(
-            f"{directory / JOURNAL} is damaged in line {damage[0].line}: {damage[0].why}. Restore it from a copy, or "
-            f"keep what can be read: recbole-raserec doctor {directory} --repair"
-        )
+    for line, why in damage[:1]:
+        remedy = f"Restore it from a copy, or keep what can be read: recbole-raserec doctor {directory} --repair"
+        raise CheckpointError(f"{directory / JOURNAL} is damaged in line {line}: {why}. {remedy}")
     return content
 
 
@@ -104,35 +96,43 @@ def _scan(directory: Path, manifest: Mapping[str, Any], applied: int) -> tuple[C
     """The sound records of a journal, and what does not fit."""
     path, mark, damage = directory / JOURNAL, manifest.get("journal"), list[Damage]()
     if not path.is_file():
-        gone = Damage(1, "the file is missing, and the checkpoint had a journal")
+        gone = (1, "the file is missing, and the checkpoint had a journal")
         return Content(None, [], applied, 0), [gone] if mark else []
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
+    lines = list(_lines(path))
+    if lines and not lines[-1].endswith(b"\n") and len(lines[-1]) < LINE_BYTES:
         lines.pop()  # cut off
     size, records, last = sum(map(len, lines)), list[dict[str, Any]](), None
     marked = bool(mark) or any(b'"crc": "' in line for line in lines)
     header = (_line(lines.pop(0), True) or {}) if marked and lines else {}
     found, acknowledged = header.get("journal"), str(header.get("last", ""))
     if marked and not (isinstance(found, str) and acknowledged.isdecimal()):
-        damage.append(Damage(1, "it is not the line that names the journal"))
+        damage.append((1, "it is not the line that names the journal"))
     elif mark and found != mark:
         other = f"it is the journal {found}, this checkpoint has {mark}"
-        return Content(None, [], applied, 0), [Damage(1, f"{other}; changes of the other one are not for it")]
+        return Content(None, [], applied, 0), [(1, f"{other}; changes of the other one are not for it")]
     for number, line in enumerate(lines, start=2 if marked else 1):
         record = _line(line, marked)
-        if record is None or not _fits(record):
-            damage.append(Damage(number, "it is not a change as it was written"))
+        if record is None or type(record.get("n")) is not int:
+            damage.append((number, "it is not a change as it was written"))
             continue
         if record["n"] != last + 1 if last is not None else record["n"] > applied + 1:
-            damage.append(Damage(number, f"change {record['n']} follows on {applied if last is None else last}"))
+            damage.append((number, f"change {record['n']} follows on {applied if last is None else last}"))
         last = record["n"]
         records.append(record)
     known, reached = int(acknowledged or 0) if found and not damage else 0, max(last or 0, applied)
     if known > reached:
-        damage.append(Damage(len(lines) + 2, f"changes {reached + 1} to {known} are missing"))
+        damage.append((len(lines) + 2, f"changes {reached + 1} to {known} are missing"))
     if not damage and records and not mark and manifest["version"] > 1:
-        damage.append(Damage(2, "the checkpoint has no journal yet; this one is of another state of it"))
+        damage.append((2, "the checkpoint has no journal yet; this one is of another state of it"))
     return Content(found, records, max(reached, known), size), damage
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while line := file.readline(LINE_BYTES):
+            yield line
+            if not line.endswith(b"\n"):  # the last one, or what is no line
+                return
 
 
 def _line(line: bytes, marked: bool) -> Optional[dict[str, Any]]:
@@ -144,22 +144,6 @@ def _line(line: bytes, marked: bool) -> Optional[dict[str, Any]]:
         found = json.loads(line[:-21] + b"}" if marked else line)
         return found if isinstance(found, dict) else None
     return None
-
-
-def _fits(record: dict[str, Any]) -> bool:
-    """Whether it is a numbered change."""
-    if type(record.get("n")) is not int or record["n"] < 1 or len(record) != 2:
-        return False
-    if isinstance(record.get("forget"), str):
-        return True
-    events, items = record.get("events"), record.get("items")
-    if isinstance(events, list):
-        return all(
-            isinstance(event, list) and len(event) == 3 and all(isinstance(name, str) for name in event[:2])
-            and (event[2] is None or (type(event[2]) in (int, float) and math.isfinite(event[2]))) for event in events
-        )  # fmt: skip
-    texts = (text for item in items or [0] for text in (item.items() if isinstance(item, dict) else [[0]]))
-    return isinstance(items, list) and all(isinstance(word, str) for pair in texts for word in pair)
 
 
 def _encoded(value: Mapping[str, Any]) -> bytes:
@@ -199,6 +183,8 @@ class Journal:
         """Write a record; when this returns, its number, it is on the disk."""
         number = self._last + 1
         line = _encoded({"n": number, **record})
+        if len(line) >= LINE_BYTES:
+            raise InputError(f"{len(line)} bytes of changes at a time, {LINE_BYTES} are the most; give fewer.")
         with room_for(self.path):
             try:
                 self._put(self._end, line, cut=True)

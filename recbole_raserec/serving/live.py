@@ -171,9 +171,9 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     inner = Options(manifest.get("backbone_options", {}), device=target)
     parts, users, items, applied = live_parts(directory, manifest)
     described, added = read_features(parts), ids["items"][len(ids["items"]) if items is None else items :]
-    features = Features.load(directory / FEATURES, trained_files(directory, manifest).get(FEATURES, {}).get("sha256"))
+    features = Features.load(directory / FEATURES) if FEATURES in trained_files(directory, manifest) else None
     memory: Any = None
-    room = 4 * (directory / BEST).stat().st_size + (1 << 27)
+    room = 8 * (directory / BEST).stat().st_size + (1 << 27)
     try:
         retrieval = name == RETRIEVAL_MODEL
         classes = {key: get_model(key) for key in (name, *([inner["model"]] if retrieval else ()))}
@@ -214,20 +214,14 @@ class _Room(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        sizes = args[0] if args and isinstance(args[0], (list, tuple)) else (*args, *kwargs.get("size", ()))
-        sizes = [abs(size) for size in sizes if isinstance(size, (int, float))]
-        if name == "clone":
-            self._take(args[0].numel() * args[0].element_size())
-        elif name == "arange":
-            self._take(8 * int(max(sizes)))
-        elif name in ("empty", "zeros", "ones", "full", "rand", "randn"):
-            self._take(4 * int(math.prod(sizes)))
+        if name in ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "clone"):
+            sizes = args[0] if args and isinstance(args[0], (list, tuple)) else (*args, *kwargs.get("size", ()))
+            sizes = args[0].shape if name == "clone" else sizes
+            size = 8 * math.prod(max(1, int(abs(size))) for size in sizes if isinstance(size, (int, float)))
+            self.left -= max(size, 1 << 15)  # of many small ones, what Python needs for their modules
+            if self.left < 0:
+                raise ValueError("its options ask for more than its weights are")
         return func(*args, **kwargs)
-
-    def _take(self, size: int) -> None:
-        self.left -= max(size, 1 << 15)  # of many small ones, what Python needs for their modules
-        if self.left < 0:
-            raise ValueError("its options ask for more than its weights are")
 
 
 def add_items(model: Any, features: ItemFeatures) -> None:
@@ -346,20 +340,19 @@ class LiveMemory:
         self._saved = self.applied
 
     def _take_up(self, records: Iterable[dict[str, Any]]) -> None:
-        known = self.checkpoint.vocabulary.numbers
         for record in records:
             if record["n"] <= self.applied:
                 continue
-            if any(event[1] not in known for event in record.get("events", ())):
-                raise CheckpointError(
-                    f"{self.directory}: change {record['n']} of its journal has items it does not know."
-                )
-            if "forget" in record:
-                self._forget(record["forget"])
-            elif "items" in record:
-                self._add_items(record["items"], self._described(record["items"]))
-            else:
-                self._apply(record["events"])
+            try:
+                if "forget" in record:
+                    self._forget(record["forget"])
+                elif "items" in record:
+                    self._add_items(record["items"], self._described(record["items"]))
+                else:
+                    self._apply(record["events"])
+            except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+                unfit = f"change {record['n']} of its journal is not for this checkpoint ({error!r})"
+                raise CheckpointError(f"{self.directory}: {unfit}; restore both from a copy.") from None
             self.applied = record["n"]
 
     def update(self, events: Sequence[Event]) -> Update:

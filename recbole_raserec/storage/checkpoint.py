@@ -12,7 +12,6 @@ which holds those of the arrays. So a directory is what was written, as a whole,
 
 from __future__ import annotations
 
-import contextlib
 import re
 import secrets
 import shutil
@@ -74,9 +73,7 @@ def write_checkpoint(
     remove_unused(directory, directory)
 
 
-def _write_parts(
-    directory: Path, manifest: dict[str, Any], ids: dict[str, list[str]], memory: Any, catalogue: Any
-) -> dict[str, Any]:
+def _write_parts(directory: Path, manifest: dict[str, Any], ids: Any, memory: Any, catalogue: Any) -> dict[str, Any]:
     """Write what a service changes into `directory`, and list it."""
     write_json(directory / IDS, ids)
     if catalogue is not None:
@@ -91,9 +88,7 @@ def _listed(directory: Path, names: Any) -> dict[str, Any]:
     return {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in paths.items()}
 
 
-def _write_manifest(
-    directory: Path, manifest: dict[str, Any], files: dict[str, Any], parts: Any, mark: Any = None
-) -> None:
+def _write_manifest(directory: Path, manifest: Mapping[str, Any], files: Any, parts: Any, mark: Any = None) -> None:
     kept = {key: value for key, value in manifest.items() if key not in ("weights_sha256", "features_sha256")}
     about = {"format": FORMAT, **kept, "version": VERSION, "parts": parts, "journal": mark, "files": files}
     write_json(directory / MANIFEST, sealed(about))
@@ -129,16 +124,11 @@ def save_parts(
         named = {"directory": parts.name, "users": trained[0], "items": trained[1], "applied": applied}
         _write_manifest(target, manifest, files, named, mark or (None if copied else manifest.get("journal")))
     except BaseException:
-        if not _names(target, parts):  # it may have been interrupted after its last step
+        path = target / MANIFEST
+        if not path.is_file() or parts.name not in path.read_text("utf-8"):  # else it was interrupted after its end
             shutil.rmtree(target if made else parts, ignore_errors=True)
         raise
     remove_unused(target, parts)
-
-
-def _names(directory: Path, parts: Path) -> bool:
-    with contextlib.suppress(CheckpointError):
-        return (read_manifest(directory).get("parts") or {}).get("directory") == parts.name
-    return False
 
 
 def remove_unused(directory: Path, parts: Path) -> None:
@@ -176,11 +166,8 @@ def read_manifest(directory: Any) -> dict[str, Any]:
         hint = "A finished run leaves one below `checkpoint_dir`; its last line names it."
         raise CheckpointError(f"{path.parent.absolute()} is not a checkpoint directory: it has no {MANIFEST}. {hint}")
     manifest = read_json(path, MANIFEST_BYTES)
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != FORMAT
-        or manifest.get("version") not in (1, VERSION)
-    ):
+    known = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    if not known or manifest.get("version") not in (1, VERSION):
         raise CheckpointError(f"{path} is not a {FORMAT} of version 1 or {VERSION}.")
     if manifest["version"] == VERSION:
         check_seal(path, manifest)
@@ -227,7 +214,7 @@ def check_files(directory: Path, manifest: dict[str, Any]) -> None:
 def mark_journal(directory: Path, manifest: Mapping[str, Any], mark: str) -> None:
     """Note in the manifest that the directory has the journal of this mark, which must not be missing from now on."""
     if manifest["version"] == VERSION and manifest["journal"] != mark:  # of version 1 with the first save
-        _write_manifest(directory, dict(manifest), manifest["files"], manifest["parts"], mark)
+        _write_manifest(directory, manifest, manifest["files"], manifest["parts"], mark)
 
 
 def read_ids(directory: Any) -> dict[str, list[str]]:
@@ -243,6 +230,7 @@ def read_ids(directory: Any) -> dict[str, list[str]]:
 def read_weights(directory: Any, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Weights of a checkpoint; raises CheckpointError unless they are those its manifest was written for."""
     path = Path(directory) / BEST
-    if BEST not in (kept := trained_files(Path(directory), manifest)) or sha256(path) != kept[BEST]["sha256"]:
+    kept = trained_files(Path(directory), manifest).get(BEST)
+    if not kept or regular(path) != kept["bytes"] or sha256(path) != kept["sha256"]:
         raise CheckpointError(f"{path} is not what {MANIFEST} was written for; it is damaged or from another run.")
     return read_tensors(path)[0]

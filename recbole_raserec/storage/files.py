@@ -28,8 +28,10 @@ from safetensors.torch import save_file
 
 from recbole_raserec.errors import CheckpointError, DiskFullError
 
-if os.name != "nt":
+try:
     import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: Manifest of a directory of arrays, and the names of its files: no others are ever deleted.
 ARRAYS = "manifest.json"
@@ -74,7 +76,13 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = _new_part(path)
+        for left in path.parent.iterdir():
+            if _PART.fullmatch(left.name):
+                with contextlib.suppress(OSError), open(left, "rb+") if fcntl else contextlib.nullcontext() as file:
+                    if file is not None:  # that of a living process is locked; Windows removes none that is open
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+        held, part = _new_part(path)
         try:
             yield part
             with open(part, "rb+") as written:  # Windows syncs no file that is open for reading alone
@@ -82,38 +90,26 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(part, 0o666 & ~umask)
-            if os.name == "nt":  # which moves no open file; elsewhere the lock is held until the file is in its place
-                os.close(handle)
-                handle = None
+            if fcntl is None:
+                held.close()  # Windows moves no open file; elsewhere the lock is held until it is in its place
             os.replace(part, path)
             sync_directory(path.parent)
         finally:
-            if handle is not None:
-                os.close(handle)
+            held.close()
             part.unlink(missing_ok=True)
 
 
 def _new_part(path: Path) -> tuple[Any, Path]:
-    """An open new file beside `path`, locked, so that others see that its process lives; on Windows open files are."""
-    for left in path.parent.iterdir():
-        if _PART.fullmatch(left.name):
-            with contextlib.suppress(OSError):
-                handle = None if os.name == "nt" else os.open(left, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
-                try:
-                    if handle is not None:
-                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    left.unlink()
-                finally:
-                    if handle is not None:
-                        os.close(handle)
+    """A new file beside `path`, open and locked."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        if os.name != "nt":
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        file = os.fdopen(handle, "rb+")
+        with contextlib.suppress(OSError):  # a file system without locks
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
         if os.path.exists(name):  # not taken for one that was left, before it was locked
-            return handle, Path(name)
-        os.close(handle)
+            return file, Path(name)
+        file.close()
 
 
 #: Format of raw data by the end of a file's name, before .gz.
