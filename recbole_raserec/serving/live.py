@@ -173,7 +173,6 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     described, added = read_features(parts), ids["items"][len(ids["items"]) if items is None else items :]
     features = Features.load(directory / FEATURES) if FEATURES in trained_files(directory, manifest) else None
     memory: Any = None
-    room = 8 * (directory / BEST).stat().st_size + (1 << 27)
     try:
         retrieval = name == RETRIEVAL_MODEL
         classes = {key: get_model(key) for key in (name, *([inner["model"]] if retrieval else ()))}
@@ -182,7 +181,10 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
         vocabulary = Vocabulary(options, ids["users"][:users], ids["items"][:items], features, described)
         if retrieval:
             memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
-        with _Room(room):
+        kept = sum(entry["bytes"] for entry in trained_files(directory, manifest).values())
+        ours = all(found.__module__.partition(".")[0] in ("recbole", "recbole_raserec") for found in classes.values())
+        alone = ours and not (options["llm"] or inner["llm"])  # others may read files of their own
+        with _Room(8 * kept + (1 << 27)) if alone else contextlib.nullcontext():
             model = classes[inner["model"] if retrieval else name](inner if retrieval else options, vocabulary)
             if retrieval:
                 model = RaSeRec(options, vocabulary, wrap_backbone(model, inner, vocabulary))
