@@ -26,7 +26,6 @@ from recbole_raserec.storage import (
     read_arrays,
     read_json,
     read_tensors,
-    sha256,
     write_arrays,
     write_json,
     write_tensors,
@@ -180,15 +179,11 @@ class Features:
         )
 
     @classmethod
-    def load(cls, path: Path, digest: Optional[str]) -> Optional[Features]:
-        """Read the file of that SHA-256; None where a checkpoint has none."""
-        if digest is None:
-            return None
+    def load(cls, path: Path) -> Features:
+        """Read what `save` wrote; a `CheckpointError` where it is damaged."""
         tensors, meta = read_tensors(path)
-        if sha256(path) != digest or not isinstance(meta, dict) or not {"fields", "items", "personal"} <= set(meta):
-            raise CheckpointError(
-                f"{path} is not what its checkpoint was written with; it is damaged or of another one."
-            )
+        if not isinstance(meta, dict) or not {"fields", "items", "personal"} <= set(meta):
+            raise CheckpointError(f"{path} does not hold what a model reads; it is damaged or of another release.")
         fields = {name: (kind, count, length) for name, (kind, count, length) in meta["fields"].items()}
         weights = {name: value.numpy() for name, value in part_of(tensors, "weights").items()}
         return cls(fields, part_of(tensors, "items") if meta["items"] else None, weights, meta["personal"])
