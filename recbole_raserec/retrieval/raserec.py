@@ -27,13 +27,14 @@ from recbole_raserec.config import (
     get_model,
     option,
 )
-from recbole_raserec.data import POSITION
+from recbole_raserec.data import POSITION, ItemFeatures
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.recommendation import Backbone, wrap_backbone
 from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
+from recbole_raserec.retrieval.transitions import TransitionHead, mixed, pairs_of, text_of
 from recbole_raserec.storage import load_weights, read_manifest, read_weights
 
 
@@ -90,6 +91,11 @@ class RaSeRecOptions(Options):
         "distribution, nothing is trained; both: the module, then the mixture",
         heading="What is made of the neighbours",
     )  # fmt: skip
+    transition_head: bool = option(
+        False, "mix what followed the last two items in the training split, and items with texts like theirs, into the "
+        "distribution; nothing is trained (docs/item_text.md)", later=True,
+    )  # fmt: skip
+    transition_neighbours: Count = option(100, "items with the nearest texts that stand for an item there", later=True)
     ram: Literal["dual", "single"] = option(
         "dual", "dual: two channels with feed-forward (the paper); single: one attention",
         heading="The retrieval module (RAM): h~ = alpha h + (1 - alpha) (beta channel_1 + (1 - beta) channel_2)",
@@ -130,7 +136,8 @@ class RaSeRec(SequentialRecommender):
 
     With the option `head: knn` the user vectors stay the backbone's own and nothing is trained: what followed the
     memories is mixed into the distribution over items, see `interpolate`. `head: both` does both. The kNN head's share
-    and temperature are chosen on the validation split, and are part of the weights.
+    and temperature are chosen on the validation split, and are part of the weights. With `transition_head: true`
+    transitions and texts are mixed in behind it, see `TransitionHead`, whose weights are chosen in the same way.
 
     With `freeze_backbone: true` the backbone stays in evaluation mode and keeps its weights; what it computes for the
     training windows is computed once and looked up afterwards.
@@ -147,12 +154,14 @@ class RaSeRec(SequentialRecommender):
         makes_backbone: whether the backbone is its own, to be trained.
         augments: whether user vectors are augmented.
         knn: whether the kNN head is there.
+        transitions: the transition head; None: it is not there.
     """
 
     options = RaSeRecOptions
 
     knn_share: Tensor
     knn_tau: Tensor
+    text: Tensor
 
     def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Optional[Backbone] = None):
         super().__init__(config, dataset)
@@ -173,6 +182,10 @@ class RaSeRec(SequentialRecommender):
         if self.knn:
             self.register_buffer("knn_share", torch.tensor(0.0))
             self.register_buffer("knn_tau", torch.tensor(TAUS[0]))
+        self.transitions: Optional[TransitionHead] = None
+        if config["transition_head"]:
+            self.transitions = TransitionHead(self.n_items, config["transition_neighbours"])
+            self.register_buffer("text", text_of(config, dataset, self.n_items))
         self.memory = MemoryBank(
             backbone.hidden_size, config["similarity"], config["index"], config["ivf_lists"], config["ivf_probes"],
             config["seed"], config["memory_scope"], config["memory_min_support"], config["retrieve_by"],
@@ -182,6 +195,11 @@ class RaSeRec(SequentialRecommender):
         self._copy: Optional[tuple[Any, ...]] = None  # of the memory, for the device
         if self.frozen:
             self.backbone.requires_grad_(False)
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether scores are logarithms of probabilities instead of dot products."""
+        return self.knn or self.transitions is not None
 
     def train(self, mode: bool = True) -> RaSeRec:
         """As of any module, except that a frozen backbone stays in evaluation mode."""
@@ -325,22 +343,45 @@ class RaSeRec(SequentialRecommender):
         """Gives h~ [B, H], item vectors [V, H] and item bias [V] or None, whose dot product the scores are.
 
         Raises:
-            AttributeError: with the kNN head; its scores are no dot product.
+            AttributeError: with the kNN or the transition head; their scores are no dot products.
         """
-        if self.knn:
+        if self.gives_probabilities:
             raise AttributeError("full_sort_vectors")
         return lambda interaction: (
             self.augment(*self.retrieved(interaction)), self.item_vectors(), self.backbone.item_bias()
         )  # fmt: skip
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
-        """Scores of all items, [B, V]; with the kNN head logarithms of the mixed probabilities."""
-        return self.scores_of(*self.retrieved(interaction))
+        """Scores of all items, [B, V]; with the kNN or the transition head logarithms of the mixed probabilities."""
+        found = self.scores_of(*self.retrieved(interaction))
+        if self.transitions is None:
+            return found
+        transitions, texts = self.followed(interaction)
+        return mixed(torch.log_softmax(found, dim=1), transitions + texts)
+
+    def followed(self, interaction: Any) -> tuple[Tensor, Tensor]:
+        """What the transition head's transitions and texts give to each item, [B, V] each."""
+        assert self.transitions is not None
+        return self.transitions(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], self.text)
+
+    def observe(self, items: np.ndarray, places: np.ndarray, starts: np.ndarray, times: int = 1) -> None:
+        """Count the transitions to the `places` of `items`, see `pairs_of`; with `times` -1 take them out again."""
+        if self.transitions is not None:
+            self.transitions.add(*pairs_of(items, places, starts), times)
+
+    def add_texts(self, features: ItemFeatures) -> None:
+        """Take up the texts of more items, behind the others."""
+        self.n_items += len(features.text)
+        if self.transitions is not None:
+            self.text = torch.cat([self.text, torch.from_numpy(features.directions()).to(self.text.device)])
+            self.transitions.grow(self.n_items)
 
     def scores_of(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The same of user vectors h [B, H] and the memories `ids` where `mask` is True, [B, K] each."""
-        mixed = self.augment(h, ids, mask) if self.augments else h
-        found = scores(mixed, self.item_vectors(), self.backbone.item_bias())
+        """The same, without the transition head, of user vectors h [B, H] and the memories `ids` where `mask` is True,
+        [B, K] each.
+        """
+        augmented = self.augment(h, ids, mask) if self.augments else h
+        found = scores(augmented, self.item_vectors(), self.backbone.item_bias())
         if not self.knn or not len(self.memory):
             return found
         targets, similarity = self.neighbour_similarity(h, ids)
@@ -349,7 +390,7 @@ class RaSeRec(SequentialRecommender):
     def predict(self, interaction: Any) -> Tensor:
         """Scores of one item a row, that of the field `item_id`: [B]; as `full_sort_predict` gives them."""
         items = interaction[self.ITEM_ID]
-        if self.knn:
+        if self.gives_probabilities:
             return self.full_sort_predict(interaction).gather(1, items[:, None]).squeeze(1)
         h = self.augment(*self.retrieved(interaction))
         found, bias = (h * self.item_vectors()[items]).sum(dim=1), self.backbone.item_bias()  # [B]

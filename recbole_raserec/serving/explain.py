@@ -1,9 +1,9 @@
 """Why an item is recommended: which memories were retrieved, and what they add to its score; as data, text or a page.
 
 The model mixes `h~ = alpha h + (1 - alpha) h'`, and an item scores `h~ . v + b`; so a score is the sum of what the
-backbone gives, `alpha h . v + b`, and what retrieval gives, `(1 - alpha) h' . v`. With the kNN head it is the
-probability that is such a sum. What a single memory does to a score is measured by leaving it out, since attention and
-layer norms are not linear in it.
+backbone gives, `alpha h . v + b`, and what retrieval gives, `(1 - alpha) h' . v`. With the kNN or the transition head
+it is the probability that is such a sum, to which transitions and texts give their parts. What a single memory does to
+a score is measured by leaving it out, since attention and layer norms are not linear in it.
 
 The page is one HTML document, page.html.j2: style, script and data stand in it, and its content security policy admits
 these and no request to anywhere. The script only highlights a memory wherever it matters.
@@ -80,10 +80,13 @@ class Reason:
 
     Attributes:
         rank: from 1 on, among the items not in the history.
-        score: the sum of `backbone` and `retrieval`; a probability with the kNN head, see `Explanation`.
+        score: the sum of `backbone`, `retrieval`, `transitions` and `texts`; a probability with the kNN or the
+            transition head, see `Explanation`.
         rank_without_memory: as `rank`, of the backbone alone.
         score_without_memory: of the backbone alone.
         effects: for each memory what the score loses without it.
+        transitions: of the transition head, what followed the last two items.
+        texts: of the transition head, how near their texts are.
     """
 
     item: Item
@@ -94,6 +97,8 @@ class Reason:
     rank_without_memory: int
     score_without_memory: float
     effects: list[float]
+    transitions: float = 0.0
+    texts: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Explanation:
     """The items recommended for a history and their reasons.
 
     Attributes:
-        unit: what scores are: `score` (the dot product), or `probability` with the kNN head.
+        unit: what scores are: `score` (the dot product), or `probability` with the kNN or the transition head.
         alpha: weight of the backbone's own vector.
         dropped: unknown items that were left out of the history.
     """
@@ -115,6 +120,11 @@ class Explanation:
     memories: list[Memory]
     items: list[Reason]
 
+    @property
+    def follows(self) -> bool:
+        """Whether the transition head gives something."""
+        return any(reason.transitions or reason.texts for reason in self.items)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dictionaries."""
         return dataclasses.asdict(self)
@@ -127,9 +137,10 @@ class Explanation:
         """For a terminal."""
         lines = ["after " + " > ".join(str(item) for item in self.history[-SHOWN:]), ""]
         for reason in self.items:
+            more = f" + transitions {reason.transitions:+.4f} + texts {reason.texts:+.4f}" if self.follows else ""
             lines.append(
                 f"{reason.rank:>3}. {reason.item}  {self.unit} {reason.score:.4f} = backbone {reason.backbone:.4f} "
-                f"+ retrieval {reason.retrieval:+.4f}; without memory rank {reason.rank_without_memory}"
+                f"+ retrieval {reason.retrieval:+.4f}{more}; without memory rank {reason.rank_without_memory}"
             )
             for number in most(reason.effects)[:3]:
                 memory = self.memories[number]
@@ -151,7 +162,8 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     model = recommender.model
     h, ids, mask = model.retrieved(interaction)
     kept = mask[0].nonzero().squeeze(1)
-    both = _parts(model, h.repeat(2, 1), ids.repeat(2, 1), torch.cat([mask, torch.zeros_like(mask)]))
+    followed = None if model.transitions is None else torch.cat(model.followed(interaction)).double()  # [2, V]
+    both = _parts(model, h.repeat(2, 1), ids.repeat(2, 1), torch.cat([mask, torch.zeros_like(mask)]), followed)
     found = both.sum(dim=1)
     found[:, np.append(0, query.rows[0])] = -torch.inf
     whole, alone = found  # [V] each: with all memories, and with none
@@ -160,7 +172,7 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     for columns in kept.split(max(1, SCORE_BYTES // (32 * len(whole)))):
         without = mask.repeat(len(columns), 1)
         without[torch.arange(len(columns)), columns] = False
-        parts = _parts(model, h.expand(len(columns), -1), ids.expand(len(columns), -1), without)
+        parts = _parts(model, h.expand(len(columns), -1), ids.expand(len(columns), -1), without, followed)
         effects += list(whole[best] - parts.sum(dim=1)[:, best])
     attention, similarity = _attention(model, h, ids, mask)
 
@@ -169,10 +181,11 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
 
     reasons = []
     for rank, number in enumerate(best.tolist(), start=1):
-        backbone, retrieval = both[0, :, number].tolist()
+        backbone, retrieval, *more = both[0, :, number].tolist()
         value, lost = float(alone[number]), [float(effect[rank - 1]) for effect in effects]
         before = 1 + int((alone > value).sum())
-        reasons.append(Reason(item(number), rank, backbone + retrieval, backbone, retrieval, before, value, lost))
+        score = backbone + retrieval + sum(more)
+        reasons.append(Reason(item(number), rank, score, backbone, retrieval, before, value, lost, *more))
     memories = []
     for column in kept.tolist():
         entry = int(ids[0, column])
@@ -184,7 +197,7 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
             recommender.users[user] if user > 0 else None, int(model.memory.support[entry]),
             [item(int(number)) for number in prefix],
         ))  # fmt: skip
-    unit = "probability" if model.knn else "score"
+    unit = "probability" if model.gives_probabilities else "score"
     alpha = float(model.ram.alpha.clamp(0, 1)) if model.augments else 1.0
     return Explanation(
         recommender.name, recommender.dataset, unit, alpha, [item(int(number)) for number in query.rows[0]],
@@ -192,8 +205,12 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     )  # fmt: skip
 
 
-def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What backbone and retrieval give to each item: float64 [B, 2, V]; their sum is its score, or its probability."""
+def _parts(
+    model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, followed: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """What backbone and retrieval give to each item, and transitions and texts where they are `followed` [2, V]:
+    float64 [B, 2 or 4, V]; their sum is its score, or its probability.
+    """
     table, bias = model.item_vectors().double().t(), model.backbone.item_bias()
     mixed = model.augment(h, ids, mask).double() if model.augments else h.double()
     some = mask.any(dim=1, keepdim=True)
@@ -203,14 +220,26 @@ def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -
     backbone, retrieval = own @ table, (mixed - own) @ table  # [B, V]
     if bias is not None:
         backbone = backbone + bias.double()
-    if not model.knn:
+    if not model.gives_probabilities:
         return torch.stack([backbone, retrieval], dim=1)
     scores = backbone + retrieval
+    if not model.knn:
+        alone = h.double() @ table + (0 if bias is None else bias.double())
+        both = [torch.softmax(alone, dim=1), torch.softmax(scores, dim=1) - torch.softmax(alone, dim=1)]
+        return _with(both, followed)
     targets, similarity = model.neighbour_similarity(h, ids)
     weights = neighbour_weights(similarity, mask, float(model.knn_tau)).double()
     spread = torch.zeros_like(scores).scatter_add_(1, targets, weights)
     share = torch.where(some, model.knn_share.double(), 0.0)
-    return torch.stack([(1 - share) * torch.softmax(scores, dim=1), share * spread], dim=1)
+    return _with([(1 - share) * torch.softmax(scores, dim=1), share * spread], followed)
+
+
+def _with(parts: list[torch.Tensor], followed: Optional[torch.Tensor]) -> torch.Tensor:
+    """Parts of a probability, [B, V] each, beside what the transition head gives: [B, 2 or 4, V]."""
+    if followed is None:
+        return torch.stack(parts, dim=1)
+    left = 1 - followed.sum()
+    return torch.stack([*(left * part for part in parts), *followed[:, None].expand(-1, len(parts[0]), -1)], dim=1)
 
 
 def _attention(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

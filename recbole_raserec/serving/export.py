@@ -80,7 +80,9 @@ def write_vectors(recommender: Any, directory: Path, form: str = "parquet", tole
     probe = known[:64]
     found = users[: len(probe)] @ items.T + columns.get("bias", np.float32(0))
     wanted = found
-    if not (isinstance(recommender.model, RaSeRec) and recommender.model.knn):  # whose scores are no dot product
+    if not (
+        isinstance(recommender.model, RaSeRec) and recommender.model.gives_probabilities
+    ):  # whose scores are no dot product
         wanted = recommender.score(users=probe)
     gap, scale = (float(np.abs(x).max(initial=0)) for x in (found - wanted, wanted))
     path = write(directory / "users", {"user": known}, users)
