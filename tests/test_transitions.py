@@ -15,7 +15,8 @@ from pipeline_helpers import run
 from raserec_helpers import histories_of, raserec
 from tiny_models import N_ITEMS
 
-from recbole_raserec.errors import InputError
+from recbole_raserec.errors import ConfigError, InputError
+from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.transitions import GRID, TransitionHead, _Sample, mixed, pairs_of, tune_transitions
 from recbole_raserec.serving import write_programs, write_vectors
 
@@ -179,6 +180,76 @@ def test_a_loaded_model_scores_as_the_trained_one(finished):
     again = run(finished[0], dataset="tiny", data_path=str(finished[0]), **RUN, **TEXT, head="both")
     assert again.trained == []
     assert again.record["metrics"] == finished[1].record["metrics"]
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+@pytest.mark.parametrize("index", ["flat", "ivf", "hnsw", "ivfpq"])
+def test_both_similarities_are_searched_by_every_index(tmp_path, index, similarity):
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(400, 7)).astype(np.float32)
+    keys[5, 4:] = 0  # without text
+    numbers = np.arange(1, 401)
+    bank = MemoryBank(7, similarity, index, 8, 8, text_size=3, text_weight=0.6)
+    bank.add(keys, numbers, numbers, numbers)
+    queries = rng.normal(size=(30, 7)).astype(np.float32)
+
+    def unit(x):
+        return x / np.maximum(np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True), 1e-30)
+
+    own = [unit(x[:, :4]) if similarity == "cosine" else x[:, :4] for x in (queries, keys)]
+    fused = own[0] @ own[1].T + 0.6 * unit(queries[:, 4:]) @ unit(keys[:, 4:]).T
+    for searched in (bank, None):
+        if searched is None:
+            bank.save(tmp_path / "bank")
+            searched = MemoryBank.load(tmp_path / "bank")
+        found = searched.search(queries, 5, None, None)
+        np.testing.assert_allclose(found.similarity, np.take_along_axis(fused, found.ids, axis=1), atol=1e-5)
+        if index == "flat":
+            np.testing.assert_array_equal(found.ids, np.argsort(-fused, axis=1)[:, :5])
+        else:
+            assert np.mean(found.similarity) > np.sort(fused, axis=1)[:, -10:].mean()
+
+
+@pytest.mark.parametrize("head", ["ram", "knn"])
+def test_texts_join_the_keys_of_the_memory(finished, tmp_path, head):
+    folder = finished[0]
+    options = {**RUN, **TEXT, "transition_head": False, "memory_text": 0.5, "head": head}
+    ours = run(folder, dataset="tiny", data_path=str(folder), **options).ours
+    recommender = load(shutil.copytree(ours.directory, tmp_path / "checkpoint"))
+    model, history = recommender.model, [4, 9, 7, 5]
+    assert model.memory.keys.shape[1] == 16 + 12
+    rows = next(iter(ours.splits.test))[0]
+    torch.testing.assert_close(model.full_sort_predict(rows), ours.model.full_sort_predict(rows), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        h = model.encode(torch.tensor([[*history, 0]]), torch.tensor([4]))
+    texts = sum(0.5**back * model.text[item] for back, item in enumerate(reversed(history)))
+    torch.testing.assert_close(h[0, 16:], texts)
+    names = [recommender.items[n] for n in history]
+    found = recommender.explain(names, k=3)
+    keys = torch.from_numpy(np.array(model.memory.keys))
+    for memory in found.memories:
+        assert memory.similarity == pytest.approx(
+            float(torch.cosine_similarity(h[0, :16], keys[memory.entry, :16], dim=0)), abs=1e-5
+        )
+        assert memory.text_similarity == pytest.approx(
+            float(torch.cosine_similarity(h[0, 16:], keys[memory.entry, 16:], dim=0)), abs=1e-5
+        )
+    fused = [memory.similarity + 0.5 * memory.text_similarity for memory in found.memories]
+    assert fused == sorted(fused, reverse=True)
+    assert "of texts" in found.to_text()
+    assert "(texts" in found.to_html()
+    recommender.add_items([{**row(7), "item_id": "new"}])
+    assert recommender.update([("somebody", "i3"), ("somebody", "new"), ("somebody", "i4")]).memories == 2
+    wanted = model.text[-1] + 0.5 * model.text[recommender._number["i3"]]
+    np.testing.assert_allclose(model.memory.keys[-1, 16:], wanted, atol=1e-5)
+    wanted = recommender.score([["new", "i3"]])
+    recommender.save()
+    np.testing.assert_allclose(load(recommender.live.directory).score([["new", "i3"]]), wanted, atol=1e-5)
+    assert any("module.pt2" in line for line in write_programs(recommender, tmp_path / "out", ["torch_export"]))
+    with pytest.raises(ConfigError, match="memory_text: retrieve_by: target"):
+        run(folder, dataset="tiny", data_path=str(folder), **options, retrieve_by="target")
+    with pytest.raises(ConfigError, match=r"memory_text: 0\.5 compares the items' texts, and there are none"):
+        run(tmp_path, **RUN, memory_text=0.5)
 
 
 def test_changes_are_those_of_a_checkpoint_saved_and_loaded(checkpoint):

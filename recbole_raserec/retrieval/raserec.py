@@ -28,6 +28,7 @@ from recbole_raserec.config import (
     option,
 )
 from recbole_raserec.data import POSITION, ItemFeatures
+from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.recommendation import Backbone, wrap_backbone
@@ -66,6 +67,10 @@ class RaSeRecOptions(Options):
     memory_frequency_weight: Weight = option(
         0, "this times the log of the number of users with the pattern is added to the attention's logits"
     )
+    memory_text: Weight = option(
+        0, "gamma: this times the cosine of the texts of the last items joins the similarity of the users' vectors; 0: "
+        "texts are not searched (docs/item_text.md)", later=True,
+    )  # fmt: skip
     memory_scope: Literal["history", "past"] = option(
         "history", "history: no query sees what its own user does later; past: nor what any user does later or at that "
         "moment (stricter than the papers; needs true timestamps)",
@@ -123,6 +128,8 @@ class RaSeRecOptions(Options):
 
 #: Buffers of a training model that a finished checkpoint does not need.
 TRAINING_BUFFERS = ("known_ids", "known_mask")
+
+RECENT = 5  # last items whose texts join a key
 
 Vectors = tuple[Tensor, Tensor, Optional[Tensor]]
 
@@ -185,10 +192,17 @@ class RaSeRec(SequentialRecommender):
         self.transitions: Optional[TransitionHead] = None
         if config["transition_head"]:
             self.transitions = TransitionHead(self.n_items, config["transition_neighbours"])
+        width = 0
+        if config["transition_head"] or config["memory_text"]:
             self.register_buffer("text", text_of(config, dataset, self.n_items))
+            width = self.text.shape[1] if config["memory_text"] else 0
+            if config["memory_text"] and not width:
+                problem = f"memory_text: {config['memory_text']} compares the items' texts, and there are none"
+                raise ConfigError([f"{problem}; bring the item file (docs/item_text.md), or leave memory_text out"])
         self.memory = MemoryBank(
-            backbone.hidden_size, config["similarity"], config["index"], config["ivf_lists"], config["ivf_probes"],
-            config["seed"], config["memory_scope"], config["memory_min_support"], config["retrieve_by"],
+            backbone.hidden_size + width, config["similarity"], config["index"], config["ivf_lists"],
+            config["ivf_probes"], config["seed"], config["memory_scope"], config["memory_min_support"],
+            config["retrieve_by"], width, float(config["memory_text"] or 0) if width else 0.0,
         )  # fmt: skip
         self.frequency_weight = float(config["memory_frequency_weight"])
         self.known: dict[str, Queries] = {}
@@ -209,8 +223,37 @@ class RaSeRec(SequentialRecommender):
         return self
 
     def encode(self, item_seq: Tensor, item_seq_len: Tensor, user: Optional[Tensor] = None) -> Tensor:
-        """The backbone's user vectors [B, H], see `Backbone.encode`."""
-        return self.backbone.encode(item_seq, item_seq_len, user)
+        """The backbone's user vectors [B, H], see `Backbone.encode`; with `memory_text` the texts' [B, S] behind them.
+
+        These are the sum of the last `RECENT` items' texts, each with half the weight of the one after it.
+        """
+        h = self.backbone.encode(item_seq, item_seq_len, user)
+        if not self.memory.text_size:
+            return h
+        back = torch.arange(RECENT, device=item_seq.device)
+        places = item_seq_len[:, None] - 1 - back  # [B, RECENT]
+        weights = 0.5**back * (places >= 0)
+        texts = self.text[item_seq.gather(1, places.clamp(min=0))]  # [B, RECENT, S]
+        return torch.cat([h, (weights[:, None] @ texts).squeeze(1)], dim=1)
+
+    @property
+    def encoder(self) -> Any:
+        """What encodes the memory's keys and the queries, as a backbone does: this one, where texts join the keys."""
+        return self if self.memory.text_size else self.backbone
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of a key."""
+        return self.memory.hidden_size
+
+    @property
+    def trims(self) -> bool:
+        """As of the backbone."""
+        return self.backbone.trims
+
+    def own(self, h: Tensor) -> Tensor:
+        """The users' part [B, H] of keys or of what `encode` gives."""
+        return h[..., : self.backbone.hidden_size]
 
     def item_vectors(self) -> Tensor:
         """Item vectors as they enter the dot product, [V, H]."""
@@ -232,9 +275,9 @@ class RaSeRec(SequentialRecommender):
     def augment(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """User vectors h [B, H] mixed with the memories `ids` where `mask` is True, [B, K] each: h~ [B, H]."""
         if not len(self.memory):
-            return h
+            return self.own(h)
         keys, targets, bias = self.entries(ids)
-        return self.ram(h, keys, self.item_vectors()[targets], mask, bias)
+        return self.ram(self.own(h), self.own(keys), self.item_vectors()[targets], mask, bias)
 
     def forward(
         self, item_seq: Tensor, item_seq_len: Tensor, user: Any = None, position: Any = None, time: Any = None
@@ -271,6 +314,9 @@ class RaSeRec(SequentialRecommender):
 
     def compared(self, h: Tensor, vectors: Tensor) -> Tensor:
         """Similarity, as the memory has it, of h [B, H] with `vectors` [B, K, H]: [B, K]."""
+        if (size := self.memory.text_size) and h.shape[1] == self.memory.hidden_size:
+            texts = torch.cosine_similarity(h[:, None, -size:], vectors[..., -size:], dim=2)
+            return self.compared(self.own(h), self.own(vectors)) + self.memory.text_weight * texts
         if self.memory.similarity == "cosine":
             return torch.cosine_similarity(h[:, None], vectors, dim=2)
         return (vectors @ h[:, :, None]).squeeze(2)
@@ -291,7 +337,7 @@ class RaSeRec(SequentialRecommender):
         Raises:
             ValueError: its keys have another length than the backbone's user vectors.
         """
-        size = self.backbone.hidden_size
+        size = self.memory.hidden_size
         if memory.hidden_size != size:
             raise ValueError(f"the memory's keys have length {memory.hidden_size}, user vectors {size}.")
         self.memory, self._copy = memory, None
@@ -372,15 +418,16 @@ class RaSeRec(SequentialRecommender):
     def add_texts(self, features: ItemFeatures) -> None:
         """Take up the texts of more items, behind the others."""
         self.n_items += len(features.text)
-        if self.transitions is not None:
+        if hasattr(self, "text"):
             self.text = torch.cat([self.text, torch.from_numpy(features.directions()).to(self.text.device)])
+        if self.transitions is not None:
             self.transitions.grow(self.n_items)
 
     def scores_of(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The same, without the transition head, of user vectors h [B, H] and the memories `ids` where `mask` is True,
         [B, K] each.
         """
-        augmented = self.augment(h, ids, mask) if self.augments else h
+        augmented = self.augment(h, ids, mask) if self.augments else self.own(h)
         found = scores(augmented, self.item_vectors(), self.backbone.item_bias())
         if not self.knn or not len(self.memory):
             return found

@@ -53,7 +53,7 @@ class RetrievalHooks(Hooks):
         queries, kind = self._queries["train"], config["memory"]
         self._builders = builders_of(config, train, queries, joined, self.progress)
         for builder in self._builders:
-            model.remember(builder.keys(model.backbone, queries), builder.rows)
+            model.remember(builder.keys(model.encoder, queries), builder.rows)
         if not len(model.memory):
             least, most, support = (config[f"memory_{name}"] for name in ("min_length", "max_length", "min_support"))
             raise ConfigError(
@@ -62,11 +62,11 @@ class RetrievalHooks(Hooks):
             )  # fmt: skip
         sample = np.linspace(0, len(model.memory) - 1, min(len(model.memory), CALIBRATION)).astype(np.int64)
         device = queries.h.device
-        keys = torch.from_numpy(model.memory.keys[sample]).to(device)
+        keys = model.own(torch.from_numpy(model.memory.keys[sample])).to(device)
         targets = torch.from_numpy(model.memory.targets[sample].astype(np.int64)).to(device)
         h = keys
         if kind == "patterns":  # user vectors are not on the scale of the memories' keys
-            h = queries.h[torch.linspace(0, len(queries) - 1, len(sample)).long().to(device)]
+            h = model.own(queries.h)[torch.linspace(0, len(queries) - 1, len(sample)).long().to(device)]
         model.ram.calibrate(h, keys, model.item_vectors().detach()[targets])
         if not model.frozen:
             for name, dtype in zip(TRAINING_BUFFERS, (torch.int32, torch.bool)):
@@ -75,7 +75,7 @@ class RetrievalHooks(Hooks):
     def encode(self, split: SequenceDataset, what: str) -> Queries:
         """Encode the windows of a split with the model's current backbone."""
         device = next(self.model.ram.parameters()).device
-        return encode_split(self.model.backbone, split, device, f"Encode {what}" if self.progress else None)
+        return encode_split(self.model.encoder, split, device, f"Encode {what}" if self.progress else None)
 
     def search(self, queries: Queries, what: str) -> Queries:
         """Find the neighbours of `queries` in the model's memory."""
@@ -155,7 +155,7 @@ class RetrievalHooks(Hooks):
 
     def _reencode(self) -> Queries:
         queries = self.encode(self.train, "training")
-        self.model.refresh_memory(torch.cat([b.keys(self.model.backbone, queries) for b in self._builders]))
+        self.model.refresh_memory(torch.cat([b.keys(self.model.encoder, queries) for b in self._builders]))
         return queries
 
 

@@ -59,6 +59,7 @@ class Memory:
         entry: its number in the memory.
         next: what followed.
         similarity: of its key with the user's vector.
+        text_similarity: of the texts of the last items of both; None where these are not searched.
         attention: share of the attention it gets, in [0, 1]; with the kNN head alone its share of the distribution.
         user: whose it is; None for a pattern of several users.
         support: users whose histories hold it.
@@ -72,6 +73,12 @@ class Memory:
     user: Optional[str]
     support: int
     prefix: list[Item]
+    text_similarity: Optional[float] = None
+
+    @property
+    def of_texts(self) -> str:
+        """The texts' similarity in words, with a comma behind it; empty without one."""
+        return "" if self.text_similarity is None else f"of texts {self.text_similarity:.3f}, "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +154,7 @@ class Explanation:
                 before = " > ".join(str(item) for item in memory.prefix) or f"{memory.support} users"
                 lines.append(
                     f"       {reason.effects[number]:+.4f}  {before} => {memory.next} "
-                    f"(similarity {memory.similarity:.3f}, attention {memory.attention:.3f})"
+                    f"(similarity {memory.similarity:.3f}, {memory.of_texts}attention {memory.attention:.3f})"
                 )
         return "\n".join(lines)
 
@@ -175,6 +182,9 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
         parts = _parts(model, h.expand(len(columns), -1), ids.expand(len(columns), -1), without, followed)
         effects += list(whole[best] - parts.sum(dim=1)[:, best])
     attention, similarity = _attention(model, h, ids, mask)
+    texts = None
+    if size := model.memory.text_size:
+        texts = torch.cosine_similarity(h[:, None, -size:], model.entries(ids)[0][..., -size:], dim=2)
 
     def item(number: int) -> Item:
         return Item(recommender.items[number], recommender.titles[number] if recommender.titles else None)
@@ -195,7 +205,7 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
         memories.append(Memory(
             entry, item(int(model.memory.targets[entry])), float(similarity[0, column]), float(attention[0, column]),
             recommender.users[user] if user > 0 else None, int(model.memory.support[entry]),
-            [item(int(number)) for number in prefix],
+            [item(int(number)) for number in prefix], None if texts is None else float(texts[0, column]),
         ))  # fmt: skip
     unit = "probability" if model.gives_probabilities else "score"
     alpha = float(model.ram.alpha.clamp(0, 1)) if model.augments else 1.0
@@ -212,7 +222,8 @@ def _parts(
     float64 [B, 2 or 4, V]; their sum is its score, or its probability.
     """
     table, bias = model.item_vectors().double().t(), model.backbone.item_bias()
-    mixed = model.augment(h, ids, mask).double() if model.augments else h.double()
+    wide, h = h, model.own(h)
+    mixed = model.augment(wide, ids, mask).double() if model.augments else h.double()
     some = mask.any(dim=1, keepdim=True)
     share = model.ram.alpha.clamp(0, 1).double() if model.augments else 1.0
     alpha = torch.where(some, share, 1.0).double()
@@ -227,7 +238,7 @@ def _parts(
         alone = h.double() @ table + (0 if bias is None else bias.double())
         both = [torch.softmax(alone, dim=1), torch.softmax(scores, dim=1) - torch.softmax(alone, dim=1)]
         return _with(both, followed)
-    targets, similarity = model.neighbour_similarity(h, ids)
+    targets, similarity = model.neighbour_similarity(wide, ids)
     weights = neighbour_weights(similarity, mask, float(model.knn_tau)).double()
     spread = torch.zeros_like(scores).scatter_add_(1, targets, weights)
     share = torch.where(some, model.knn_share.double(), 0.0)
@@ -246,10 +257,11 @@ def _attention(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tenso
     """Attention and similarity of the memories, [B, K] each."""
     keys, targets, bias = model.entries(ids)
     values = model.item_vectors()[targets]
-    similarity = model.compared(h, values if model.memory.retrieve_by == "target" else keys)
+    own, users = model.own(h), model.own(keys)
+    similarity = model.compared(own, values if model.memory.retrieve_by == "target" else users)
     if not model.augments:
         return neighbour_weights(model.compared(h, keys), mask, float(model.knn_tau)), similarity
-    return model.ram.attention(h, keys, values, mask, bias), similarity
+    return model.ram.attention(own, users, values, mask, bias), similarity
 
 
 def page(found: Explanation) -> str:

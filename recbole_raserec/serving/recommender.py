@@ -190,7 +190,7 @@ class Recommender:
                 interaction = self._interaction(query, filled)
                 if isinstance(self.model, RaSeRec):
                     h, *found = self.model.retrieved(interaction)
-                    part = self.model.augment(h, *found) if self.model.augments else h
+                    part = self.model.augment(h, *found) if self.model.augments else self.model.own(h)
                 else:
                     part = self.backbone.encode(*(interaction[name] for name in self._fields))
             if vectors is None:
