@@ -153,6 +153,26 @@ def test_the_sample_ranks_as_the_model_does_and_what_is_found_is_validated(head,
         assert model.transitions.weights[:2].tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("head", ["ram", "knn"])
+def test_items_of_the_history_get_the_share_that_they_have_in_training(head):
+    histories = histories_of(2)
+    model, _, parts = raserec(histories, repeat_share=True, head=head)
+    windows = [(row[:place], row[place]) for row in map(list, histories) for place in range(1, len(row) - 2)]
+    again = sum(target in before for before, target in windows)
+    assert float(model.repeat_share) == pytest.approx((again + 1) / (len(windows) + 2))
+    batch = parts[1].batch()
+    with torch.no_grad():
+        found = model.full_sort_predict(batch).exp()
+        model.shares_repeats = False
+        plain = torch.log_softmax(model.full_sort_predict(batch), dim=1).exp()
+    assert found.sum(dim=1).tolist() == pytest.approx([1.0] * len(found), abs=1e-5)
+    for after, seq, before in zip(found, batch[model.ITEM_SEQ], plain):
+        seen = sorted({int(item) for item in seq} - {0})
+        assert float(after[seen].sum()) == pytest.approx(float(model.repeat_share), abs=1e-5)
+        others = [item for item in range(N_ITEMS) if item not in seen]
+        torch.testing.assert_close(after[others] / after[others].sum(), before[others] / before[others].sum())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """RaSeRec with the transition head over a SASRec with texts."""
@@ -280,7 +300,7 @@ def test_an_added_item_is_reached_by_its_text(checkpoint):
 @pytest.mark.parametrize("head", ["both", "ram"])
 def test_the_parts_of_an_explanation_add_up(checkpoint, finished, head):
     if head == "ram":
-        options = {**RUN, **TEXT, "head": "ram"}
+        options = {**RUN, **TEXT, "head": "ram", "repeat_share": True}
         checkpoint = load(run(finished[0], dataset="tiny", data_path=str(finished[0]), **options).ours.directory)
         checkpoint.model.transitions.weights.copy_(torch.tensor([0.3, 0.2, 0.2, 0.2, 0.35, 0.0]))
     history = ["i4", "i9", "i7"]

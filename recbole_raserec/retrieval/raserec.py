@@ -101,6 +101,10 @@ class RaSeRecOptions(Options):
         "distribution; nothing is trained (docs/item_text.md)", later=True,
     )  # fmt: skip
     transition_neighbours: Count = option(100, "items with the nearest texts that stand for an item there", later=True)
+    repeat_share: bool = option(
+        False, "the items of the history together get the share that targets seen before have in the training split "
+        "(next to none where people buy a thing once), the others the rest", later=True,
+    )  # fmt: skip
     ram: Literal["dual", "single"] = option(
         "dual", "dual: two channels with feed-forward (the paper); single: one attention",
         heading="The retrieval module (RAM): h~ = alpha h + (1 - alpha) (beta channel_1 + (1 - beta) channel_2)",
@@ -169,6 +173,7 @@ class RaSeRec(SequentialRecommender):
     knn_share: Tensor
     knn_tau: Tensor
     text: Tensor
+    repeat_share: Tensor
 
     def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Optional[Backbone] = None):
         super().__init__(config, dataset)
@@ -192,6 +197,9 @@ class RaSeRec(SequentialRecommender):
         self.transitions: Optional[TransitionHead] = None
         if config["transition_head"]:
             self.transitions = TransitionHead(self.n_items, config["transition_neighbours"])
+        self.shares_repeats = bool(config["repeat_share"])
+        if self.shares_repeats:
+            self.register_buffer("repeat_share", torch.tensor(0.5))
         width = 0
         if config["transition_head"] or config["memory_text"]:
             self.register_buffer("text", text_of(config, dataset, self.n_items))
@@ -213,7 +221,7 @@ class RaSeRec(SequentialRecommender):
     @property
     def gives_probabilities(self) -> bool:
         """Whether scores are logarithms of probabilities instead of dot products."""
-        return self.knn or self.transitions is not None
+        return self.knn or self.shares_repeats or self.transitions is not None
 
     def train(self, mode: bool = True) -> RaSeRec:
         """As of any module, except that a frozen backbone stays in evaluation mode."""
@@ -389,7 +397,7 @@ class RaSeRec(SequentialRecommender):
         """Gives h~ [B, H], item vectors [V, H] and item bias [V] or None, whose dot product the scores are.
 
         Raises:
-            AttributeError: with the kNN or the transition head; their scores are no dot products.
+            AttributeError: probabilities are mixed; their logarithms are no dot products.
         """
         if self.gives_probabilities:
             raise AttributeError("full_sort_vectors")
@@ -398,12 +406,23 @@ class RaSeRec(SequentialRecommender):
         )  # fmt: skip
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
-        """Scores of all items, [B, V]; with the kNN or the transition head logarithms of the mixed probabilities."""
+        """Scores of all items, [B, V]; where probabilities are mixed their logarithms."""
         found = self.scores_of(*self.retrieved(interaction))
-        if self.transitions is None:
+        if not self.gives_probabilities:
             return found
-        transitions, texts = self.followed(interaction)
-        return mixed(torch.log_softmax(found, dim=1), transitions + texts)
+        if not self.knn:
+            found = torch.log_softmax(found, dim=1)
+        if self.transitions is not None:
+            transitions, texts = self.followed(interaction)
+            found = mixed(found, transitions + texts)
+        return found + self.repeat_scale(found.exp(), interaction).log() if self.shares_repeats else found
+
+    def repeat_scale(self, probability: Tensor, interaction: Any) -> Tensor:
+        """Factors of probabilities [B, V] by which the items of the history together get `repeat_share`."""
+        seen = torch.zeros_like(probability).scatter_(1, interaction[self.ITEM_SEQ], 1)
+        seen[:, 0] = 0
+        inside, share = (probability * seen).sum(dim=1, keepdim=True), self.repeat_share.to(probability.dtype)
+        return torch.where(seen > 0, share / inside.clamp(min=1e-30), (1 - share) / (1 - inside).clamp(min=1e-7))
 
     def followed(self, interaction: Any) -> tuple[Tensor, Tensor]:
         """What the transition head's transitions and texts give to each item, [B, V] each."""

@@ -49,6 +49,12 @@ class RetrievalHooks(Hooks):
         self.trains, self._config = model.augments, config
         self.refresh, self.progress = config["memory_refresh"], bool(config["show_progress"])
         self._observe(train)
+        if model.shares_repeats:
+            users, positions, _ = train.windows()
+            codes = train.store.users().astype(np.int64) * model.n_items + train.store.items
+            _, first, place = np.unique(codes, return_index=True, return_inverse=True)
+            again = (first[place] < np.arange(len(codes)))[train.store.offsets[users] + positions]
+            model.repeat_share.fill_((again.sum() + 1) / (len(again) + 2))  # Laplace's rule
         self._queries = {"train": self.encode(train, "training"), "valid": self.encode(valid, "validation")}
         queries, kind = self._queries["train"], config["memory"]
         self._builders = builders_of(config, train, queries, joined, self.progress)
@@ -116,7 +122,7 @@ class RetrievalHooks(Hooks):
             log.info(f"kNN head: share {share:g}, tau {tau:g}, validation {metric} {best:.4f}")
         if head is not None:
             best = best if model.knn else validate()
-            removed = selection_protocol(self._config) == SEEN_REMOVED
+            removed = model.shares_repeats or selection_protocol(self._config) == SEEN_REMOVED
             best = tune_transitions(model, self._sample(), removed, metric, validate, best)
             chosen = ", ".join(f"{name} {value:g}" for name, value in zip((*GRID, "repeats"), head.weights.tolist()))
             chosen += f", share of the kNN head {float(model.knn_share):g}" if model.knn else ""

@@ -171,6 +171,8 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     kept = mask[0].nonzero().squeeze(1)
     followed = None if model.transitions is None else torch.cat(model.followed(interaction)).double()  # [2, V]
     both = _parts(model, h.repeat(2, 1), ids.repeat(2, 1), torch.cat([mask, torch.zeros_like(mask)]), followed)
+    scale = 1.0 if not model.shares_repeats else model.repeat_scale(both.sum(dim=1)[:1], interaction)
+    both = both * scale
     found = both.sum(dim=1)
     found[:, np.append(0, query.rows[0])] = -torch.inf
     whole, alone = found  # [V] each: with all memories, and with none
@@ -180,7 +182,7 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
         without = mask.repeat(len(columns), 1)
         without[torch.arange(len(columns)), columns] = False
         parts = _parts(model, h.expand(len(columns), -1), ids.expand(len(columns), -1), without, followed)
-        effects += list(whole[best] - parts.sum(dim=1)[:, best])
+        effects += list(whole[best] - (parts * scale).sum(dim=1)[:, best])
     attention, similarity = _attention(model, h, ids, mask)
     texts = None
     if size := model.memory.text_size:
