@@ -145,7 +145,7 @@ class RetrievalHooks(Hooks):
         users, positions, targets = valid.windows()
         device = next(model.ram.parameters()).device
         rows = np.linspace(0, len(users) - 1, min(len(users), SAMPLE)).astype(np.int64)
-        for part in np.array_split(rows, -(-len(rows) // SAMPLE_BATCH)):
+        for part in [rows[first :: -(-len(rows) // SAMPLE_BATCH)] for first in range(-(-len(rows) // SAMPLE_BATCH))]:
             seq, lengths = valid.store.windows(users[part], positions[part], valid.max_item_list_len)
             names = model.ITEM_SEQ, model.ITEM_SEQ_LEN, model.USER_ID, POSITION
             fields = dict(zip(names, (seq, lengths, users[part], positions[part])))

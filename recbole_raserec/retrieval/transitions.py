@@ -42,7 +42,8 @@ REPEATS = 0.01
 _COMPONENTS = [
     (tau, gap, name == "text_tau") for name in ("tau", "text_tau") for tau in GRID[name] for gap in range(len(GAPS))
 ]
-SCORES = 1 << 24  # cosines of texts that are held at a time
+#: Cosines of texts that are held at a time; candidates of the sample that the weights are tried on.
+SCORES, SAMPLED = 1 << 24, 3_000_000
 
 
 class TransitionHead(nn.Module):
@@ -189,16 +190,9 @@ def text_of(config: Any, dataset: Any, n_items: int) -> Tensor:
     if features is None and hasattr(dataset, "field2id_token"):
         path = Path(config["data_path"]) / f"{config['dataset']}.item"
         if path.is_file():
-            names: tuple[str, ...] = (
-                "data_path",
-                "dataset",
-                "field_separator",
-                "checkpoint_dir",
-                "show_progress",
-                "device",
-            )
-            names += ("item_vectors", "item_text", "item_text_encoder", "item_text_size", "item_attributes")
-            options = {name: config[name] for name in names}
+            names = "data_path dataset field_separator checkpoint_dir show_progress device item_vectors item_text"
+            names += " item_text_encoder item_text_size item_attributes"
+            options = {name: config[name] for name in names.split()}
             if options["item_vectors"] is None:  # a backbone of RecBole, which has none of these options
                 options.update(item_text="auto", item_text_size=128)
             features = item_features(options, dataset)
@@ -235,7 +229,7 @@ class _Sample:
         self.k = int(metric.partition("@")[2] or 10)
         repeats = bool(head.weights[-1])
         parts: list[tuple[np.ndarray, ...]] = []
-        first = 0
+        first = size = 0
         for interaction, targets in batches:
             h, ids, mask = model.retrieved(interaction)
             probability = torch.softmax(model.scores_of(h, ids, mask), dim=1)
@@ -251,9 +245,8 @@ class _Sample:
                 if not repeats:
                     np.put_along_axis(spreads[-1], seq, 0, axis=1)
             high = np.zeros(probability.shape, bool)
-            np.put_along_axis(
-                high, probability.topk(min(2 * self.k, high.shape[1])).indices.cpu().numpy(), True, axis=1
-            )
+            best = probability.topk(min(2 * self.k, high.shape[1])).indices.cpu().numpy()
+            np.put_along_axis(high, best, True, axis=1)
             for spread in spreads:
                 high |= spread > 0
             if removed:
@@ -264,17 +257,16 @@ class _Sample:
             own = np.cumsum(high, axis=1)[rows, targets.numpy()] - 1 + np.cumsum([0, *high.sum(axis=1)[:-1]])
             values = np.stack([probability.cpu().numpy()[owner, item], *(spread[owner, item] for spread in spreads)])
             masses = np.stack([spread.sum(axis=1) for spread in spreads])
-            parts.append((owner + first, own + sum(len(part[0]) for part in parts), values, masses))
-            first += len(targets)
+            parts.append((owner + first, own + size, values, masses))
+            first, size = first + len(targets), size + len(owner)
+            if size > SAMPLED:
+                break
         self.owner, self.own, self.values, self.masses = (np.concatenate(x, axis=-1) for x in zip(*parts))
 
     def value(self, setting: Mapping[str, float]) -> float:
         """The metric of the sample with these weights."""
-        found, second = (
-            self._mixed(self.values[0], setting["knn_share"], self.values[1], self.masses[0]),
-            setting["second"],
-        )
-        spreads = []
+        share, second, spreads = setting["knn_share"], setting["second"], []
+        found = self.values[0] * (1 - share * (self.masses[0] > 0))[self.owner] + share * self.values[1]
         for wanted, tau, by_text in (("share", "tau", False), ("text_share", "text_tau", True)):
             places = [1 + _COMPONENTS.index((setting[tau], gap, by_text)) for gap in range(len(GAPS))]
             spread, mass = ((1 - second) * x[places[0]] + second * x[places[1]] for x in (self.values[1:], self.masses))
@@ -286,9 +278,6 @@ class _Sample:
         rank = 1 + np.bincount(self.owner[found > found[self.own][self.owner]], minlength=len(self.own))
         gain = {"recall": np.ones(len(rank)), "hit": np.ones(len(rank)), "mrr": 1 / rank}
         return float((gain.get(self.metric.partition("@")[0].lower(), 1 / np.log2(1 + rank)) * (rank <= self.k)).mean())
-
-    def _mixed(self, probability: np.ndarray, share: float, spread: np.ndarray, mass: np.ndarray) -> np.ndarray:
-        return probability * (1 - share * (mass > 0))[self.owner] + share * spread
 
 
 @torch.no_grad()
@@ -329,26 +318,18 @@ def tune_transitions(
 
     chosen = off = {**start, "share": 0.0, "text_share": 0.0}
     use({**off, "knn_share": 0.0})
-    sample, known = _Sample(model, batches, removed, metric), {}
-
-    def value(setting: dict[str, float]) -> float:
-        key = tuple(setting.values())
-        if key not in known:
-            known[key] = sample.value(setting)
-        return known[key]
-
-    found = []
+    sample, found = _Sample(model, batches, removed, metric), []
     for at, names in ((start, [*grids]), ({**start, "knn_share": 0.0}, [*GRID]))[: 1 + model.knn]:
-        better = True
+        value, better = sample.value(at), True
         while better:
             better = False
             for name in names:
                 for step in (1, -1):
                     while 0 <= (place := grids[name].index(at[name]) + step) < len(grids[name]):
                         moved = {**at, name: grids[name][place]}
-                        if value(moved) <= value(at):
+                        if (reached := sample.value(moved)) <= value:
                             break
-                        at, better = moved, True
+                        at, value, better = moved, reached, True
         found.append(at)
     for setting in found:
         use(setting)
