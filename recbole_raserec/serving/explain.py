@@ -133,8 +133,14 @@ class Explanation:
         return any(reason.transitions or reason.texts for reason in self.items)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dictionaries."""
-        return dataclasses.asdict(self)
+        """Plain lists and dictionaries; of texts and transitions where the model has them."""
+        found = dataclasses.asdict(self)
+        lacking = [] if self.follows else [(reason, ("transitions", "texts")) for reason in found["items"]]
+        lacking += [(memory, ("text_similarity",)) for memory in found["memories"] if memory["text_similarity"] is None]
+        for each, names in lacking:
+            for name in names:
+                del each[name]
+        return found
 
     def to_json(self, indent: Optional[int] = None) -> str:
         """`to_dict` as JSON."""
