@@ -352,8 +352,9 @@ class RaSeRec(SequentialRecommender):
         self._memory_changed()
 
     def load_other_parameter(self, para: Any) -> None:
-        """The memory of one of RecBole's checkpoints."""
+        """The memory and the transition head of one of RecBole's checkpoints."""
         if para:
+            self.transitions = para.get("transitions")
             self.use_memory(para["memory"])
 
     def _memory_changed(self) -> None:

@@ -120,12 +120,15 @@ class TransitionHead(nn.Module):
             known[missing] = True  # last: another thread may ask meanwhile
         return near[items], cosines[items]
 
-    def part(
-        self, seq: np.ndarray, ends: np.ndarray, text: Tensor, gap: int, tau: float, by_text: bool
-    ) -> np.ndarray:  # fmt: skip
-        """The distribution of one item of each history, float32 [B, V]; zeros where it is missing or nothing is known.
+    def add_part(
+        self, found: np.ndarray, weight: float, seq: np.ndarray, ends: np.ndarray, text: Tensor, gap: int, tau: float,
+        by_text: bool,
+    ) -> None:  # fmt: skip
+        """Add `weight` times the distribution of one item of each history; of one that is missing or unknown nothing.
 
         Args:
+            found: [B, V], added to.
+            weight: of the distribution.
             seq: [B, L], padded with 0 on the right.
             ends: [B], the places of the last items.
             text: see `near`.
@@ -134,19 +137,18 @@ class TransitionHead(nn.Module):
             by_text: the items with near texts instead of transitions.
         """
         rows, size = np.arange(len(seq)), len(text)
-        found = np.zeros((len(seq), size), np.float32)
         near, cosine = self.near(np.where(ends >= gap, seq[rows, np.maximum(ends - gap, 0)], 0), text)
         weights = np.exp((cosine - 1) / tau)
         if by_text:
             weights[:, 0] = 0  # the item itself
-            found[rows[:, None], near] += weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-30)
+            found[rows[:, None], near] += weights * (weight / np.maximum(weights.sum(axis=1, keepdims=True), 1e-30))
         else:
             starts = np.arange(0, near.size + 1, near.shape[1])
             smoothed = sp.csr_matrix((weights.ravel(), near.ravel(), starts), (len(seq), size)) @ self._counts[gap]
             owner = np.repeat(rows, np.diff(smoothed.indptr))
             mass = np.bincount(owner, smoothed.data, len(seq))
-            found[owner, smoothed.indices] = smoothed.data / np.maximum(mass, 1e-30)[owner]
-        return found
+            added = smoothed.data * (weight / np.maximum(mass, 1e-30)).astype(np.float32)[owner]
+            found.reshape(-1)[owner * size + smoothed.indices] += added
 
     def forward(self, item_seq: Tensor, lengths: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """What transitions and texts give to each item, [B, V] each: their shares times their distributions.
@@ -165,19 +167,20 @@ class TransitionHead(nn.Module):
             spread = np.zeros((len(seq), len(text)), np.float32)
             for gap, weight in enumerate((1 - second, second) if wanted else ()):
                 if weight:
-                    spread += weight * self.part(seq, ends, text, gap, width, by_text)
+                    self.add_part(spread, weight, seq, ends, text, gap, width, by_text)
             if not repeats:
                 np.put_along_axis(spread, seq, 0, axis=1)
             mass = spread.sum(axis=1, keepdims=True)
-            given.append(torch.from_numpy(spread * (wanted / np.where(mass > 0, mass, 1))).to(item_seq.device))
+            spread *= wanted / np.where(mass > 0, mass, 1)
+            given.append(torch.from_numpy(spread).to(item_seq.device))
         return given[0], given[1]
 
 
 def mixed(log_p: Tensor, spread: Tensor) -> Tensor:
     """Logarithm of `(1 - m) p + spread`, where a row of `spread` [B, V] sums to m < 1, and `log_p` is that of p."""
     kept = log_p + torch.log1p(-spread.sum(dim=1, keepdim=True))
-    at = spread.nonzero(as_tuple=True)
-    kept[at] = torch.logaddexp(kept[at], spread[at].log())
+    at = (spread.flatten() > 0).nonzero().squeeze(1)
+    kept.view(-1)[at] = torch.logaddexp(kept.flatten()[at], spread.flatten()[at].log())
     return kept
 
 
@@ -241,7 +244,8 @@ class _Sample:
                 weights = neighbour_weights(similarity, mask, float(model.knn_tau))
                 spreads[0] = torch.zeros_like(probability).scatter_add_(1, next_items, weights).cpu().numpy()
             for tau, gap, by_text in _COMPONENTS:
-                spreads.append(head.part(seq, ends, model.text, gap, tau, by_text))
+                spreads.append(np.zeros(probability.shape, np.float32))
+                head.add_part(spreads[-1], 1.0, seq, ends, model.text, gap, tau, by_text)
                 if not repeats:
                     np.put_along_axis(spreads[-1], seq, 0, axis=1)
             high = np.zeros(probability.shape, bool)

@@ -135,11 +135,11 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dictionaries; of texts and transitions where the model has them."""
         found = dataclasses.asdict(self)
-        lacking = [] if self.follows else [(reason, ("transitions", "texts")) for reason in found["items"]]
-        lacking += [(memory, ("text_similarity",)) for memory in found["memories"] if memory["text_similarity"] is None]
-        for each, names in lacking:
-            for name in names:
-                del each[name]
+        for reason in [] if self.follows else found["items"]:
+            del reason["transitions"], reason["texts"]
+        for memory in found["memories"]:
+            if memory["text_similarity"] is None:
+                del memory["text_similarity"]
         return found
 
     def to_json(self, indent: Optional[int] = None) -> str:
