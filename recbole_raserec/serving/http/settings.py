@@ -33,7 +33,9 @@ class Settings(BaseModel):
 
     token: Optional[str] = Field(None, repr=False, description="of the calls that change something; None: refused")
     read_token: Optional[str] = Field(None, repr=False, description="of the calls that read; None: they need none")
-    trusted_hosts: Optional[str] = Field(None, description="in Host, with commas (default: loopback names, --host)")
+    trusted_hosts: Optional[str] = Field(
+        None, description="names in a request's Host, with commas; *: any (default: loopback names and --host)"
+    )
     show_users: bool = Field(False, description="explanations name other users to those who send no token")
     workers: Threads = Field(0, description="threads that answer reading calls (default: one a core, at most 4)")
     save_every: Pause = Field(300.0, description="seconds between saves when there were changes; 0: only at the end")
