@@ -89,7 +89,7 @@ class ModelTrainer(ResumableTrainer):
         super().__init__(config, model, folder, self._figures, selection_protocol(config), resume=False)
         self.saved_model_file = str(folder / f"{short_name(config['model'])}-{get_local_time()}.pth")
         if config["model"] == RETRIEVAL_MODEL:
-            model.other_parameter_name = ["memory"]  # for RecBole's checkpoints
+            model.other_parameter_name = ["memory", "transitions"]  # for RecBole's checkpoints
 
     def _figures(self, model: Any, data: Any, progress: bool = False) -> dict[str, Any]:
         seen = getattr(data, "seen", None)

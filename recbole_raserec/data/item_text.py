@@ -295,6 +295,16 @@ class ItemFeatures:
             parts = {name: np.pad(part, ((0, 0), (0, missing))) for name, part in parts.items()}
         return replace(self, **parts)
 
+    def directions(self) -> np.ndarray:
+        """Unit vectors [N, S] whose products tell how near texts are; 0 without text.
+
+        Their components are scaled to the square root of their standard deviations: between the encoder's and whitened.
+        """
+        scale = np.linalg.norm(self.projection, axis=0)
+        vectors = self.text / np.sqrt(np.where(scale > 0, scale, 1))
+        length = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return (vectors / np.where(length > 0, length, 1)).astype(np.float32)
+
     def without_items(self) -> ItemFeatures:
         """How items are described, alone."""
         return replace(self, text=self.text[:0], numbers=self.numbers[:0])
