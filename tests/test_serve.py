@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from live_helpers import journaled
 from serve_helpers import AUTHORIZED, LIMITS, TOKEN, application, fresh
 
 from recbole_raserec import Recommender
@@ -66,10 +67,10 @@ def test_changes(own):
     events = [{"user": "new", "item": items[1], "time": 5}, {"user": "new", "item": items[2]}]
     answer = client.post("/update", json={"events": [*events, {"user": 7, "item": "x"}]}, headers=AUTHORIZED)
     assert answer.json() == {"events": 2, "memories": 1, "new_users": 1, "dropped": 1}
-    assert (own.directory / "journal.jsonl").read_bytes().count(b"\n") == 1
+    assert journaled(own.directory) == 1
     assert client.get("/health").json()["unsaved"] == 1
     assert client.post("/save", headers=AUTHORIZED).json() == {"changes": 1}
-    assert (own.directory / "journal.jsonl").read_bytes() == b""
+    assert journaled(own.directory) == 0
     assert client.post("/save", headers=AUTHORIZED).json() == {"changes": 0}
     assert client.post("/forget", json={"user": "new"}, headers=AUTHORIZED).json() == {"memories": 1}
     found = client.get("/health").json()

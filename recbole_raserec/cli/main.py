@@ -148,6 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             error = ConfigError([f"{error.format_message()} (`{path} --help` lists the options)"])
         click.echo(f"error: {error}", err=True)
         return 2
+    except OSError as error:
+        from recbole_raserec.storage import disk_full
+
+        if not disk_full(error):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"error: {where}no room on the disk ({error.strerror}); free some, then try again.", err=True)
+        return 2
     except KeyboardInterrupt:
         again = "the same command continues from the last finished epoch"
         hint = "nothing was written" if words[0] in ("prepare", "serve") else again

@@ -4,6 +4,7 @@ from recbole_raserec.config.checks import (
     check_run,
     evaluation_problems,
     metric_needs,
+    refused,
     selection_protocol,
 )
 from recbole_raserec.config.config import Config, model_versions, saved_config
@@ -76,7 +77,7 @@ __all__ = [
     "Numbers", "Options", "Positive", "PositiveShare", "Precision", "SequentialOptions", "Several", "Share",
     "Sizes", "Text", "Weight", "check_run", "evaluation_problems", "folder_of", "get_model", "get_trainer_class",
     "in_recbole", "in_words", "is_ours", "is_own", "metric_needs", "model_keys", "model_names", "model_versions",
-    "name_of", "option", "options_of", "parse_value", "read_yaml", "recbole_name", "regeneration_options",
+    "name_of", "option", "options_of", "parse_value", "read_yaml", "recbole_name", "refused", "regeneration_options",
     "saved_config", "selection_protocol", "short_name",
     "trains_regenerator", "trims", "with_names",
 ]  # fmt: skip

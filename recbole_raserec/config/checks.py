@@ -26,12 +26,24 @@ from recbole_raserec.config.options import (
     SAMPLED,
     SEEN_KEPT,
     SEEN_REMOVED,
+    DataOptions,
     Options,
+    SequentialOptions,
+    TrainingOptions,
     accepted,
+    combined,
     in_words,
     is_number,
 )
-from recbole_raserec.config.sources import REFUSED, SUPPORTED, all_keys, get_model, get_trainer_class, model_keys
+from recbole_raserec.config.sources import (
+    REFUSED,
+    SUPPORTED,
+    all_keys,
+    get_model,
+    get_trainer_class,
+    model_keys,
+    options_of,
+)
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
 from recbole_raserec.storage import unwritable
@@ -40,6 +52,8 @@ from recbole_raserec.storage import unwritable
 TRACKERS = ("wandb", "mlflow")
 #: Processes that may always run, however few cores a machine has.
 _PROCESSES = 16
+#: The most that a checkpoint may say of what takes room for each query, whatever its weights are.
+LONGEST = 100_000
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
@@ -101,6 +115,17 @@ def check_values(
     return problems
 
 
+def refused(values: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
+    """`name: value` of the options of a checkpoint that cannot be, of those that say what its `models` are."""
+    own = [kind for name, model in models.items() for kind in options_of(name, model)]
+    declared = combined((*own, SequentialOptions, DataOptions, TrainingOptions))
+    given = {name: values[name] for name in declared.model_fields if name in values}
+    right = accepted(declared, given)
+    wrong = [name for name in given if name not in right]
+    wrong += [name for name in ("top_k", "MAX_ITEM_LIST_LENGTH") if right.get(name, 0) > LONGEST]
+    return [f"{name}: {shown(given[name])}" for name in wrong]
+
+
 def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], retrieval: bool) -> list[str]:
     """Problems between values that are each right on their own.
 
@@ -152,11 +177,6 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
         if options.get(first) is not None and options.get(first) == options.get(second):
             problems.append(f"{second}: {shown(options[second])} is {first} too; name another column")
     problems += _check_windows(options, reads)
-    alike = options.get("hard_similarity") if reads("hard_similarity") and options.get("hard_weight") else None
-    if alike == "collaborative" and not options.get("collaborative"):
-        problems.append(
-            "hard_similarity: collaborative needs vectors of a trained model; add for example collaborative: SASRec"
-        )
     targets = ["valid_metric", "ram_valid_metric"] if retrieval else ["valid_metric"]
     return problems + _check_metrics(options, targets) + _check_eval_args(options) + _check_negatives(options)
 

@@ -26,7 +26,6 @@ from recbole_raserec.storage import (
     read_arrays,
     read_json,
     read_tensors,
-    sha256,
     write_arrays,
     write_json,
     write_tensors,
@@ -67,11 +66,15 @@ class Histories:
         self._changed[user] = np.empty(0, np.int32)
         self._users = max(self._users, user + 1)
 
-    def save(self, directory: Path) -> None:
-        """Write all of it, atomically, into `directory`."""
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """All items int32 [N], user after user, and where each user's begin and end, int64 [U + 1]."""
         rows = [self.of(user) for user in range(len(self))]
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        items = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
+        return np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32), offsets
+
+    def save(self, directory: Path) -> None:
+        """Write all of it, atomically, into `directory`."""
+        items, offsets = self.flat()
         write_arrays(directory, _KIND, _VERSION, {"offsets": offsets, "items": items}, {})
 
     @classmethod
@@ -180,15 +183,11 @@ class Features:
         )
 
     @classmethod
-    def load(cls, path: Path, digest: Optional[str]) -> Optional[Features]:
-        """Read the file of that SHA-256; None where a checkpoint has none."""
-        if digest is None:
-            return None
+    def load(cls, path: Path) -> Features:
+        """Read what `save` wrote; a `CheckpointError` where it is damaged."""
         tensors, meta = read_tensors(path)
-        if sha256(path) != digest or not isinstance(meta, dict) or not {"fields", "items", "personal"} <= set(meta):
-            raise CheckpointError(
-                f"{path} is not what its checkpoint was written with; it is damaged or of another one."
-            )
+        if not isinstance(meta, dict) or not {"fields", "items", "personal"} <= set(meta):
+            raise CheckpointError(f"{path} does not hold what a model reads; it is damaged or of another release.")
         fields = {name: (kind, count, length) for name, (kind, count, length) in meta["fields"].items()}
         weights = {name: value.numpy() for name, value in part_of(tensors, "weights").items()}
         return cls(fields, part_of(tensors, "items") if meta["items"] else None, weights, meta["personal"])

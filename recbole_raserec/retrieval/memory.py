@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Union
 
@@ -31,7 +33,7 @@ from recbole_raserec.retrieval.index import (
     without,
 )
 from recbole_raserec.retrieval.search import SCOPES, GuardedSearch, LeakageGuard, unpack
-from recbole_raserec.storage import read_arrays, write_arrays
+from recbole_raserec.storage import read_arrays, read_tensors, write_arrays, write_tensors
 
 Array = Union[np.ndarray, torch.Tensor]
 
@@ -42,6 +44,9 @@ SEARCHES = ("cuda",)
 SEARCH_SCORES = 1 << 18
 """Queries times entries from which they do. On an H200 one query of 131,413 entries took 1.45 ms, by faiss on 16 CPU
 threads 1.28; one of 1,000,000 took a fifth of faiss's time, 32 of 131,413 less than a third (results/gpu.md)."""
+
+#: A search that is kept writes what it has after that many seconds, between parts of that many scores or rows.
+PART_SECONDS, PART_SCORES, PART_ROWS = 2.0, 1 << 28, 1024
 
 #: Arrays with one row an entry.
 ROWS = {
@@ -54,7 +59,7 @@ OWNERS = {"owner_entries": "<i8", "owner_users": "<i4", "owner_positions": "<i4"
 #: Arguments of the bank that are stored with it.
 _OPTIONS = {
     "hidden_size": int, "similarity": str, "index": str, "ivf_lists": int, "ivf_probes": int, "seed": int,
-    "scope": str, "min_support": int, "retrieve_by": str,
+    "scope": str, "min_support": int, "retrieve_by": str, "text_size": int, "text_weight": float,
 }  # fmt: skip
 _KIND, _VERSION = "RaSeRec memory", 2  # of the stored arrays
 #: What the row of a removed entry holds.
@@ -93,6 +98,9 @@ class MemoryBank:
     Args:
         hidden_size: length H of a key.
         similarity: `cosine` (keys and queries are normalised for the search) or `dot`.
+        text_size: length S of the text's vector at the end of a key; the others are the user's.
+        text_weight: gamma. The similarity is that of the users' vectors plus gamma times the cosine of the texts': the
+            product of `[k / |k|, sqrt(gamma) t / |t|]` with the query's, which every index searches.
         index: `flat` (exact), `ivf`, `ivfpq`, `hnsw` (approximate) or `auto` (flat up to a million entries, then ivf).
         ivf_lists: groups of the inverted files.
         ivf_probes: groups a query looks into.
@@ -129,7 +137,7 @@ class MemoryBank:
     def __init__(
         self, hidden_size: int, similarity: str = "cosine", index: str = "auto", ivf_lists: int = 128,
         ivf_probes: int = 8, seed: int = 0, scope: str = "history", min_support: int = 2,
-        retrieve_by: str = "sequence",
+        retrieve_by: str = "sequence", text_size: int = 0, text_weight: float = 0.0,
     ):  # fmt: skip
         words = (
             ("similarity", similarity, SIMILARITIES), ("index", index, INDEXES), ("memory_scope", scope, SCOPES),
@@ -142,8 +150,11 @@ class MemoryBank:
         wrong = [entry for entry in words if entry[1] not in entry[2]]
         problems = [f"{name}: {value!r} is not one of {', '.join(known)}" for name, value, known in wrong]
         problems += [f"{name}: {number!r} must be at least 1" for name, number in sizes if number < 1]
+        if text_size and retrieve_by == "target":
+            problems.append("memory_text: retrieve_by: target compares next items; leave memory_text out")
         if problems:
             raise ConfigError(problems)
+        self.text_size, self.text_weight = int(text_size), float(text_weight)
         self.hidden_size, self.min_support = int(hidden_size), int(min_support)
         self.similarity, self.index, self.scope = similarity, index, scope
         self.ivf_lists, self.ivf_probes = int(ivf_lists), int(ivf_probes)
@@ -316,7 +327,7 @@ class MemoryBank:
 
     def search(
         self, queries: Array, top_k: int, users: Array | None, positions: Array | None, desc: str | None = None,
-        times: Array | None = None,
+        times: Array | None = None, kept: Path | None = None,
     ) -> Neighbours:  # fmt: skip
         """The `top_k` most similar entries that each query may see, arrays [Q, K]; the leakage guard bars the others.
 
@@ -332,6 +343,7 @@ class MemoryBank:
             positions: integers [Q], which item of that history is to be predicted; None where `users` is.
             desc: show a progress bar with this label.
             times: [Q], read with the scope `past`; None: the queries are asked now.
+            kept: file of what an earlier call found that was killed: the same search, exact, goes on there.
 
         Raises:
             ValueError: shapes do not fit, a value is not finite, or only one of users and positions is given.
@@ -340,7 +352,7 @@ class MemoryBank:
             raise ValueError(f"top_k: {top_k!r} must be at least 1")
         if (users is None) != (positions is None):
             raise ValueError("users and positions: give both, or None for both")
-        vectors = _normalised(self._matrix("queries", queries), self.similarity)[0]  # [Q, H]
+        vectors = self._normalised(self._matrix("queries", queries))[0]  # [Q, H]
         size = len(vectors)
         who = _integers("users", np.full(size, -1) if users is None else users, size)
         when = _integers("positions", np.zeros(size, int) if positions is None else positions, size)
@@ -353,7 +365,21 @@ class MemoryBank:
 
         def run(search: GuardedSearch) -> Neighbours:
             with tqdm(total=size, desc=desc, disable=desc is None, dynamic_ncols=True) as bar:
-                return Neighbours(*unpack(search.run(vectors, who, when, int(top_k), bar, asked)))
+                if kept is None:
+                    return Neighbours(*unpack(search.run(vectors, who, when, int(top_k), bar, asked)))
+                known, codes = _read_codes(kept, size, int(top_k)), np.zeros((size, int(top_k)), np.uint64)
+                codes[: len(known)] = known
+                bar.update(len(known))
+                wrote, pause, rows = time.monotonic(), PART_SECONDS, max(PART_ROWS, PART_SCORES // len(self))
+                for start in range(len(known), size, rows):
+                    part = slice(start, start + rows)
+                    at = None if asked is None else asked[part]
+                    codes[part] = search.run(vectors[part], who[part], when[part], int(top_k), bar, at)
+                    if (begun := time.monotonic()) - wrote > pause and part.stop < size:
+                        write_tensors(kept, {"codes": torch.from_numpy(codes[: part.stop].view(np.int64))})
+                        wrote = time.monotonic()
+                        pause = PART_SECONDS + 20 * (wrote - begun)
+                return Neighbours(*unpack(codes))
 
         for _ in range(_TRIES):
             with self._lock:
@@ -372,7 +398,16 @@ class MemoryBank:
 
     @property
     def _searches_keys_in_place(self) -> bool:
-        return self.similarity == "dot" and self.retrieve_by == "sequence"
+        return self.similarity == "dot" and self.retrieve_by == "sequence" and not self.text_size
+
+    def _normalised(self, matrix: np.ndarray) -> tuple[np.ndarray, float]:
+        """Rows as they are searched [N, H] float32, and the length of the longest of them."""
+        if not self.text_size:
+            return _normalised(matrix, self.similarity)
+        found, longest = _normalised(matrix[:, : -self.text_size], self.similarity)
+        texts, _ = _normalised(matrix[:, -self.text_size :], "cosine")
+        texts *= np.float32(np.sqrt(self.text_weight))
+        return np.concatenate([found, texts], axis=1), float(np.sqrt(longest**2 + self.text_weight)) * (1 + 1e-6)
 
     def _compared(self, start: int) -> np.ndarray:
         """What queries are compared with, of the entries from `start` on."""
@@ -388,7 +423,7 @@ class MemoryBank:
         """A search of what the bank holds now; later additions do not touch it. The flat index searches on `device`."""
         known, size = len(self._vectors), len(self)
         if known < size:
-            vectors, longest = _normalised(self._compared(known), self.similarity)
+            vectors, longest = self._normalised(self._compared(known))
             self._longest = max(self._longest, longest)
             if self._searches_keys_in_place:
                 self._vectors = GrowingArray(self.keys)
@@ -465,6 +500,7 @@ class MemoryBank:
         """
         path = Path(directory)
         arrays, meta = read_arrays(path, _KIND, _VERSION, {**ROWS, **OWNERS}, verify, STATE_ARRAYS)
+        meta = {"text_size": 0, "text_weight": 0.0, **meta} if isinstance(meta, dict) else meta  # older banks
         if not isinstance(meta, dict) or any(type(meta.get(name)) is not kind for name, kind in _OPTIONS.items()):
             raise CheckpointError(f"{path}: its description is incomplete ({meta!r}). Delete it and build it again.")
         if fingerprint is not None and meta.get("fingerprint") != fingerprint:
@@ -490,6 +526,18 @@ class MemoryBank:
         if learned:
             bank._stored, bank._path = (learned, meta.get("index_state", {})), path
         return bank
+
+
+def _read_codes(path: Path, size: int, top_k: int) -> np.ndarray:
+    """Codes [n, K] uint64 of the first n of `size` queries, by a search that was killed; n is 0 without one."""
+    try:
+        codes = read_tensors(path)[0]["codes"].numpy().view(np.uint64) if path.is_file() else None
+        if codes is not None:
+            getLogger().info(f"{path.parent}: {len(codes)} of {size} queries were searched before; the search goes on")
+            return codes
+    except CheckpointError as error:
+        getLogger().warning(f"{error} All is searched again.")
+    return np.empty((0, top_k), np.uint64)
 
 
 class GrowingArray:

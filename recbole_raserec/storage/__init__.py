@@ -9,19 +9,24 @@ from recbole_raserec.storage.checkpoint import (
     MANIFEST,
     MEMORY,
     STATE,
+    check_files,
     dense_tensors,
     live_parts,
     load_weights,
+    mark_journal,
     read_ids,
     read_manifest,
     read_weights,
+    remove_unused,
     save_parts,
+    trained_files,
     write_checkpoint,
 )
 from recbole_raserec.storage.files import (
     ARRAYS,
     MODEL_VERSIONS,
     data_fingerprint,
+    disk_full,
     fingerprint,
     load_named,
     named_tensors,
@@ -33,6 +38,7 @@ from recbole_raserec.storage.files import (
     read_json,
     read_tensors,
     replacing,
+    room_for,
     sha256,
     sync_directory,
     unwritable,
@@ -44,9 +50,10 @@ from recbole_raserec.storage.files import (
 from recbole_raserec.storage.locks import locked, try_lock
 
 __all__ = [
-    "ARRAYS", "BEST", "FEATURES", "HISTORIES", "ITEMS", "ITEM_TEXT", "MANIFEST", "MEMORY", "MODEL_VERSIONS",
-    "STATE", "data_fingerprint", "dense_tensors", "fingerprint", "live_parts", "load_named", "load_weights",
-    "locked", "named_tensors", "part_of", "plain", "raw_format", "raw_stem", "read_arrays", "read_ids", "read_json",
-    "read_manifest", "read_tensors", "read_weights", "replacing", "save_parts", "sha256", "sync_directory",
-    "try_lock", "unwritable", "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
+    "ARRAYS", "BEST", "FEATURES", "HISTORIES", "ITEMS", "ITEM_TEXT", "MANIFEST", "MEMORY", "MODEL_VERSIONS", "STATE",
+    "check_files", "data_fingerprint", "dense_tensors", "disk_full", "fingerprint", "live_parts", "load_named",
+    "load_weights", "locked", "mark_journal", "named_tensors", "part_of", "plain", "raw_format", "raw_stem",
+    "read_arrays", "read_ids", "read_json", "read_manifest", "read_tensors", "read_weights", "remove_unused",
+    "replacing", "room_for", "save_parts", "sha256", "sync_directory", "trained_files", "try_lock", "unwritable",
+    "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
 ]  # fmt: skip
