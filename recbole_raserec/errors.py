@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,17 @@ class DatasetError(RaSeRecError):
 
 class CheckpointError(RaSeRecError):
     """A checkpoint or memory is missing, damaged, not of this package, or belongs to another configuration."""
+
+
+class DiskFullError(RaSeRecError, OSError):
+    """A file could not be written whole: disk full, quota used up, or larger than files may be."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.errno, self.strerror = errno.ENOSPC, "no room on the disk"
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class InputError(RaSeRecError, ValueError):

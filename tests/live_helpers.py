@@ -7,3 +7,8 @@ from recbole_raserec import Recommender
 
 def load(directory, **options):
     return Recommender.load(directory, "cpu", **options)
+
+
+def journaled(directory) -> int:
+    """Changes in the journal, by its lines; the first names it."""
+    return len((directory / "journal.jsonl").read_bytes().splitlines()) - 1

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from recbole_raserec.retrieval import memory
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import NeighbourCache, Queries
+from recbole_raserec.storage import read_tensors
 
 SIZE, WIDTH, TOP_K = 60, 8, 6
 
@@ -158,3 +160,43 @@ def test_a_search_finds_more_than_is_asked_for_where_later_ones_ask_for_more(tmp
     assert searches == [TOP_K, 2, 4, TOP_K]  # the first by the cache, the others by this test
     found(cache, queries, bank, TOP_K + 1)
     assert searches[-1] == TOP_K + 1
+
+
+@pytest.mark.parametrize("harm", [None, "truncated"])
+def test_a_search_that_was_killed_goes_on(tmp_path, monkeypatch, caplog, harm):
+    """Version 0.1.0 kept nothing of a search before its end."""
+    queries, searched = queries_of(), []
+    bank, cache = bank_of(queries, scope="past"), NeighbourCache(tmp_path)
+    monkeypatch.setattr(memory, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(memory, "PART_SCORES", 0)
+    monkeypatch.setattr(memory, "PART_ROWS", 64)
+    rows = 200
+    asked = Queries(*(np.resize(x, rows) for x in (queries.users, queries.positions, queries.targets, queries.times)),
+                    torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1)), 10)  # fmt: skip
+    run = memory.GuardedSearch.run
+
+    def killed(self, vectors, *args):
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        searched.append(len(vectors))
+        return run(self, vectors, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.GuardedSearch, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            cache.search(asked, bank, TOP_K)
+    assert searched == [64, 64]
+    (path,) = tmp_path.iterdir()
+    assert path.suffix == ".partial"
+    kept = len(read_tensors(path)[0]["codes"])
+    if harm:
+        path.write_bytes(path.read_bytes()[:-3])
+    monkeypatch.setattr(memory.GuardedSearch, "run", lambda self, *a: [searched.append(len(a[0])), run(self, *a)][1])
+    with caplog.at_level("INFO"):
+        looked_up = found(cache, asked, bank, TOP_K)
+    assert kept in (64, 128)
+    assert sum(searched[2:]) == (rows if harm else rows - kept)
+    assert ("All is searched again" if harm else f"{kept} of 200 queries were searched before") in caplog.text
+    asked.search(bank, TOP_K)
+    assert looked_up == (asked.ids.tolist(), asked.mask.tolist())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]

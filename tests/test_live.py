@@ -9,10 +9,11 @@ import threading
 import numpy as np
 import pandas as pd
 import pytest
-from live_helpers import load
+from live_helpers import journaled, load
 
 from recbole_raserec import load_checkpoint
 from recbole_raserec.errors import CheckpointError, InputError
+from recbole_raserec.storage.files import sealed
 
 
 def test_new_interactions_are_used_by_the_next_call(directory):
@@ -88,16 +89,20 @@ def test_saved_and_loaded_again(directory, tmp_path):
         assert load_checkpoint(place, "cpu").users == recommender.users
 
 
+NOT_THERE = "live-0123456789abcdef"
+
+
 @pytest.mark.parametrize(
-    "live",
+    "parts",
     [
-        {"parts": "../x", "users": 3, "applied": 0}, {"parts": "live-0123456789abcdef", "users": 3, "applied": 0},
-        {"parts": None}, [], {"parts": "live-0123456789abcdef", "users": "3", "applied": 0},
+        {"directory": "../x", "users": 3, "applied": 0}, {"directory": NOT_THERE, "users": 3, "applied": 0},
+        {"directory": None}, [], {"directory": NOT_THERE, "users": "3", "applied": 0},
     ],
 )  # fmt: skip
-def test_a_damaged_pointer_is_refused(directory, live):
-    (directory / "live.json").write_text(json.dumps(live))
-    with pytest.raises(CheckpointError, match=r"live.json is damaged"):
+def test_a_pointer_to_other_parts_is_refused(directory, parts):
+    path = directory / "checkpoint.json"
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text(encoding="utf-8")), "parts": parts})))
+    with pytest.raises(CheckpointError, match=r"checkpoint.json is damaged: it does not name the parts"):
         load(directory)
 
 
@@ -172,6 +177,6 @@ def test_events_without_sense_change_nothing(directory, events, words):
         recommender.update(events)
     with pytest.raises(InputError, match="'unknown' is no item"):
         recommender.update([("a", recommender.items[1]), ("a", "unknown")], strict=True)
-    assert (directory / "journal.jsonl").read_bytes() == b""
+    assert journaled(directory) == 0
     assert "a" not in recommender.live.numbers
     recommender.close()

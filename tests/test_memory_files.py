@@ -153,7 +153,7 @@ def swap(manifest):
         (lambda m: m.update(version=99), "version is 99"),
         (lambda m: m["arrays"]["users"].update(file="../../secret.npy"), "names the file"),
         (lambda m: m["arrays"].pop("users"), "lists the arrays"),
-        (lambda m: m.update(arrays=[]), "checksum"),
+        (lambda m: m.update(arrays=[]), "lists no arrays"),
         (lambda m: m["meta"].pop("similarity"), "incomplete"),
         (lambda m: m["meta"].update(similarity="euclid"), "cannot be used"),
         (lambda m: m["meta"].update(hidden_size=10**30), "do not fit together"),
@@ -182,7 +182,7 @@ def test_an_interrupted_save_leaves_a_whole_bank(saved, stage):
     target = {
         "write_array": (np.lib.format, "write_array"),
         "manifest": (files, "write_json"),
-        "tidy": (files, "_OWN_PART"),
+        "tidy": (files, "_OWN_FILE"),
     }[stage]
     with mock.patch.object(*target, side_effect=KeyboardInterrupt) as patched:
         patched.fullmatch.side_effect = KeyboardInterrupt

@@ -163,7 +163,7 @@ def damaged(directory):
         (None, {"user_inter_num_interval": "[6,inf)"}, ["other users or items", "tiny"]),
         (None, {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}}}, ["another split", "valid_and_test", "RS"]),
         (None, {"hidden_size": 32}, ["model.safetensors", "does not fit"]),
-        (damaged, {}, ["model.safetensors", "not a readable"]),
+        (damaged, {}, ["model.safetensors", "it is damaged"]),
         (shutil.rmtree, {}, ["not a checkpoint directory", "checkpoint.json"]),
         (lambda path: (path / "ids.json").unlink(), {}, ["ids.json", "does not exist"]),
     ],

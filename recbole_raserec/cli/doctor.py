@@ -1,4 +1,5 @@
-"""The command `doctor`: what this installation consists of, what it makes use of, and whether it works."""
+"""The command `doctor`: what this installation consists of, what it makes use of, and whether it works; or whether a
+checkpoint is what was written."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ import click
 
 import recbole_raserec
 from recbole_raserec.compat import all_patches
-from recbole_raserec.errors import RaSeRecError
+from recbole_raserec.errors import ConfigError, RaSeRecError
 
 #: What is reported, needed first.
 PACKAGES = (
@@ -46,11 +47,20 @@ class Check(NamedTuple):
         return f"self-test {self.name}: {'ok' if self.passed else 'FAILED'} ({self.found}, {self.seconds:.1f} s)"
 
 
-@click.command(short_help="report the installation, and test it in ten seconds")
+@click.command(short_help="report the installation, and test it in ten seconds; or check a checkpoint")
+@click.argument("directory", required=False)
+@click.option("--repair", is_flag=True, help="replace a damaged journal of DIRECTORY by what can be read of it")
 @click.option("--json", "as_json", is_flag=True, help="print it as JSON")
 @click.option("--no_self_test", is_flag=True, help="report only")
-def doctor(as_json: bool, no_self_test: bool) -> None:
-    """Report the installation and test it."""
+def doctor(directory: str | None, repair: bool, as_json: bool, no_self_test: bool) -> None:
+    """Report the installation and test it. With DIRECTORY, a checkpoint: check its files and its journal of updates."""
+    if directory or repair:
+        from recbole_raserec.serving import check_directory
+
+        if not directory:
+            raise ConfigError(["--repair: needs the directory of a checkpoint; recbole-raserec doctor DIR --repair"])
+        click.echo("\n".join(check_directory(Path(directory), repair)))
+        return
     found, checks = environment(), []
     if not as_json:
         click.echo(text(found))

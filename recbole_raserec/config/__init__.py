@@ -4,6 +4,7 @@ from recbole_raserec.config.checks import (
     check_run,
     evaluation_problems,
     metric_needs,
+    refused,
     selection_protocol,
 )
 from recbole_raserec.config.config import Config, model_versions, saved_config
@@ -16,6 +17,7 @@ from recbole_raserec.config.options import (
     SAMPLED,
     SEEN_KEPT,
     SEEN_REMOVED,
+    Bounded,
     Columns,
     Count,
     Dropout,
@@ -69,12 +71,13 @@ from recbole_raserec.config.sources import (
 
 __all__ = [
     "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "RECBOLE", "REFUSED", "REGENERATION",
-    "RETRIEVAL_MODEL", "SAMPLED", "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Columns", "Config",
+    "RETRIEVAL_MODEL", "SAMPLED", "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Bounded", "Columns",
+    "Config",
     "Count", "Dropout", "Dropouts", "EncoderOptions", "LearningOptions", "Loss", "ModelName", "Names", "Natural",
     "Numbers", "Options", "Positive", "PositiveShare", "Precision", "SequentialOptions", "Several", "Share",
     "Sizes", "Text", "Weight", "check_run", "evaluation_problems", "folder_of", "get_model", "get_trainer_class",
     "in_recbole", "in_words", "is_ours", "is_own", "metric_needs", "model_keys", "model_names", "model_versions",
-    "name_of", "option", "options_of", "parse_value", "read_yaml", "recbole_name", "regeneration_options",
+    "name_of", "option", "options_of", "parse_value", "read_yaml", "recbole_name", "refused", "regeneration_options",
     "saved_config", "selection_protocol", "short_name",
     "trains_regenerator", "trims", "with_names",
 ]  # fmt: skip

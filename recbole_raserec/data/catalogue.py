@@ -6,7 +6,6 @@ Histories end before the test targets, as the test itself sees them; what was he
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +26,6 @@ from recbole_raserec.storage import (
     read_arrays,
     read_json,
     read_tensors,
-    sha256,
     write_arrays,
     write_json,
     write_tensors,
@@ -185,15 +183,11 @@ class Features:
         )
 
     @classmethod
-    def load(cls, path: Path, digest: Optional[str]) -> Optional[Features]:
-        """Read the file of that SHA-256; None where a checkpoint has none."""
-        if digest is None:
-            return None
+    def load(cls, path: Path) -> Features:
+        """Read what `save` wrote; a `CheckpointError` where it is damaged."""
         tensors, meta = read_tensors(path)
-        if sha256(path) != digest or not isinstance(meta, dict) or not {"fields", "items", "personal"} <= set(meta):
-            raise CheckpointError(
-                f"{path} is not what its checkpoint was written with; it is damaged or of another one."
-            )
+        if not isinstance(meta, dict) or not {"fields", "items", "personal"} <= set(meta):
+            raise CheckpointError(f"{path} does not hold what a model reads; it is damaged or of another release.")
         fields = {name: (kind, count, length) for name, (kind, count, length) in meta["fields"].items()}
         weights = {name: value.numpy() for name, value in part_of(tensors, "weights").items()}
         return cls(fields, part_of(tensors, "items") if meta["items"] else None, weights, meta["personal"])
@@ -224,8 +218,8 @@ def read_titles(path: Path, tokens: list[str]) -> Optional[list[str]]:
     """
     if not path.is_file():
         return None
-    with open(path, encoding="utf-8", newline="", errors="replace") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        rows = (line.rstrip("\n").split("\t") for line in file)
         header = [column.split(":")[0].lower() for column in next(rows, [])]
         found = title_column(header)
         if found is None or "item_id" not in header:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Union
 
@@ -31,7 +33,7 @@ from recbole_raserec.retrieval.index import (
     without,
 )
 from recbole_raserec.retrieval.search import SCOPES, GuardedSearch, LeakageGuard, unpack
-from recbole_raserec.storage import read_arrays, write_arrays
+from recbole_raserec.storage import read_arrays, read_tensors, write_arrays, write_tensors
 
 Array = Union[np.ndarray, torch.Tensor]
 
@@ -42,6 +44,9 @@ SEARCHES = ("cuda",)
 SEARCH_SCORES = 1 << 18
 """Queries times entries from which they do. On an H200 one query of 131,413 entries took 1.45 ms, by faiss on 16 CPU
 threads 1.28; one of 1,000,000 took a fifth of faiss's time, 32 of 131,413 less than a third (results/gpu.md)."""
+
+#: A search that is kept writes what it has after that many seconds, between parts of that many scores or rows.
+PART_SECONDS, PART_SCORES, PART_ROWS = 2.0, 1 << 28, 1024
 
 #: Arrays with one row an entry.
 ROWS = {
@@ -322,7 +327,7 @@ class MemoryBank:
 
     def search(
         self, queries: Array, top_k: int, users: Array | None, positions: Array | None, desc: str | None = None,
-        times: Array | None = None,
+        times: Array | None = None, kept: Path | None = None,
     ) -> Neighbours:  # fmt: skip
         """The `top_k` most similar entries that each query may see, arrays [Q, K]; the leakage guard bars the others.
 
@@ -338,6 +343,7 @@ class MemoryBank:
             positions: integers [Q], which item of that history is to be predicted; None where `users` is.
             desc: show a progress bar with this label.
             times: [Q], read with the scope `past`; None: the queries are asked now.
+            kept: file of what an earlier call found that was killed: the same search, exact, goes on there.
 
         Raises:
             ValueError: shapes do not fit, a value is not finite, or only one of users and positions is given.
@@ -359,7 +365,21 @@ class MemoryBank:
 
         def run(search: GuardedSearch) -> Neighbours:
             with tqdm(total=size, desc=desc, disable=desc is None, dynamic_ncols=True) as bar:
-                return Neighbours(*unpack(search.run(vectors, who, when, int(top_k), bar, asked)))
+                if kept is None:
+                    return Neighbours(*unpack(search.run(vectors, who, when, int(top_k), bar, asked)))
+                known, codes = _read_codes(kept, size, int(top_k)), np.zeros((size, int(top_k)), np.uint64)
+                codes[: len(known)] = known
+                bar.update(len(known))
+                wrote, pause, rows = time.monotonic(), PART_SECONDS, max(PART_ROWS, PART_SCORES // len(self))
+                for start in range(len(known), size, rows):
+                    part = slice(start, start + rows)
+                    at = None if asked is None else asked[part]
+                    codes[part] = search.run(vectors[part], who[part], when[part], int(top_k), bar, at)
+                    if (begun := time.monotonic()) - wrote > pause and part.stop < size:
+                        write_tensors(kept, {"codes": torch.from_numpy(codes[: part.stop].view(np.int64))})
+                        wrote = time.monotonic()
+                        pause = PART_SECONDS + 20 * (wrote - begun)
+                return Neighbours(*unpack(codes))
 
         for _ in range(_TRIES):
             with self._lock:
@@ -506,6 +526,18 @@ class MemoryBank:
         if learned:
             bank._stored, bank._path = (learned, meta.get("index_state", {})), path
         return bank
+
+
+def _read_codes(path: Path, size: int, top_k: int) -> np.ndarray:
+    """Codes [n, K] uint64 of the first n of `size` queries, by a search that was killed; n is 0 without one."""
+    try:
+        codes = read_tensors(path)[0]["codes"].numpy().view(np.uint64) if path.is_file() else None
+        if codes is not None:
+            getLogger().info(f"{path.parent}: {len(codes)} of {size} queries were searched before; the search goes on")
+            return codes
+    except CheckpointError as error:
+        getLogger().warning(f"{error} All is searched again.")
+    return np.empty((0, top_k), np.uint64)
 
 
 class GrowingArray:

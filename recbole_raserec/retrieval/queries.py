@@ -62,12 +62,14 @@ class Queries:
     def __len__(self) -> int:
         return len(self.users)
 
-    def search(self, memory: MemoryBank, top_k: int, desc: Optional[str] = None) -> None:
-        """Find the admissible neighbours of every window."""
+    def search(
+        self, memory: MemoryBank, top_k: int, desc: Optional[str] = None, kept: Optional[Path] = None
+    ) -> None:  # fmt: skip
+        """Find the admissible neighbours of every window; what a search finds before it is killed is in `kept`."""
         group, rows = current(), len(self)
         own = group.every(rows)
         times = None if self.times is None else self.times[own]
-        found = memory.search(self.h[own], top_k, self.users[own], self.positions[own], desc, times)
+        found = memory.search(self.h[own], top_k, self.users[own], self.positions[own], desc, times, kept)
         ids, mask = torch.from_numpy(np.maximum(found.ids, 0)), torch.from_numpy(found.mask)
         self.ids = group.joined_rows(ids, own, rows).to(self.h.device)
         self.mask = group.joined_rows(mask, own, rows).to(self.h.device)
@@ -318,7 +320,7 @@ class NeighbourCache:
     """Searches of a directory, under the hash of everything they rest on: queries, entries, what bars which.
 
     The best K of an exact search are the first of its best K' > K, so a search for more serves one for fewer.
-    Approximate indexes are not cached: theirs are not, and they are fast.
+    Approximate indexes are not cached: theirs are not, and they are fast. A search that is killed goes on where it was.
 
     Args:
         directory: made when something is stored.
@@ -340,13 +342,15 @@ class NeighbourCache:
             queries.ids, queries.mask = found.clamp(min=0).to(queries.h.device), (found >= 0).to(queries.h.device)
             return
         searched = max(top_k, self.least)
-        queries.search(memory, searched, desc)
+        kept = self.directory / f"{mark}-{searched}.{group.rank}of{group.size}.partial"
+        queries.search(memory, searched, desc, kept)
         assert queries.ids is not None
         assert queries.mask is not None
         ids = torch.where(queries.mask, queries.ids, -1).to(torch.int32).cpu()
         if group.first:
-            write_tensors(self.directory / f"{mark}-{searched}.safetensors", {"ids": ids}, _digest(ids))
+            write_tensors(self.directory / f"{mark}-{searched}.safetensors", {"ids": ids})
             self._prune()
+        kept.unlink(missing_ok=True)
         queries.ids, queries.mask = queries.ids[:, :top_k].contiguous(), queries.mask[:, :top_k].contiguous()
 
     def _read(self, mark: str, rows: int, entries: int, top_k: int) -> Optional[Tensor]:
@@ -356,13 +360,12 @@ class NeighbourCache:
             if not stored.isdecimal() or int(stored) < top_k:
                 continue
             try:
-                tensors, digest = read_tensors(path)
+                ids = read_tensors(path)[0].get("ids")
             except CheckpointError as error:
                 getLogger().warning(f"{error} It is searched again.")
                 continue
-            ids = tensors.get("ids")
             whole = ids is not None and ids.dtype == torch.int32 and ids.shape == (rows, int(stored))
-            if ids is None or not whole or digest != _digest(ids) or ids.min() < -1 or ids.max() >= entries:
+            if ids is None or not whole or ids.min() < -1 or ids.max() >= entries:
                 getLogger().warning(f"{path} does not hold these neighbours. They are searched again.")
                 continue
             with contextlib.suppress(OSError):
@@ -372,13 +375,10 @@ class NeighbourCache:
 
     def _prune(self) -> None:
         with contextlib.suppress(OSError):  # another run may prune too
-            stored = sorted(self.directory.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
-            for path in stored[: -self.keep]:
-                path.unlink()
-
-
-def _digest(ids: Tensor) -> str:
-    return hashlib.sha256(ids.contiguous().numpy().data).hexdigest()
+            for pattern in ("*.safetensors", "*.partial"):
+                stored = sorted(self.directory.glob(pattern), key=lambda path: path.stat().st_mtime)
+                for path in stored[: -self.keep]:
+                    path.unlink()
 
 
 def _hash(queries: Queries, memory: MemoryBank) -> str:

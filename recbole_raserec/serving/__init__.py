@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recbole_raserec.serving.export import write_programs, write_vectors
+    from recbole_raserec.serving.journal import check_directory
     from recbole_raserec.serving.live import load_checkpoint
     from recbole_raserec.serving.recommender import Recommender
 
-__all__ = ["Recommender", "load_checkpoint", "write_programs", "write_vectors"]
+__all__ = ["Recommender", "check_directory", "load_checkpoint", "write_programs", "write_vectors"]
 
-_MODULES = {"Recommender": "recommender", "load_checkpoint": "live"}
+_MODULES = {"Recommender": "recommender", "check_directory": "journal", "load_checkpoint": "live"}
 
 
 def __getattr__(name: str) -> Any:

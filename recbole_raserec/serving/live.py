@@ -3,20 +3,19 @@
 A change is in the journal, on the disk, before it takes effect; a save writes all of it into the checkpoint, as a
 whole, and empties the journal. So a process that is killed at any moment loses nothing that was acknowledged.
 
-By hand: `ReadWriteLock`, because the standard library has none; `Journal`, which is one file of JSON lines.
+By hand: `ReadWriteLock`, because the standard library has none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from logging import getLogger
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -25,31 +24,30 @@ import torch
 from filelock import BaseFileLock
 from recbole.data.interaction import Interaction
 from recbole.utils import FeatureType
+from torch.overrides import TorchFunctionMode
 
-from recbole_raserec.config import get_model, trims
+from recbole_raserec.config import RETRIEVAL_MODEL, get_model, refused, trims
 from recbole_raserec.data import Catalogue, Features, Histories, ItemFeatures, pad_lists, read_features, title_column
 from recbole_raserec.errors import CheckpointError, InputError
 from recbole_raserec.recommendation import batches_by_length, encode_in_batches, wrap_backbone
 from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec
-from recbole_raserec.serving.inputs import Event
+from recbole_raserec.serving.inputs import Event, as_device
+from recbole_raserec.serving.journal import Journal, read_journal
 from recbole_raserec.storage import (
     BEST,
     FEATURES,
     HISTORIES,
     MEMORY,
+    check_files,
     live_parts,
     load_weights,
     read_ids,
     read_manifest,
     read_weights,
-    replacing,
+    remove_unused,
     save_parts,
-    sync_directory,
-    try_lock,
+    trained_files,
 )
-
-#: In the checkpoint directory: the journal, its lock, and the process that holds that.
-JOURNAL, LOCK, HOLDER = "journal.jsonl", "journal.lock", "journal.pid"
 
 BATCH = 512  # prefixes encoded together
 FORGOTTEN = ""  # what the id of a forgotten user is replaced by
@@ -166,27 +164,37 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_files(directory, manifest)
+    if manifest["version"] == 1:
+        getLogger().info(f"{directory} is of version 0.1.0, without checksums of ids and options; a save adds them")
+    target = as_device(device)
     name, options, ids = manifest["model"], Options(manifest["options"], device=target), read_ids(directory)
-    parts, users, items, applied = live_parts(directory)
+    inner = Options(manifest.get("backbone_options", {}), device=target)
+    parts, users, items, applied = live_parts(directory, manifest)
     described, added = read_features(parts), ids["items"][len(ids["items"]) if items is None else items :]
-    features = Features.load(directory / FEATURES, manifest.get("features_sha256"))
-    vocabulary = Vocabulary(options, ids["users"][:users], ids["items"][:items], features, described)
-    if len(added) != (0 if described is None else len(described.text)):
-        raise CheckpointError(f"{parts} does not describe each item that was added to {directory}; it is damaged.")
+    features = Features.load(directory / FEATURES) if FEATURES in trained_files(directory, manifest) else None
     memory: Any = None
     try:
-        if name == "RaSeRec":
-            inner = Options(manifest["backbone_options"], device=target)
-            base = get_model(inner["model"])(inner, vocabulary)
-            model = RaSeRec(options, vocabulary, wrap_backbone(base, inner, vocabulary))
+        retrieval = name == RETRIEVAL_MODEL
+        classes = {key: get_model(key) for key in (name, *([inner["model"]] if retrieval else ()))}
+        if wrong := [*refused(options, classes), *(refused(inner, classes) if retrieval else ())]:
+            raise ValueError(f"the options say {', '.join(wrong)}")
+        vocabulary = Vocabulary(options, ids["users"][:users], ids["items"][:items], features, described)
+        if retrieval:
             memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
-        else:
-            model = get_model(name)(options, vocabulary)
+        kept = sum(entry["bytes"] for entry in trained_files(directory, manifest).values())
+        ours = all(found.__module__.partition(".")[0] in ("recbole", "recbole_raserec") for found in classes.values())
+        alone = ours and not (options["llm"] or inner["llm"])  # others may read files of their own
+        with _Room(8 * kept + (1 << 27)) if alone else contextlib.nullcontext():
+            model = classes[inner["model"] if retrieval else name](inner if retrieval else options, vocabulary)
+            if retrieval:
+                model = RaSeRec(options, vocabulary, wrap_backbone(model, inner, vocabulary))
     except ImportError as error:
         raise CheckpointError(f"{directory} holds a model that is not installed here: {error}.") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: {name} cannot be rebuilt from its checkpoint alone ({error!r}).") from None
+    if len(added) != (0 if described is None else len(described.text)):
+        raise CheckpointError(f"{parts} does not describe each item that was added to {directory}; it is damaged.")
     weights = read_weights(directory, manifest).items()
     load_weights(model, {key: value for key, value in weights if key not in TRAINING_BUFFERS}, directory / BEST)
     if described is not None and added:
@@ -200,6 +208,25 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
         except ValueError as error:
             raise CheckpointError(f"{parts / MEMORY} does not belong to this model: {error}") from None
     return Checkpoint(model.to(target).eval(), options, vocabulary, manifest, ids["users"], applied, parts)
+
+
+class _Room(TorchFunctionMode):
+    """Raises a ValueError before tensors take more than `left` bytes together: sizes that cannot be the model's."""
+
+    def __init__(self, left: int):
+        super().__init__()
+        self.left = left
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "clone"):
+            sizes = args[0] if args and isinstance(args[0], (list, tuple)) else (*args, *kwargs.get("size", ()))
+            sizes = args[0].shape if name == "clone" else sizes
+            size = 8 * math.prod(max(1, int(abs(size))) for size in sizes if isinstance(size, (int, float)))
+            self.left -= max(size, 1 << 15)  # of many small ones, what Python needs for their modules
+            if self.left < 0:
+                raise ValueError("its options ask for more than its weights are")
+        return func(*args, **kwargs)
 
 
 def add_items(model: Any, features: ItemFeatures) -> None:
@@ -270,83 +297,6 @@ class ReadWriteLock:
                 self._condition.notify_all()
 
 
-def lock_directory(directory: Path) -> BaseFileLock:
-    """The lock of the one process that changes a checkpoint, held; the system frees it when that process ends.
-
-    A `CheckpointError` says that there is no such directory, or that another process holds it.
-    """
-    try:
-        lock = try_lock(directory / LOCK)
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory.absolute()} is no directory.") from None
-    except OSError as error:  # a read-only file system, or another user's directory
-        why = f"{directory} takes no journal of changes ({error.strerror})"
-        raise CheckpointError(f"{why}; serve it with --read_only, or a copy of it.") from None
-    if lock is None:
-        holder = directory / HOLDER
-        process = holder.read_bytes()[:20].decode("ascii", "replace").strip() if holder.is_file() else ""
-        raise CheckpointError(
-            f"{directory} is in use by another process{process and f' ({process})'}, and one at a time may journal "
-            "changes of a checkpoint: stop that one first, or serve a copy of the directory."
-        )
-    (directory / HOLDER).write_text(str(os.getpid()), encoding="ascii")
-    return lock
-
-
-class Journal:
-    """A file of one JSON object a line, `{"n": number, ...}`, numbers rising.
-
-    The file is created when missing. A last line without its end was cut off while it was written, was never
-    acknowledged, and is dropped; where a whole line cannot be read, a `CheckpointError` says so.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        text = self.path.read_bytes() if self.path.is_file() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        self._last = max((record["n"] for record in _records(whole, self.path)), default=0)
-        self._open()
-        self._file.truncate(len(whole))
-        sync_directory(self.path.parent)
-
-    def append(self, record: dict[str, Any], after: int = 0) -> int:
-        """Write a record; when this returns, its number, it is on the disk. Numbers rise from `after` on."""
-        number = max(self._last, after) + 1
-        line = json.dumps({"n": number, **record}, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        start = os.fstat(self._file.fileno()).st_size
-        try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
-        except OSError:
-            self._file.truncate(start)
-            raise
-        self._last = number
-        return number
-
-    def records(self, after: int) -> Iterator[dict[str, Any]]:
-        """Records with a higher number than `after`, in order."""
-        return (record for record in _records(self.path.read_bytes(), self.path) if record["n"] > after)
-
-    def clear(self) -> None:
-        """Drop all records: what they changed is stored elsewhere."""
-        self._file.close()  # Windows replaces no open file
-        try:
-            with replacing(self.path) as part:
-                part.write_bytes(b"")
-        finally:
-            self._open()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _open(self) -> None:
-        # Unbuffered: what a full disk refused must not wait in a buffer and come after all, behind the next record.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held as long as the journal
-
-
 class LiveMemory:
     """Users, histories and memory of a checkpoint, and the changes of them.
 
@@ -392,27 +342,31 @@ class LiveMemory:
 
     def keep_journal(self, lock: BaseFileLock) -> None:
         """Take up what the journal holds beyond the saved state; journal changes from now on. `close` frees `lock`."""
-        self._journal = Journal(self.directory / JOURNAL)
-        self._take_up(self._journal.records(self.applied))
+        self._journal = Journal(self.directory, self.checkpoint.manifest, self.applied)
         for close in (lock.release, self._journal.close):
             self._closing.callback(close)
+        self._take_up(self._journal.records)
+        remove_unused(self.directory, self.checkpoint.parts)
 
     def read_journal(self) -> None:
         """Take up what the journal holds beyond the saved state, and write nothing."""
-        path = self.directory / JOURNAL
-        text = path.read_bytes() if path.is_file() else b""
-        whole = text[: text.rfind(b"\n") + 1]
-        self._take_up(record for record in _records(whole, path) if record["n"] > self.applied)
+        self._take_up(read_journal(self.directory, self.checkpoint.manifest, self.applied).records)
         self._saved = self.applied
 
     def _take_up(self, records: Iterable[dict[str, Any]]) -> None:
         for record in records:
-            if "forget" in record:
-                self._forget(record["forget"])
-            elif "items" in record:
-                self._add_items(record["items"], self._described(record["items"]))
-            else:
-                self._apply(record["events"])
+            if record["n"] <= self.applied:
+                continue
+            try:
+                if "forget" in record:
+                    self._forget(record["forget"])
+                elif "items" in record:
+                    self._add_items(record["items"], self._described(record["items"]))
+                else:
+                    self._apply(record["events"])
+            except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+                unfit = f"change {record['n']} of its journal is not for this checkpoint ({error!r})"
+                raise CheckpointError(f"{self.directory}: {unfit}; restore both from a copy.") from None
             self.applied = record["n"]
 
     def update(self, events: Sequence[Event]) -> Update:
@@ -420,7 +374,7 @@ class LiveMemory:
         _ = self.histories  # asked before anything is written
         with self._changing:
             if events and self._journal is not None:
-                self.applied = self._journal.append({"events": events}, self.applied)
+                self.applied = self._journal.append({"events": events})
             return self._apply(events)
 
     def add_items(self, items: Sequence[Mapping[str, str]]) -> None:
@@ -435,7 +389,7 @@ class LiveMemory:
                 )
             features = self._described(items)
             if self._journal is not None:
-                self.applied = self._journal.append({"items": list(items)}, self.applied)
+                self.applied = self._journal.append({"items": list(items)})
             self._add_items(items, features)
 
     def forget(self, user: str) -> int:
@@ -444,7 +398,7 @@ class LiveMemory:
             if user not in self.numbers:
                 return 0
             if self._journal is not None:
-                self.applied = self._journal.append({"forget": user}, self.applied)
+                self.applied = self._journal.append({"forget": user})
             return self._forget(user)
 
     def save(self, target: Path) -> None:
@@ -455,8 +409,10 @@ class LiveMemory:
                 {"users": self.users, "items": vocabulary.items},
                 (vocabulary.user_num, vocabulary.trained_items),
             )
-            save_parts(self.directory, target, ids, self._memory, self.catalogue, trained, self.applied)
-            if target.resolve() == self.directory.resolve():
+            here = target.resolve() == self.directory.resolve()
+            mark = self._journal.mark if here and self._journal is not None else None
+            save_parts(self.directory, target, ids, self._memory, self.catalogue, trained, self.applied, mark)
+            if here:
                 self._saved = self.applied
                 if self._journal is not None:
                     self._journal.clear()
@@ -543,15 +499,3 @@ class LiveMemory:
         out = torch.empty(len(prefixes), found.model.memory.hidden_size)
         batches = batches_by_length(np.zeros(len(prefixes), dtype=np.int64), rows=BATCH)  # in the order of the events
         return encode_in_batches(found.model, encode, batches, out).numpy()
-
-
-def _records(text: bytes, path: Path) -> Iterator[dict[str, Any]]:
-    last = 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        record = None
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-        if not isinstance(record, dict) or type(record.get("n")) is not int or record["n"] <= last:
-            raise CheckpointError(f"{path} is damaged in line {number}; restore it, or delete it to lose what follows.")
-        last = record["n"]
-        yield record

@@ -28,7 +28,8 @@ from recbole_raserec.recommendation import Backbone, ItemTable, wrap_backbone
 from recbole_raserec.retrieval import RaSeRec
 from recbole_raserec.serving.explain import Explanation, explain
 from recbole_raserec.serving.inputs import Recommendations, as_events, as_id, as_ids, as_items, as_sequences
-from recbole_raserec.serving.live import Checkpoint, LiveMemory, Update, load_checkpoint, lock_directory
+from recbole_raserec.serving.journal import lock_directory
+from recbole_raserec.serving.live import Checkpoint, LiveMemory, Update, load_checkpoint
 from recbole_raserec.storage import read_manifest
 
 SCORE_BYTES = 64 << 20  # of scores held at a time

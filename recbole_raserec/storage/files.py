@@ -6,12 +6,14 @@ And fingerprints: short texts that say what a result rests on.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from enum import Enum
@@ -24,33 +26,90 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from recbole_raserec.errors import CheckpointError
+from recbole_raserec.errors import CheckpointError, DiskFullError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: Manifest of a directory of arrays, and the names of its files: no others are ever deleted.
 ARRAYS = "manifest.json"
 _OWN_FILE = re.compile(r"[a-z_]+-[0-9a-f]{16}\.npy")
-_OWN_PART = re.compile(r"\.(?:[a-z_]+-[0-9a-f]{16}\.npy|manifest\.json)\..*\.part")
+#: What `replacing` writes into, as `tempfile` names it.
+_PART = re.compile(r"\..+\.[a-z0-9_]{8}\.part")
+
+#: Errors of a system that has no room, and how libraries that keep no number word them (safetensors, NumPy).
+_FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
+_FULL_TEXT = re.compile(r"os error (?:28|122|27)\b|\d+ requested and \d+ written")
+
+#: Bytes of the largest JSON file that is read; manifests of checkpoints and arrays are far smaller.
+JSON_BYTES = 1 << 30
+MANIFEST_BYTES = 1 << 26
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room for what is written."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return isinstance(error, (OSError, SafetensorError)) and _FULL_TEXT.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def room_for(path: str | os.PathLike) -> Iterator[None]:
+    """Raise what goes wrong within for want of room as one DiskFullError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, DiskFullError) or not disk_full(error):
+            raise
+        message = f"{path} cannot be written: no room on the disk ({error}); free some, then try again."
+        raise DiskFullError(message) from None
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the directory of `path`, which replaces `path` atomically unless the body raises."""
+    """Yield a temporary path in the directory of `path`, which replaces `path` atomically unless the body raises.
+
+    Such files that killed processes left in that directory are removed. A DiskFullError says that there is no room.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        with open(part, "rb+") as written:  # Windows syncs no file that is open for reading alone
-            os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(part, 0o666 & ~umask)
-        os.replace(part, path)
-        sync_directory(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.iterdir():
+            if _PART.fullmatch(left.name):
+                with contextlib.suppress(OSError), open(left, "rb+") if fcntl else contextlib.nullcontext() as file:
+                    if file is not None:  # that of a living process is locked; Windows removes none that is open
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+        held, part = _new_part(path)
+        try:
+            yield part
+            with open(part, "rb+") as written:  # Windows syncs no file that is open for reading alone
+                os.fsync(written.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(part, 0o666 & ~umask)
+            if fcntl is None:
+                held.close()  # Windows moves no open file; elsewhere the lock is held until it is in its place
+            os.replace(part, path)
+            sync_directory(path.parent)
+        finally:
+            held.close()
+            part.unlink(missing_ok=True)
+
+
+def _new_part(path: Path) -> tuple[Any, Path]:
+    """A new file beside `path`, open and locked."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        file = os.fdopen(handle, "rb+")
+        with contextlib.suppress(OSError):  # a file system without locks
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(name):  # not taken for one that was left, before it was locked
+            return file, Path(name)
+        file.close()
 
 
 #: Format of raw data by the end of a file's name, before .gz.
@@ -72,6 +131,23 @@ def raw_stem(path: str | os.PathLike) -> str:
     for suffix in (".gz", *RAW_FORMATS):
         name = name[: -len(suffix)] if name.lower().endswith(suffix) else name
     return re.sub(r"[^\w.+-]", "_", name)
+
+
+def unwritable(option: str, path: str | os.PathLike, folder: bool = False) -> list[str]:
+    """What keeps the file, or the `folder` of files, that an option names from being written; tried without a trace."""
+    path = Path(path)
+    try:
+        if not folder and path.exists() and not path.is_file():
+            return [f"{option}: {path} is {'a directory' if path.is_dir() else 'no regular file'}; name a file"]
+        place = path if folder else path.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            return [f"{option}: {path} cannot be written, as {place} is a file; name a directory"]
+        with tempfile.TemporaryFile(dir=place):
+            return []
+    except OSError as error:
+        return [f"{option}: {path} cannot be written ({error.strerror}); name another place"]
 
 
 def sync_directory(path: str | os.PathLike) -> None:
@@ -118,33 +194,75 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """Read a JSON file; raises CheckpointError if it is missing or is not JSON."""
+def read_json(path: str | os.PathLike, most: int = JSON_BYTES) -> Any:
+    """Read a JSON file; raises CheckpointError if it is missing, no file, larger than `most` bytes, or not JSON."""
+    regular(path, most)
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist.") from None
     except (ValueError, RecursionError) as error:
         damage = f"is not a readable JSON file ({error}); it is damaged or not of this package."
         raise CheckpointError(f"{path} {damage}") from None
 
 
+def regular(path: str | os.PathLike, most: int | None = None) -> int:
+    """Bytes of a regular file; a CheckpointError where there is none (a pipe or a device is none), or it has more."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path} does not exist.") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is not a file; it is damaged or not of this package.")
+    if most is not None and found.st_size > most:
+        raise CheckpointError(f"{path} has {found.st_size} bytes, {most} are the most; it is damaged.")
+    return found.st_size
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` as JSON holds it, with the SHA-256 of all of it under `sha256`."""
+    found = json.loads(json.dumps({**value, "sha256": None}))
+    del found["sha256"]
+    return {**found, "sha256": _seal(found)}
+
+
+def check_seal(path: Path, value: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError unless `value`, read from `path`, is what `sealed` returned."""
+    if value.get("sha256") != _seal({key: item for key, item in value.items() if key != "sha256"}):
+        raise _bad(path, "its content does not match its own checksum")
+
+
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], meta: Any = None) -> None:
-    """Write named tensors as one safetensors file, atomically; `meta` (JSON-able) travels in its header."""
+    """Write named tensors as one safetensors file, atomically.
+
+    `meta` (JSON-able) travels in its header, and so does the SHA-256 of all of it.
+    """
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with replacing(path) as part:
-        save_file(flat, str(part), metadata={"meta": json.dumps(meta)})
+    about = json.dumps(meta)
+    with replacing(path) as part:  # one entry: safetensors writes several in any order
+        save_file(flat, str(part), metadata={"meta": f"sha256:{_digest(flat, about)} {about}"})
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Any]:
     """What `write_tensors` wrote: (tensors by name, meta); raises CheckpointError if it is missing or damaged."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} does not exist.")
+    regular(path)
     try:
         with safe_open(str(path), framework="pt") as archive:
-            meta = json.loads((archive.metadata() or {})["meta"])
+            about = (archive.metadata() or {})["meta"]
             # Copies: the tensors are maps of the file, and Windows replaces no file that is mapped.
-            return {name: archive.get_tensor(name).clone() for name in list(archive.keys())}, meta
+            tensors = {name: archive.get_tensor(name).clone() for name in list(archive.keys())}
+            if about.startswith("sha256:"):  # 0.1.0 wrote none
+                mark, _, about = about.partition(" ")
+                if mark != f"sha256:{_digest(tensors, about)}":
+                    raise ValueError("its content does not match its own checksum")
+            return tensors, json.loads(about)
     except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file of this package ({error}).") from None
 
@@ -171,9 +289,9 @@ def write_arrays(directory: Path, kind: str, version: int, arrays: Mapping[str, 
                 "dtype": array.dtype.str,
             }  # fmt: skip
     manifest = {"kind": kind, "version": version, "meta": meta, "arrays": entries}
-    write_json(directory / ARRAYS, {**manifest, "sha256": _seal(manifest)})
+    write_json(directory / ARRAYS, sealed(manifest))
     for path in directory.iterdir():
-        if (_OWN_FILE.fullmatch(path.name) and token not in path.name) or _OWN_PART.fullmatch(path.name):
+        if _OWN_FILE.fullmatch(path.name) and token not in path.name:
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -207,14 +325,14 @@ def _read_manifest(directory: Path, kind: str, version: int) -> dict[str, Any]:
     path = directory / ARRAYS
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist: {directory} holds no {kind}. Check the path, or build it again.")
-    manifest = read_json(path)
+    manifest = read_json(path, MANIFEST_BYTES)
     if not isinstance(manifest, dict) or manifest.get("kind") != kind:
         raise _bad(path, f"it does not describe a {kind}")
     if manifest.get("version") != version:
         raise _bad(path, f"its format version is {manifest.get('version')!r}, this release reads {version}")
-    seal = manifest.pop("sha256", None)
-    if seal != _seal(manifest) or not isinstance(manifest.get("arrays"), dict) or "meta" not in manifest:
-        raise _bad(path, "its content does not match its own checksum")
+    check_seal(path, manifest)
+    if not isinstance(manifest.get("arrays"), dict) or "meta" not in manifest:
+        raise _bad(path, "it lists no arrays")
     return manifest
 
 
