@@ -154,7 +154,7 @@ def _encode_shared(
         part = next(left)  # the windows of these rows
         starts, length = store.offsets[windows.user[part]] + windows.start[part], windows.length[part]
         item_seq = torch.from_numpy(pad_rows(store.items, starts, length)).to(device)
-        found = backbone.model.encode_positions(item_seq, torch.from_numpy(length).to(device))  # [W, L, H]
+        found = backbone.model.encode_positions(item_seq)  # [W, L, H]
         line = torch.from_numpy(np.repeat(np.arange(len(part)), np.diff(bounds)[part])).to(device)
         return found[line, torch.from_numpy(column[rows]).to(device)]
 

@@ -204,7 +204,7 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
     manifest = {
         "options": config.explain(),
         "backbone": base.name,
-        "backbone_options": {**inner.explain(), **getattr(base.model, "extra_options", {})},
+        "backbone_options": inner.explain(),
         "validation_in_memory": True,
     }
     init_seed(config["seed"], config["reproducibility"])

@@ -127,17 +127,17 @@ class Explanation:
     memories: list[Memory]
     items: list[Reason]
 
-    @property
-    def follows(self) -> bool:
-        """Whether the transition head gives something."""
-        return any(reason.transitions or reason.texts for reason in self.items)
-
     def without_users(self) -> Explanation:
         """The same with numbers instead of the users' ids, in the order in which they come: `user #1`, `user #2`."""
         users = dict.fromkeys(memory.user for memory in self.memories if memory.user is not None)
         names: dict[Any, str] = {user: f"user #{number}" for number, user in enumerate(users, start=1)}
         memories = [dataclasses.replace(memory, user=names.get(memory.user)) for memory in self.memories]
         return dataclasses.replace(self, memories=memories)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the transition head gives something."""
+        return any(reason.transitions or reason.texts for reason in self.items)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dictionaries; of texts and transitions where the model has them."""
