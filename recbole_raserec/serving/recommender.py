@@ -349,7 +349,8 @@ class Recommender:
 
     def _blocks(self, query: Query) -> Iterable[tuple[int, int, np.ndarray]]:
         """Queries start..stop that are scored together, and which of them have a history."""
-        rows = max(1, min(1024, SCORE_BYTES // (4 * len(self.items))))
+        # An update waits for a block, and new readers wait for the update: so blocks are short.
+        rows = max(1, min(256, SCORE_BYTES // (4 * len(self.items))))
         for start in range(0, len(query.rows), rows):
             stop = min(start + rows, len(query.rows))
             yield start, stop, np.array([n for n in range(start, stop) if len(query.rows[n])], dtype=np.int64)
