@@ -25,5 +25,6 @@ ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECOD
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+# Reading needs the variable RECBOLE_RASEREC_READ_TOKEN, or --public behind the image's name.
 ENTRYPOINT ["recbole-raserec", "serve", "/checkpoint", "--host=0.0.0.0", "--port=8000"]
 CMD ["--read_only"]

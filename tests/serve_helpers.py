@@ -20,7 +20,14 @@ from recbole_raserec.serving.http import Settings
 TOKEN = "a-token-of-the-tests"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 LIMITS = Settings(
-    token=TOKEN, max_body=20_000, max_sequences=4, max_history=50, max_k=20, max_candidates=30, max_events=6
+    token=TOKEN,
+    trusted_hosts="testserver",
+    max_body=20_000,
+    max_sequences=4,
+    max_history=50,
+    max_k=20,
+    max_candidates=30,
+    max_events=6,
 )
 
 

@@ -174,7 +174,7 @@ def test_options_are_listed_from_their_declarations(capsys):
     assert "--seed=2020" in printed
     assert "--regen_gamma=0.1" in printed
     assert cli.main(["options", "RaSeRec"]) == 0
-    assert "neighbours per query; K in the paper, 20 in its Beauty run (an integer >= 1)" in " ".join(
+    assert "neighbours per query; K in the paper, 20 in its Beauty run (an integer >= 1 and <= 100000)" in " ".join(
         capsys.readouterr().out.split()
     )
     assert cli.main(["options", "RaSeRek"]) == 2

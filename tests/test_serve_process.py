@@ -128,26 +128,22 @@ def test_killed_while_it_is_updated(planted_run, tmp_path, start):
     text = log.read_text()
     assert "Traceback" not in text
     assert not re.search(r"w0|late0", text)
-    lines = [json.loads(line) for line in text.splitlines()]
+    # after a kill Python's own helper process may report a semaphore that was left
+    lines = [json.loads(line) for line in text.splitlines() if "resource_tracker" not in line]
     assert any(line["log"]["event"] == "saved" for line in lines)
 
 
 def large(server, header):
-    """Status of a request that starts to send 100 MB, and how it ends."""
+    """Status of a request of 100 MB, whose client reads nothing before it has sent all it has."""
     with socket.create_connection(("127.0.0.1", server.port), 30) as connection:
-        head = b"POST /recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n" + header + b"\r\n\r\n"
+        head = (
+            b"POST /recommend HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n" + header + b"\r\n\r\n"
+        )
         connection.sendall(head)
         block = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
-        try:
-            for _ in range(100 if b"chunked" in header else 0):
-                connection.sendall(block)
-        except OSError:  # closed on the other side
-            pass
-        try:
-            return int(connection.recv(100).split()[1])
-        except (OSError, IndexError):
-            text = server.log.read_text()  # the answer was lost with the connection; the log has it
-            return int(re.findall(r'"path": "/recommend", "status": (413)', text)[-1])
+        for _ in range(100 if b"chunked" in header else 0):
+            connection.sendall(block)
+        return int(connection.recv(100).split()[1])
 
 
 def test_read_only(planted_run, tmp_path, start):

@@ -332,9 +332,14 @@ class _Serve(click.Command):
 
         *params, help_option = super().get_params(ctx)
         for name, field in Settings.model_fields.items():
-            if name != "token":
-                text = field.description + ("" if "default" in field.description else f" (default: {field.default})")
-                params.append(click.Option([f"--{name}"], metavar="N", default=field.default, help=text))
+            if name not in ("token", "read_token"):
+                flag = isinstance(field.default, bool)
+                told = flag or "default" in field.description
+                text = field.description + ("" if told else f" (default: {field.default})")
+                metavar = None if flag else "NAMES" if name == "trusted_hosts" else "N"
+                params.append(
+                    click.Option([f"--{name}"], metavar=metavar, is_flag=flag, default=field.default, help=text)
+                )
         return [*params, help_option]
 
 
@@ -351,22 +356,26 @@ examples:
 @_option("--port", "N", "(default: 8000; 0: any free one)", default=8000)
 @_option("--token_file", "FILE", "that holds the token of changing calls", type=click.Path(path_type=Path))
 @_option("--token", "TEXT", "the token itself; see above")
+@_option("--read_token_file", "FILE", "that holds the token of reading calls", type=click.Path(path_type=Path))
 @_option("--device", "NAME", "cpu, cuda, ... (default: a GPU if there is one)")
 @click.option("--read_only", is_flag=True, help="write nothing into DIR, and refuse all changes")
+@click.option("--public", is_flag=True, help="let other machines read without a token")
 def serve(
-    checkpoint: Path, host: str, port: int, token_file: Path | None, token: str | None, device: str | None,
-    read_only: bool, **limits: Any,
+    checkpoint: Path, host: str, port: int, token_file: Path | None, token: str | None, read_token_file: Path | None,
+    device: str | None, read_only: bool, public: bool, **limits: Any,
 ) -> None:  # fmt: skip
     """Serve a checkpoint over HTTP. DIR is a finished run; its last line names it.
 
     The token is better in a file or in the variable RECBOLE_RASEREC_TOKEN: a command line is seen by every user of the
     machine and stays in the shell's history. A --token wins over a --token_file, and that over the variable. Without a
-    token, update, forget and save are refused.
+    token, update, forget and save are refused. Reading needs a token where --read_token_file or the variable
+    RECBOLE_RASEREC_READ_TOKEN names one; with a --host that other machines reach it must, unless --public is given.
     """
     from recbole_raserec.serving import http
 
-    settings = http.Settings(token=http.find_token(token, token_file), **limits)
-    http.serve(checkpoint, settings, host, port, device, read_only)
+    reading = http.find_token(None, read_token_file, http.READ_TOKEN_VARIABLE)
+    settings = http.Settings(token=http.find_token(token, token_file), read_token=reading, **limits)
+    http.serve(checkpoint, settings, host, port, device, read_only, public)
 
 
 @app.command(

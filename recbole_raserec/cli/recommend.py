@@ -18,6 +18,15 @@ from recbole_raserec.errors import InputError
 _FILE = click.Path(path_type=Path)
 
 
+def _writable(context: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
+    """The path, or an InputError if nothing can be written there."""
+    from recbole_raserec.storage import unwritable
+
+    for problem in unwritable("output", path, option.metavar == "DIR") if path is not None else []:
+        raise InputError(f"{problem}.")
+    return path
+
+
 def _shared(k: int) -> Callable[[Callable], Callable]:
     """The argument and the options that both commands have; `k` items are wanted by default."""
     options = [
@@ -27,7 +36,9 @@ def _shared(k: int) -> Callable[[Callable], Callable]:
         click.option("--k", default=k, metavar="N", help=f"items wanted (default: {k})"),
         click.option("--strict", is_flag=True, help="an unknown item is an error; otherwise it is dropped"),
         click.option("--device", help="cpu, cuda, ... (default: a GPU if there is one)"),
-        click.option("--output", type=_FILE, metavar="FILE", help="write there instead of to the terminal"),
+        click.option(
+            "--output", type=_FILE, metavar="FILE", callback=_writable, help="write there instead of to the terminal"
+        ),
     ]
 
     def add(function: Callable) -> Callable:
@@ -127,7 +138,7 @@ examples:
   recbole-raserec export saved/RaSeRec-ml-100k-... --onnx --torch_export --output=programs""",
 )
 @click.argument("checkpoint", type=_FILE, metavar="DIR")
-@click.option("--output", type=_FILE, metavar="DIR", required=True, help="directory to write into")
+@click.option("--output", type=_FILE, metavar="DIR", callback=_writable, required=True, help="directory to write into")
 @click.option("--vectors", is_flag=True, help="vectors of items, users and (RaSeRec) memories")
 @click.option(
     "--format",

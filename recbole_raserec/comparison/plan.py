@@ -31,7 +31,7 @@ from recbole_raserec.config import (
 from recbole_raserec.data.preparation import ensure_dataset, inter_files, recbole_urls
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError
 from recbole_raserec.evaluation import versions
-from recbole_raserec.storage import MANIFEST, MODEL_VERSIONS, fingerprint, plain, read_json, sha256
+from recbole_raserec.storage import MANIFEST, MODEL_VERSIONS, fingerprint, plain, read_json, sha256, unwritable
 
 #: Below the output directory: the files of the runs, and what the runs keep where `checkpoint_dir` is not given.
 CELLS, SAVED = "cells", "saved"
@@ -159,8 +159,8 @@ def make_plan(
     names, numbers = parse_names("datasets", datasets, problems), parse_seeds(seeds, problems)
     if not output:
         problems.add("output: is not given; name the directory to write into, for example --output=comparison")
-    elif Path(output).exists() and not Path(output).is_dir():
-        problems.add(f"output: {output} is a file; name a directory")
+    for problem in unwritable("output", output, folder=True) if output else []:
+        problems.add(problem)
     given = {word[2:].partition("=")[0]: word for word in argv}
     problems.add(*(f"{name}: cannot be given here; {_TAKEN[name]}" for name in given if name in _TAKEN))
     shared = {name: word for name, word in given.items() if name not in _TAKEN}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import csv
 import enum
 import functools
 import hashlib
@@ -323,6 +324,7 @@ def _pandas_fillna(module: Any) -> None:
         fill_nan(self)
 
     def read_csv(*args: Any, **options: Any) -> Any:
+        csv.field_size_limit(2**31 - 1)  # of RecBole's engine: 131,072 signs, less than some descriptions have
         frame = pd.read_csv(*args, **options)
         # The header of an atomic file names the type of each column: "class:token_seq".
         return frame.fillna({name: "" for name in frame.columns if str(name).endswith("_seq")})

@@ -150,6 +150,26 @@ def _datasets(module: Any) -> None:
     _find_lazily(module, "Dataset", find)
 
 
+@patch("our-logs", "recbole.data.dataset.dataset")
+def _logs(module: Any) -> None:
+    """With a configuration of this package, whatever its model: RecBole takes a file with faults as it can, and sorts
+    by times as float32, in which seconds of today are multiples of 128. Files are checked, and the order is exact."""
+
+    def around(original: Callable[..., None], ours: str) -> Callable[..., None]:
+        @functools.wraps(original)
+        def method(self: Any, *given: Any) -> None:
+            step = functools.partial(original, self, *given)
+            if not hasattr(self.config, "training_options"):
+                return step()
+            return getattr(importlib.import_module("recbole_raserec.data.preparation"), ours)(self, step)
+
+        return method
+
+    steps = {"_load_inter_feat": "read_log", "_remove_duplication": "drop_repeats"}
+    for name, ours in {**steps, "_data_filtering": "filter_log", "_remap_ID_all": "sort_log"}.items():
+        setattr(module.Dataset, name, around(getattr(module.Dataset, name), ours))
+
+
 @patch("our-loaders", "recbole.data.utils")
 def _loaders(module: Any) -> None:
     """data_preparation gives our models the loaders that they train with."""

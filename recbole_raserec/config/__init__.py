@@ -17,6 +17,7 @@ from recbole_raserec.config.options import (
     SAMPLED,
     SEEN_KEPT,
     SEEN_REMOVED,
+    Bounded,
     Columns,
     Count,
     Dropout,
@@ -70,7 +71,8 @@ from recbole_raserec.config.sources import (
 
 __all__ = [
     "ENCODERS", "MINING", "MODELS", "OVERALL", "PROPERTIES", "RECBOLE", "REFUSED", "REGENERATION",
-    "RETRIEVAL_MODEL", "SAMPLED", "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Columns", "Config",
+    "RETRIEVAL_MODEL", "SAMPLED", "SEEN_KEPT", "SEEN_REMOVED", "SUPPORTED", "TRIMMABLE", "Bounded", "Columns",
+    "Config",
     "Count", "Dropout", "Dropouts", "EncoderOptions", "LearningOptions", "Loss", "ModelName", "Names", "Natural",
     "Numbers", "Options", "Positive", "PositiveShare", "Precision", "SequentialOptions", "Several", "Share",
     "Sizes", "Text", "Weight", "check_run", "evaluation_problems", "folder_of", "get_model", "get_trainer_class",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,11 +46,14 @@ from recbole_raserec.config.sources import (
 )
 from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import ConfigError, nearest, shown
+from recbole_raserec.storage import unwritable
 
 #: Packages that figures are sent to while a run goes on, each by an option `log_...`.
 TRACKERS = ("wandb", "mlflow")
 #: The most that a checkpoint may say of what takes room for each query, whatever its weights are.
 LONGEST = 100_000
+#: Processes that may always run, however few cores a machine has.
+_PROCESSES = 16
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
@@ -168,6 +173,9 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
             "filter_scope: window lets a position see later ones, which training: packed predicts; "
             "set training: prefix, or filter_scope: causal"
         )
+    for first, second in itertools.combinations(("USER_ID_FIELD", "ITEM_ID_FIELD", "TIME_FIELD"), 2):
+        if options.get(first) is not None and options.get(first) == options.get(second):
+            problems.append(f"{second}: {shown(options[second])} is {first} too; name another column")
     problems += _check_windows(options, reads)
     alike = options.get("hard_similarity") if reads("hard_similarity") and options.get("hard_weight") else None
     if alike == "collaborative" and not options.get("collaborative"):
@@ -312,6 +320,10 @@ def check_run(config: RecBoleConfig) -> None:
         problems.append(f"backbone: {name} {REFUSED[name]}; choose one of {', '.join(SUPPORTED)}.")
     if config["regeneration"]:
         problems += _regeneration_problems(config, name)
+    for option in ("result_file", "ranks_file"):
+        problems += unwritable(option, config[option]) if config[option] else []
+    for option, folder in {"checkpoint_dir": config["checkpoint_dir"], "log_dir": config.log_folder}.items():
+        problems += unwritable(option, folder, folder=True) if option == "checkpoint_dir" or config[option] else []
     if not problems and any(config[option] for option in ("nproc", "world_size", "group_offset")):
         problems = layout_problems(config, config.for_backbone() if retrieval else config)
     if problems:
@@ -373,6 +385,9 @@ def layout_problems(config: RecBoleConfig, target: RecBoleConfig) -> list[str]:
         ]
     if layout.size <= 1:
         return []
+    cores = os.cpu_count() or 1
+    if layout.nproc > max(_PROCESSES, cores):
+        return [f"nproc: {layout.nproc} processes on a machine with {cores} cores; set it to {cores} or less"]
     asked, remedy = f"nproc: {layout.size} processes", "leave nproc and world_size out (threads: N)"
     rows, model, trainer = f"{asked} share the rows of a batch, but", target["model"], get_trainer_class(target)
     contrast, gpus = target["contrast"], torch.cuda.device_count()

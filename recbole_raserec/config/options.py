@@ -226,6 +226,7 @@ _LEVELS = ("debug", "info", "warning", "error", "critical")
 Natural = Annotated[int, Ge(0)]
 Count = Annotated[int, Ge(1)]
 Several = Annotated[int, Ge(2)]
+Bounded = Annotated[int, Ge(1), Le(100_000)]  # of what takes room for every row
 Weight = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -318,7 +319,7 @@ class DataOptions(Options):
     load_col: Optional[dict] = option(
         {"inter": ["user_id", "item_id", "timestamp"]}, "suffix of the atomic file: columns to load"
     )
-    MAX_ITEM_LIST_LENGTH: Count = option(50, "the model sees the last that many items of a history")
+    MAX_ITEM_LIST_LENGTH: Bounded = option(50, "the model sees the last that many items of a history")
     bucket_batches: bool = option(True, "batch windows of similar length together, so that less of a batch is padding")
     unload_col: Optional[dict] = option()
     val_interval: Optional[dict] = option()

@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import inspect
+import math
 import os
 import re
 import sys
@@ -36,8 +37,17 @@ LISTED_KEYS = (
 )
 
 
+#: The most values that the aliases in a YAML file may repeat.
+_ALIASED = 100_000
+
+
 class Loader(yaml.SafeLoader):
     """Safe YAML that also reads 1e-12 as a number, as RecBole does (plain YAML 1.1 wants 1.0e-12)."""
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        _check_aliases(node)
+        return node
 
 
 Loader.add_implicit_resolver(
@@ -45,6 +55,23 @@ Loader.add_implicit_resolver(
     re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
+
+
+def _check_aliases(node: Any) -> None:
+    """Raise a YAMLError where aliases of aliases stand for very many values (a "bomb"), or for themselves."""
+    sizes: dict[int, float] = {}  # of each node, its aliases written out
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # while its parts are counted: what holds itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            sizes[id(node)] = 1 + sum(
+                size(part) for pair in parts for part in (pair if type(pair) is tuple else [pair])
+            )
+        return sizes[id(node)]
+
+    if node is not None and size(node) > len(sizes) + _ALIASED:
+        raise yaml.YAMLError(f"its aliases (*name) stand for more than {_ALIASED:,} values")
 
 
 class Parsed(dict):
@@ -95,7 +122,7 @@ def parse_arguments(argv: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
     while arguments:
         argument = arguments.pop(0)
         name, equals, text = argument.lstrip("-").partition("=")
-        if not argument.startswith("--") and equals and name:
+        if (not argument.startswith("--") or argument.startswith("---")) and equals and name:
             problems.append(f"{argument}: is not of the form --name=value; write --{name}={text}")
         elif not argument.startswith("--") or not name:
             problems.append(f"{argument}: is not of the form --name=value; remove it, or quote a value with spaces")

@@ -6,7 +6,6 @@ Histories end before the test targets, as the test itself sees them; what was he
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -215,8 +214,8 @@ def read_titles(path: Path, tokens: list[str]) -> Optional[list[str]]:
     """
     if not path.is_file():
         return None
-    with open(path, encoding="utf-8", newline="", errors="replace") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        rows = (line.rstrip("\n").split("\t") for line in file)
         header = [column.split(":")[0].lower() for column in next(rows, [])]
         found = title_column(header)
         if found is None or "item_id" not in header:

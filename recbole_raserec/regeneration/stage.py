@@ -16,7 +16,7 @@ from recbole.utils.logger import init_logger
 
 from recbole_raserec.config import ENCODERS, MINING, REGENERATION, Config, trains_regenerator
 from recbole_raserec.data import Regenerated, SequenceDataset, Splits, prepare_data, training_hash
-from recbole_raserec.data.preparation import ensure_dataset
+from recbole_raserec.data.preparation import ensure_dataset, name_problems
 from recbole_raserec.distributed import current, layout_of
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError
 from recbole_raserec.kernels import keep_freed_memory
@@ -26,7 +26,7 @@ from recbole_raserec.regeneration.inference import combine, generate
 from recbole_raserec.regeneration.pairs import Sequences, make_pairs, mine, pieces, training_sequences
 from recbole_raserec.regeneration.regenerator import STATE, build, check_heads, fit, schedule_of
 from recbole_raserec.regeneration.report import REPORT, RegeneratedData, stored_or_made
-from recbole_raserec.storage import fingerprint, read_json, sha256
+from recbole_raserec.storage import fingerprint, read_json, sha256, unwritable
 from recbole_raserec.training import Trial, tracker_of
 
 #: Raised when the same options and data would give another regenerated set than before.
@@ -254,7 +254,7 @@ def regenerate_dataset(
     keep_freed_memory()
     given = {**(config_dict or {}), "regeneration": True}
     config = Config(model or "SASRec", dataset, config_file_list, given, argv)
-    _check_alone(config)
+    _check_alone(config, output, name)
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
     init_seed(config["seed"], config["reproducibility"])
@@ -265,15 +265,26 @@ def regenerate_dataset(
     vocabulary = splits.vocabulary()
     report.check_ids(vocabulary)
     made, desc = regenerate(config), "Write" if config["show_progress"] else None
-    folder = report.write_benchmark(splits, made.data, output, name or f"{config['dataset']}-regenerated", desc)
+    folder = report.write_benchmark(splits, made.data, output, name or _named(config), desc)
     found = report.describe(training_sequences(splits.train._dataset), made.data, vocabulary["items"])
     report.write_report(folder, {**made.report, **found})
     return folder
 
 
-def _check_alone(config: Config) -> None:
+def _named(config: Config) -> str:
+    return f"{config['dataset']}-regenerated"
+
+
+def _check_alone(config: Config, output: Path, name: Optional[str]) -> None:
     """What stage i alone refuses before it reads any data."""
-    problems = []
+    problems = [] if name is None else name_problems(name)
+    folder = Path(output) / (name or _named(config))
+    if not problems and folder.resolve() == Path(config["data_path"]).resolve():
+        problems.append(f"--name={name}: that is the data set itself; give another name, or another --output")
+    elif not problems and (there := folder / f"{folder.name}.inter").exists():
+        problems.append(f"--name={name}: {there} is another data set; give another name, or another --output")
+    problems += unwritable("output", folder, folder=True)
+    problems += unwritable("checkpoint_dir", config["checkpoint_dir"], folder=True)
     if config["regeneration"] == "personalised":
         problems.append("regeneration: personalised weighs rows for one model, and files hold no weights; write true.")
     if config["benchmark_filename"]:

@@ -13,6 +13,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor
 
 from recbole_raserec.config import (
+    Bounded,
     Config,
     Count,
     Dropout,
@@ -71,7 +72,7 @@ class RaSeRecOptions(Options):
     )  # fmt: skip
     memory_regenerated: bool = option(True, "with regeneration: what it generated joins the memory")
     memory_refresh: Count = option(1, "epochs between two encodings of the memory when the backbone is not frozen")
-    top_k: Count = option(20, "neighbours per query; K in the paper, 20 in its Beauty run")
+    top_k: Bounded = option(20, "neighbours per query; K in the paper, 20 in its Beauty run")
     retrieve_by: Literal["sequence", "target"] = option(
         "sequence", "what the user's vector is compared with: the memories' prefixes (sequence) or next items (target)"
     )

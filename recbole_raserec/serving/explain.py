@@ -115,6 +115,13 @@ class Explanation:
     memories: list[Memory]
     items: list[Reason]
 
+    def without_users(self) -> Explanation:
+        """The same with numbers instead of the users' ids, in the order in which they come: `user #1`, `user #2`."""
+        users = dict.fromkeys(memory.user for memory in self.memories if memory.user is not None)
+        names: dict[Any, str] = {user: f"user #{number}" for number, user in enumerate(users, start=1)}
+        memories = [dataclasses.replace(memory, user=names.get(memory.user)) for memory in self.memories]
+        return dataclasses.replace(self, memories=memories)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dictionaries."""
         return dataclasses.asdict(self)

@@ -8,11 +8,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import numpy as np
+import torch
 
 from recbole_raserec.errors import InputError, MissingExtraError
 
 #: User, item, time.
 Event = tuple[str, str, Optional[float]]
+
+
+def as_device(name: Optional[str]) -> torch.device:
+    """The device of that name, or an InputError; by default a GPU if there is one, else the CPU."""
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        some = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise InputError(
+            f"device: {name} cannot be used here ({str(error).splitlines()[0]:.90}); name {some}."
+        ) from None
+    return found
 
 
 @dataclasses.dataclass

@@ -31,7 +31,7 @@ from recbole_raserec.data import Catalogue, Features, Histories, ItemFeatures, p
 from recbole_raserec.errors import CheckpointError, InputError
 from recbole_raserec.recommendation import batches_by_length, encode_in_batches, wrap_backbone
 from recbole_raserec.retrieval import TRAINING_BUFFERS, MemoryBank, RaSeRec
-from recbole_raserec.serving.inputs import Event
+from recbole_raserec.serving.inputs import Event, as_device
 from recbole_raserec.serving.journal import Journal, read_journal
 from recbole_raserec.storage import (
     BEST,
@@ -166,7 +166,7 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     check_files(directory, manifest)
     if manifest["version"] == 1:
         getLogger().info(f"{directory} is of version 0.1.0, without checksums of ids and options; a save adds them")
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = as_device(device)
     name, options, ids = manifest["model"], Options(manifest["options"], device=target), read_ids(directory)
     inner = Options(manifest.get("backbone_options", {}), device=target)
     parts, users, items, applied = live_parts(directory, manifest)

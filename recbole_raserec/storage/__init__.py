@@ -41,6 +41,7 @@ from recbole_raserec.storage.files import (
     room_for,
     sha256,
     sync_directory,
+    unwritable,
     version_of,
     write_arrays,
     write_json,
@@ -54,5 +55,5 @@ __all__ = [
     "load_named", "load_weights", "locked", "mark_journal", "named_tensors", "part_of", "plain", "raw_format",
     "raw_stem", "read_arrays", "read_ids", "read_json", "read_manifest", "read_tensors", "read_weights",
     "remove_unused", "replacing", "room_for", "save_parts", "sha256", "sync_directory", "trained_files", "try_lock",
-    "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
+    "unwritable", "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
 ]  # fmt: skip

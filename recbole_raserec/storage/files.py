@@ -133,6 +133,23 @@ def raw_stem(path: str | os.PathLike) -> str:
     return re.sub(r"[^\w.+-]", "_", name)
 
 
+def unwritable(option: str, path: str | os.PathLike, folder: bool = False) -> list[str]:
+    """What keeps the file, or the `folder` of files, that an option names from being written; tried without a trace."""
+    path = Path(path)
+    try:
+        if not folder and path.exists() and not path.is_file():
+            return [f"{option}: {path} is {'a directory' if path.is_dir() else 'no regular file'}; name a file"]
+        place = path if folder else path.parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            return [f"{option}: {path} cannot be written, as {place} is a file; name a directory"]
+        with tempfile.TemporaryFile(dir=place):
+            return []
+    except OSError as error:
+        return [f"{option}: {path} cannot be written ({error.strerror}); name another place"]
+
+
 def sync_directory(path: str | os.PathLike) -> None:
     """Make the names in a directory durable: a synced file can still lose its name when the power fails."""
     if os.name == "nt":  # where a directory cannot be opened

@@ -31,7 +31,7 @@ from recbole_raserec.distributed import layout_of
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError, nearest, shown
 from recbole_raserec.evaluation import PROTOCOL_TITLES, plot_points, record_table, text_block, versions
 from recbole_raserec.quick_start import run, run_stages
-from recbole_raserec.storage import plain, read_json, replacing, try_lock, write_json
+from recbole_raserec.storage import plain, read_json, replacing, try_lock, unwritable, write_json
 from recbole_raserec.training import Trial
 from recbole_raserec.tuning import space as spaces
 from recbole_raserec.tuning import study as studies
@@ -151,6 +151,7 @@ class Search:
 def _plan(output: Any, trials: Any, space: Any, sampler: Any, pruner: Any, given: tuple) -> Search:
     """A search of what `tune_hyper_parameters` was given, or a ConfigError with all that is wrong."""
     problems = [] if output else ["output: is not given; name the directory of the search: --output=DIR"]
+    problems += unwritable("output", output, folder=True) if output else []
     if trials is not None and (type(trials) is not int or trials < 1):
         problems.append(f"trials: {shown(trials)} is not an integer >= 1; write for example trials: {_MANY}")
     for name, value, known in (("sampler", sampler, studies.SAMPLERS), ("pruner", pruner, studies.PRUNERS)):

@@ -1,9 +1,7 @@
 """Raw files into RecBole's atomic files: the command `recbole-raserec prepare`.
 
-The file written is sorted by user, then time, equal times in the order of the input. This matters: RecBole holds times
-as 32-bit floats, in which Unix seconds of today are multiples of 128, so that a user's actions within two minutes look
-simultaneous to it. Its sort (`numpy.argsort(kind="stable")`) leaves such rows in the order of the file, which is the
-true one. (With `rm_dup_inter` set, RecBole first sorts by a sort that is not stable; drop duplicates here instead.)
+The file written is sorted by user, then time, equal times in the order of the input: RecBole alone, which rounds times
+to 32 bits, takes the actions of two minutes for simultaneous, and leaves them in the order of the file.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ import numpy as np
 from recbole_raserec.data.preparation.atomic import write_inter
 from recbole_raserec.data.preparation.readers import FORMATS, Options, read
 from recbole_raserec.errors import ConfigError, DatasetError
-from recbole_raserec.storage import fingerprint, locked, raw_format, raw_stem, read_json, sha256, write_json
+from recbole_raserec.storage import fingerprint, locked, raw_format, raw_stem, read_json, sha256, unwritable, write_json
 
 #: In the folder of a data set that a run made of a file: of which content, by which options.
 PREPARED = "prepared.json"
@@ -165,22 +163,26 @@ def _prepare(options: Options, target: Path) -> Summary:
     )  # fmt: skip
 
 
+def name_problems(name: str) -> list[str]:
+    """What is wrong with the name of a data set to write."""
+    if not name:
+        return ["--name is not given: name the data set."]
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        return [f"--name={name}: use letters, digits, '_', '-', '.', '+'; it names a directory and a file."]
+    if name == "ml-100k":
+        return [
+            "--name=ml-100k: RecBole always reads its own copy under that name; choose another (of a file: rename it)."
+        ]
+    return []
+
+
 def _checked_target(options: Options) -> Path:
     """Path of the file to write, once the options make sense."""
-    name, form, own_name = options.name, options.format, re.fullmatch(r"\w[\w.+-]*", options.name)
+    name, form = options.name, options.format
     no_header = form not in ("ratings", "auto") and options.header is not None
     from_file = isinstance(options.input, (str, os.PathLike))
     checks = [
         (form not in FORMATS, f"--format={form}: choose one of {', '.join(FORMATS)}."),
-        (not name, "--name is not given: name the data set."),
-        (
-            name and not own_name,
-            f"--name={name}: use letters, digits, '_', '-', '.', '+'; it names a directory and a file.",
-        ),
-        (
-            name == "ml-100k",
-            "--name=ml-100k: RecBole always reads its own copy under that name; choose another (of a file: rename it).",
-        ),
         (options.k_core < 0, f"--k_core={options.k_core}: give 0 (no filter) or a positive number."),
         (not 0 <= options.max_bad <= 1, f"--max_bad={options.max_bad}: give a share between 0 and 1."),
         (options.sep == "", "--sep= is empty: give a separator, or leave the option out to have it found."),
@@ -190,7 +192,7 @@ def _checked_target(options: Options) -> Path:
         ),
         (no_header, f"--header / --no_header: the format {form} has no header; leave it out."),
     ]
-    problems = [problem for wrong, problem in checks if wrong]
+    problems = [problem for wrong, problem in checks if wrong] + name_problems(name)
     for role, value in options.columns.items():
         if form == "sequences":
             problems.append(f"--{role}_col={value}: the format sequences has no columns; leave it out.")
@@ -206,6 +208,8 @@ def _checked_target(options: Options) -> Path:
         what = "is a directory, not a file" if Path(options.input).is_dir() else "does not exist"
         raise DatasetError(f"--input={options.input} {what} (looked at {Path(options.input).absolute()}).")
     target = Path(options.output) / name / f"{name}.inter"
+    if problems := unwritable("--output", target):
+        raise DatasetError(problems[0])
     if target.exists() and not options.overwrite:
         raise DatasetError(f"{target.absolute()} exists: give --overwrite to replace it, or another --name.")
     return target

@@ -138,12 +138,17 @@ def ensure_dataset(config: Config) -> Path:
             failure = f"{url}: {error}"
     if failure or not all(path.is_file() for path in files):
         raise DatasetError(_missing(folder, dataset, files, failure))
-    required = {config["USER_ID_FIELD"]: "token", config["ITEM_ID_FIELD"]: "token"}
-    if config["TIME_FIELD"] and benchmark is None and (config["eval_args"] or {}).get("order", "TO") == "TO":
-        required[config["TIME_FIELD"]] = "float"
     for path in files:
-        check_inter(path, required, config["field_separator"] or "\t", config["encoding"] or "utf-8")
+        check_inter(path, *required_columns(config))
     return files[0]
+
+
+def required_columns(config: Config) -> tuple[dict[str, str], str, str]:
+    """The columns that a run needs of its interaction files, type by name; the separator; the encoding."""
+    required = {config["USER_ID_FIELD"]: "token", config["ITEM_ID_FIELD"]: "token"}
+    if config["TIME_FIELD"] and config["benchmark_filename"] is None:
+        required |= {config["TIME_FIELD"]: "float"} if (config["eval_args"] or {}).get("order", "TO") == "TO" else {}
+    return required, config["field_separator"] or "\t", config["encoding"] or "utf-8"
 
 
 def _missing(folder: Path, dataset: str, files: Sequence[Path], failure: str) -> str:

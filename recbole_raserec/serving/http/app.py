@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Callable, Literal, Optional
+from typing import Any, Callable, Literal, Optional
 
 from recbole_raserec import __version__
 from recbole_raserec.distributed import cores
 from recbole_raserec.errors import InputError, MissingExtraError
 from recbole_raserec.serving.explain import Explanation
 from recbole_raserec.serving.http import messages
-from recbole_raserec.serving.http.limits import Limits, Metrics, answer
-from recbole_raserec.serving.http.messages import Error, Problem
-from recbole_raserec.serving.http.settings import TOKEN_VARIABLE, Settings, log, log_error
+from recbole_raserec.serving.http.limits import CHANGES, Limits, Metrics, answer
+from recbole_raserec.serving.http.messages import Error, Problem, exceeded
+from recbole_raserec.serving.http.settings import Settings, log, log_error
 
 try:
     from fastapi import Depends, FastAPI, Query, Request, Response
@@ -30,7 +29,8 @@ except ImportError as missing:
 
 BEARER = HTTPBearer(scheme_name="token", auto_error=False)
 
-PATHS = ("/recommend", "/explain", "/update", "/forget", "/save", "/health", "/metrics", "/docs", "/openapi.json")
+PATHS = ("/recommend", "/explain", *CHANGES, "/health", "/metrics", "/docs", "/openapi.json")
+SMALL = 1000  # items of a request that is answered before larger ones
 
 #: For the page of an explanation: what stands in it works, and nothing is loaded, sent, or framed. The page itself
 #: names its own style and script by their digests, and both policies hold.
@@ -42,24 +42,41 @@ CSP = (
 ABOUT = {
     400: "the body is no JSON in UTF-8", 401: "the token is missing or wrong", 403: "the server has no token",
     404: "there is no such route", 408: "the body did not arrive in time", 413: "the body has too many bytes",
-    415: "the body is not called application/json", 422: "the request does not make sense, or exceeds a limit",
+    415: "the body is not called application/json", 421: "the header Host is no name of this server",
+    422: "the request does not make sense, or exceeds a limit",
     429: "too many requests at a time", 503: "the disk took nothing; nothing was changed",
 }  # fmt: skip
 
 
 class Service:
-    """A `Recommender` at work: threads for reading calls, one for changes, and saves from time to time."""
+    """A `Recommender` at work: threads for reading calls, one for changes, and saves from time to time.
+
+    Large reading calls have threads of their own, so that small ones wait for no large one.
+    """
 
     def __init__(self, recommender: Any, settings: Settings):
         self.recommender, self.settings = recommender, settings
         workers = settings.workers or min(4, cores())
         share = (max(1, cores() // workers),)
         self.readers = ThreadPoolExecutor(workers, "read", _threads, share)
+        self.large = ThreadPoolExecutor(max(1, workers // 2), "large", _threads, share)
+        self._large = 0  # calls at work or waiting
         # Changes come one after the other anyway; a save keeps them waiting, and must not keep readers waiting.
         self.writer = ThreadPoolExecutor(1, "write", _threads, share)
         self.ready = True
         self._stopping = threading.Event()
         self._saver = threading.Thread(target=self._save_repeatedly, name="save", daemon=True)
+
+    async def run(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
+        """The result of a call in a thread of a pool."""
+        self._large += pool is self.large
+        try:
+            if pool is self.large and self._large > max(1, self.settings.max_concurrent // 2):
+                what = "requests, half of them large ones, run at a time: ask again later"
+                raise exceeded(self.settings, 429, "max_concurrent", None, what)
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
+        finally:
+            self._large -= pool is self.large
 
     def start(self) -> None:
         """Save every `save_every` seconds from now on."""
@@ -79,6 +96,7 @@ class Service:
         self.ready = False
         self._stopping.set()
         self.readers.shutdown()
+        self.large.shutdown()
         self.writer.shutdown()
         if self._saver.is_alive():
             self._saver.join()
@@ -101,31 +119,31 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
     service, metrics = Service(recommender, settings), Metrics(recommender)
     requests = messages.request_models(settings, (recommender.items[1:4] * 3)[:3] or ["item"])
     about = "Recommendations from a trained model."
-    app = FastAPI(title="recbole-raserec", version=__version__, redoc_url=None, description=about)
+    app = FastAPI(
+        title="recbole-raserec", version=__version__, redoc_url=None, description=about,
+        swagger_ui_oauth2_redirect_url=None, redirect_slashes=False,  # it redirects to the name in the header Host
+    )  # fmt: skip
     app.state.service = service
+    reads = settings.read_token is not None
 
-    async def permitted(given: Annotated[Any, Depends(BEARER)]) -> None:
-        how = "token as Authorization: Bearer TOKEN."
-        if settings.token is None:
-            start = f"start it with --token_file=FILE, or with {TOKEN_VARIABLE} set"
-            raise Problem(403, "token", f"this server changes nothing: {start}, and send that {how}")
-        sent = given.credentials.strip().encode("latin-1", "replace") if given else b""
-        if not hmac.compare_digest(sent, settings.token.encode()):
-            raise Problem(401, "token", f"send the server's {how}", {"WWW-Authenticate": "Bearer"})
-
-    async def run(pool: ThreadPoolExecutor, request: Request, call: Callable[[Any], Any]) -> Response:
-        """The answer of `call` to a request, which is checked and answered in a thread of `pool`."""
+    async def run(
+        request: Request, call: Callable[[Any], Any], pool: Optional[ThreadPoolExecutor] = None, weight: int = 1
+    ) -> Response:
+        """The answer of `call` to a request; without `pool` its size, times `weight`, decides whose threads it has."""
         body, kind = await request.body(), request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Problem(415, "media_type", "send JSON, with the header Content-Type: application/json.")
 
+        model, fit = requests[request.scope["path"]], (service.readers, service.large)
+        wanted = await service.run(fit[len(body) > 16 * SMALL], lambda: messages.parse(model, body, settings))
+
         def work() -> Response:
-            found = call(messages.parse(requests[request.url.path], body, settings))
+            found = call(wanted)
             return found if isinstance(found, Response) else JSONResponse(found)
 
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
+        return await service.run(pool or fit[weight * messages.size(wanted) > SMALL], work)
 
-    @app.post("/recommend", **_described("RecommendRequest", messages.Rankings))
+    @app.post("/recommend", **_described("RecommendRequest", messages.Rankings, reads))
     async def recommend(request: Request) -> Response:
         """The k best items for each history."""
 
@@ -135,25 +153,27 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
             rows = zip(found.items, scores, found.dropped.tolist(), found.popular.tolist())
             return {"results": [dict(zip(messages.Ranking.model_fields, row)) for row in rows]}
 
-        return await run(service.readers, request, call)
+        return await run(request, call)
 
     wins: Any = Query(None, description="wins over the header Accept")
 
-    @app.post("/explain", **_described("ExplainRequest", Explanation, page=True))
+    @app.post("/explain", **_described("ExplainRequest", Explanation, reads, text="text/html"))
     async def explain(request: Request, format: Optional[Literal["json", "html"]] = wins) -> Response:
         """Why the k best items are recommended: JSON, or a page where `Accept` has text/html."""
         html = format == "html" or (format is None and "text/html" in request.headers.get("accept", ""))
 
         def call(wanted: Any) -> Response:
             found = recommender.explain(**dict(wanted))
+            if not (settings.show_users or request.scope["authorized"]):
+                found = found.without_users()
             if html:
-                headers = {"Content-Security-Policy": CSP, "Referrer-Policy": "no-referrer", "Vary": "Accept"}
+                headers = {"Content-Security-Policy": CSP, "Vary": "Accept"}
                 return Response(found.to_html(), media_type="text/html", headers=headers)
             return Response(found.to_json(), media_type="application/json")
 
-        return await run(service.readers, request, call)
+        return await run(request, call, weight=10)
 
-    @app.post("/update", **_described("UpdateRequest", messages.Updated, changes=Depends(permitted)))
+    @app.post("/update", **_described("UpdateRequest", messages.Updated, True))
     async def update(request: Request) -> Response:
         """Take up new interactions. When this answers 200 they are on the disk."""
 
@@ -162,22 +182,23 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
             metrics.events.inc(done.events)
             return vars(done)
 
-        return await run(service.writer, request, call)
+        return await run(request, call, service.writer)
 
-    @app.post("/forget", **_described("ForgetRequest", messages.Forgotten, changes=Depends(permitted)))
+    @app.post("/forget", **_described("ForgetRequest", messages.Forgotten, True))
     async def forget(request: Request) -> Response:
         """Forget a user: at once in all answers, in the files with the next save."""
-        return await run(service.writer, request, lambda wanted: {"memories": recommender.forget(wanted.user)})
+        return await run(request, lambda wanted: {"memories": recommender.forget(wanted.user)}, service.writer)
 
-    @app.post("/save", **_described(None, messages.Saved, changes=Depends(permitted)))
+    @app.post("/save", **_described(None, messages.Saved, True))
     async def save() -> Response:
         """Save now what is in the journal only."""
-        changes = await asyncio.get_running_loop().run_in_executor(service.writer, service.save)
-        return JSONResponse({"changes": changes})
+        return JSONResponse({"changes": await service.run(service.writer, service.save)})
 
-    @app.get("/health", response_model=messages.Health)
-    async def health() -> Response:
+    @app.get("/health", **_described(None, messages.Health, False))
+    async def health(request: Request) -> Response:
         """What is served, and whether it takes requests."""
+        if settings.read_token is not None and not request.scope["authorized"]:
+            return JSONResponse({"ready": service.ready})
         return JSONResponse({
             "ready": service.ready, "version": __version__, "model": recommender.name, "dataset": recommender.dataset,
             "fingerprint": recommender.fingerprint, "users": recommender.n_users,
@@ -185,7 +206,7 @@ def create_app(recommender: Any, settings: Optional[Settings] = None) -> FastAPI
             "unsaved": recommender.unsaved,
         })  # fmt: skip
 
-    @app.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
+    @app.get("/metrics", **_described(None, None, reads, text="text/plain"))
     async def figures() -> Response:
         """Figures for Prometheus."""
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
@@ -220,17 +241,19 @@ def _problem(request: Request, error: Any) -> Problem:
         return Problem(422, "invalid", "format: give json or html, or leave it out.")
     if error.status_code == 404:
         return Problem(404, "not_found", f"there is no such route; there are {', '.join(sorted(PATHS))}.")
-    message = f"{request.method:.20} is not for {request.url.path:.80}: {error.detail}."
+    message = f"{request.method:.20} is not for {request.scope['path']:.80}: {error.detail}."
     return Problem(error.status_code, "method", message, dict(error.headers or {}))
 
 
-def _described(body: Optional[str], answered: Any, changes: Any = None, page: bool = False) -> dict[str, Any]:
+def _described(body: Optional[str], answered: Any, token: bool, text: str = "") -> dict[str, Any]:
     """What OpenAPI says of a route: its body, which the route reads by itself, and all its answers."""
-    statuses = [408, 413, 429, *((400, 415, 422) if body else ()), *((401, 403, 503) if changes else ())]
+    changes = answered in (messages.Updated, messages.Forgotten, messages.Saved)
+    statuses = [408, 413, 421, 429, *((400, 415, 422) if body else ()), *((401,) if token else ())]
+    statuses += (403, 503) if changes else ()
     responses: dict[Any, Any] = {status: {"model": Error, "description": ABOUT[status]} for status in sorted(statuses)}
-    if page:
-        responses[200] = {"content": {"text/html": {"schema": {"type": "string"}}}}
-    found = {"response_model": answered, "responses": responses, "dependencies": [changes] if changes else []}
+    if text:
+        responses[200] = {"content": {text: {"schema": {"type": "string"}}}}
+    found = {"response_model": answered, "responses": responses, "dependencies": [Depends(BEARER)] if token else []}
     if body:
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}}
         found["openapi_extra"] = {"requestBody": {"required": True, "content": content}}

@@ -32,7 +32,7 @@ class Error(BaseModel):
     """What went wrong. The last three are there where a limit is exceeded."""
 
     model_config = ConfigDict(extra="forbid")
-    error: str = Field(description="malformed, invalid, limit, token, not_found, method, media_type, or server")
+    error: str = Field(description="malformed, invalid, limit, host, token, not_found, method, media_type, or server")
     message: str = Field(description="one line")
     limit: Optional[str] = Field(None, description="the option that sets the limit")
     value: Optional[int] = Field(None, description="what the request has, where it is known")
@@ -78,15 +78,15 @@ class Saved(BaseModel):
 class Health(BaseModel):
     """What is served."""
 
-    ready: bool
-    version: str
-    model: str
-    dataset: Optional[str]
-    fingerprint: str = Field(description="of the run's options and data")
-    users: int
-    items: int
-    memories: int
-    unsaved: int = Field(description="changes that are in the journal only")
+    ready: bool = Field(description="all that is told without the token, where reading needs one")
+    version: Optional[str] = None
+    model: Optional[str] = None
+    dataset: Optional[str] = None
+    fingerprint: Optional[str] = Field(None, description="of the run's options and data")
+    users: Optional[int] = None
+    items: Optional[int] = None
+    memories: Optional[int] = None
+    unsaved: Optional[int] = Field(None, description="changes that are in the journal only")
 
 
 #: Exceeding a list's length or `le` at these paths is exceeding a limit: path -> option.
@@ -96,6 +96,7 @@ LIMITS = {
     ("events",): "max_events", ("k",): "max_k",
 }  # fmt: skip
 
+TOO_MANY = "items, given and wanted for all histories, is the most of a request: ask for less at a time"
 #: Members of requests. Behind them an error's path has pydantic's names for what an id may be.
 MEMBERS = {name for path in LIMITS for name in path} | {"user", "item", "time", "strict", "exclude_seen"}
 
@@ -152,13 +153,34 @@ def request_models(settings: Settings, items: list[str]) -> dict[str, Any]:
 
 def parse(model: Any, body: bytes, settings: Settings) -> Any:
     """A request of a model of `request_models`; `Problem` 400: it is no JSON, 422: it does not fit, or is too much."""
+    # No other thread runs while pydantic parses, so what must have too many items is not parsed.
+    if body.count(b",") > 4 * settings.max_items + 100:
+        raise exceeded(settings, 422, "max_items", None, TOO_MANY)
     try:
         found = model.model_validate_json(body)
     except ValidationError as error:
         raise _problem(error.errors(include_url=False)[0], settings) from None
     if model.either and all(getattr(found, name) is None for name in model.either):
         raise Problem(422, "invalid", f"the request has neither {' nor '.join(model.either)}: give one of them.")
+    if size(found) > settings.max_items:
+        raise exceeded(settings, 422, "max_items", size(found), TOO_MANY)
     return found
+
+
+def size(found: Any) -> int:
+    """Items given in a request, and wanted by it for all histories."""
+    lists = ("sequences", "users", "sequence", "candidates", "exclude", "events")
+    given = {name: getattr(found, name, None) or () for name in lists}
+    wanted = getattr(found, "k", 0) * max(len(given["sequences"]), len(given["users"]), 1)
+    return sum(map(len, (*given.values(), *given["sequences"]))) + wanted
+
+
+def exceeded(settings: Settings, status: int, option: str, value: Optional[int], what: str) -> Problem:
+    """A request beyond the limit `option`; `what` follows its value. After 429 it may be sent again."""
+    allowed, headers = int(getattr(settings, option)), {429: {"Retry-After": "1"}, 408: {"Connection": "close"}}
+    more = {"value": value} if value is not None and value < 2**63 else {}
+    text = f"{allowed} {what}, or start the server with a larger --{option}."
+    return Problem(status, "limit", text, headers.get(status), limit=option, allowed=allowed, **more)
 
 
 def _problem(error: dict[str, Any], settings: Settings) -> Problem:

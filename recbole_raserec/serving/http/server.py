@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import logging
 import os
 import signal
 import socket
 import sys
-import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from recbole_raserec.errors import ConfigError, MissingExtraError, RaSeRecError
-from recbole_raserec.serving.http.settings import LOG, Settings
+from recbole_raserec.serving.http.settings import LOG, JsonLines, Settings
 
 
 def serve(
     directory: Union[str, Path], settings: Optional[Settings] = None, host: str = "127.0.0.1", port: int = 8000,
-    device: Optional[str] = None, read_only: bool = False,
+    device: Optional[str] = None, read_only: bool = False, public: bool = False,
 ) -> None:  # fmt: skip
     """Serve a checkpoint until SIGTERM or SIGINT: then running requests finish, and what changed is saved.
 
     Port 0 is any free one; the default device is a GPU if there is one. With `read_only` nothing is written into the
-    directory, and there is no token: all changes are refused.
+    directory, and there is no token: all changes are refused. A `host` that other machines reach needs a token for
+    reading, or `public`.
 
     Raises:
+        ConfigError: other machines could read without a token, and that is not said to be wanted.
         RaSeRecError: the address is taken, the checkpoint is not fit or in use by another process.
         MissingExtraError: the packages of the extra `serve` are not installed.
     """
@@ -36,10 +41,17 @@ def serve(
     except ImportError as error:
         raise MissingExtraError("serve", error.name or "uvicorn", "`recbole-raserec serve` stands on it") from None
     from recbole_raserec.serving.http.app import create_app
+    from recbole_raserec.serving.http.connections import Connection
+    from recbole_raserec.serving.http.limits import LOOPBACK
     from recbole_raserec.serving.recommender import Recommender
 
-    _log_to_stderr()
-    with _bind(host, port) as listening:
+    if settings.trusted_hosts is None:
+        settings = settings.model_copy(update={"trusted_hosts": ",".join([*LOOPBACK, host])})
+    with _json_log(), _bind(host, port) as listening:
+        reached = ipaddress.ip_address(listening.getsockname()[0].partition("%")[0])
+        if not (reached.is_loopback or public or settings.read_token):
+            problem = f"host: {host} is reached by other machines, which could ask about every user without a token"
+            raise ConfigError([f"{problem}; give --read_token_file=FILE, or --public if that is wanted."])
         recommender = Recommender.load(directory, device, journal=not read_only)
         if read_only:
             recommender.live.read_journal()
@@ -47,6 +59,7 @@ def serve(
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+            http=partial(Connection, settings, {}),  # called as the class would be
         )  # fmt: skip
         # uvicorn raises the signal that ended it once more, for what handled it before: nothing, here.
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -61,6 +74,7 @@ def serve(
 
         try:
             app.state.service.start()
+            sys.setswitchinterval(0.0005)  # the threads of a large request hold up those of a small one for less
             try:
                 Server(config).run(sockets=[listening])
             finally:
@@ -91,11 +105,17 @@ def _bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _json_log() -> Iterator[None]:
+    """All loggers write lines of JSON to stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    line = '{"time": "%(asctime)s", "level": "%(levelname)s", "log": %(message)s}'
-    formatter = logging.Formatter(line, "%Y-%m-%dT%H:%M:%SZ")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    LOG.handlers, LOG.propagate = [handler], False
+    handler.setFormatter(JsonLines())
     LOG.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are told by `Connection`
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.getLogger().removeHandler(handler)
