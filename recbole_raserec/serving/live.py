@@ -177,7 +177,7 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
         retrieval = name == RETRIEVAL_MODEL
         classes = {key: get_model(key) for key in (name, *([inner["model"]] if retrieval else ()))}
         if wrong := [*refused(options, classes), *(refused(inner, classes) if retrieval else ())]:
-            raise ValueError(f"the options say {', '.join(wrong)}")
+            raise ValueError("; ".join(wrong))
         vocabulary = Vocabulary(options, ids["users"][:users], ids["items"][:items], features, described)
         if retrieval:
             memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
