@@ -5,9 +5,8 @@
 In ml-100k next to no test target has fewer than five training interactions. So a copy of the data set is made, in
 ``data`` below --checkpoint_dir, in which a fifth of the items, drawn at random, keep no more than four of their
 training interactions each, from none to four with equal chance; all others stay, those of validation and test too.
-SASRec, with texts (docs/item_text.md) or without, and DARec, with a trained vector for each item or with a map of
-the items' texts as its head, learn from what is left. Writes results/cold_items_<dataset>.json and the page (.md)
-beside it; a run that is there is not done again.
+SASRec, with texts (docs/item_text.md) or without, and DARec learn from what is left. Writes
+results/cold_items_<dataset>.json and the page (.md) beside it; a run that is there is not done again.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ SASREC = ("--model=SASRec", "--training=packed", "--weight_averaging=0.999")
 TEXT = (*SASREC, "--item_vectors=both")
 ROWS: dict[str, Sequence[str]] = {
     "SASRec": ("--model=SASRec",),
-    "DARec, item_head: table": darec.DAREC,
-    "DARec, item_head: text": (*darec.DAREC, "--item_head=text"),
     "SASRec, packed": SASREC,
     "SASRec, text": (*SASREC, "--item_vectors=both"),
     "SASRec, text, rare items by text alone": (
@@ -46,12 +43,8 @@ ROWS: dict[str, Sequence[str]] = {
         f"--item_id_min_interactions={darec.COLD}",
     ),
     "SASRec, text alone": (*SASREC, "--item_vectors=text"),
-    "DARec, text, no cold item a wrong answer": (
-        *darec.DAREC,
-        "--item_head=text",
-        f"--head_min_interactions={darec.COLD}",
-        "--hard_weight=0",
-    ),
+    "DARec": darec.DAREC,
+    "DARec, rare items by text alone": (*darec.DAREC, f"--item_id_min_interactions={darec.COLD}"),
 }
 
 
@@ -130,7 +123,6 @@ def page(dataset: str, results: Results) -> str:
         f"`experiments/cold_items.py`, {dataset}: a fifth of the items keep at most {KEPT} of their training",
         "interactions; leave-one-out, full ranking, test split. R@10 / N@10, mean over the seeds, standard deviation",
         "in brackets; texts: items whose text a step reads with gradient (`text_items`);",
-        "DARec without collaborative vectors.",
         f"Cold: fewer than {darec.COLD} training interactions.",
         "",
         "| row | targets | number | seen kept | seen removed | seeds | minutes | epochs, at most | texts |",

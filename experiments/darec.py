@@ -1,12 +1,12 @@
-"""DARec's parts one by one, and cold items: what does each addition change, and where does text win?
+"""DARec's parts one by one: what does each addition change?
 
-    python experiments/darec.py --data_path=DIR [--dataset=ml-100k] [--seeds 2020 2021]
+    python experiments/darec.py --data_path=DIR [--dataset=amazon-toys-games] [--seeds 2020 2021]
 
-Rows: SASRec; DARec with adapters only; with each task; with context masking; with collaborative vectors; with all; with
-the adapter sizes that a search chose (`--adapters=FILE`, the best.yaml of `recbole-raserec tune`) and with uniform
-ones of as many parameters; RaSeRec over DARec. Test targets are grouped by their count in the training split: fewer
-than five interactions are cold. Writes results/darec_<dataset>.json and the page (.md) beside it; a row that is there
-is not run again.
+Rows: SASRec, with texts or without; DARec without adapters; as it is; with each task; with what its language model
+reads in the history; with the adapter sizes that a search chose (`--adapters=FILE`, the best.yaml of `recbole-raserec
+tune`) and with uniform ones of as many parameters; RaSeRec over DARec. Test targets are grouped by their count in the
+training split: fewer than five interactions are cold. Writes results/darec_<dataset>.json and the page (.md) beside
+it; a row that is there is not run again.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ GROUPS, SHOWN = ("cold", "warm"), 20
 #: Options that say how long a run learns.
 BUDGET = ("epochs", "stopping_step", "text_items")
 
-DAREC = ("--model=DARec", "--collaborative=null")
-ALONE = (*DAREC, "--align_weight=0", "--hard_weight=0")
+SASREC = ("--model=SASRec", "--training=packed")
+DAREC = ("--model=DARec",)
 SEARCHED, UNIFORM = "adapters by search", "uniform adapters, as many parameters"
 ROWS: dict[str, Sequence[str]] = {
-    "SASRec": ("--model=SASRec",),
-    "adapters only": ALONE,
-    "+ semantic alignment": (*DAREC, "--hard_weight=0"),
-    "+ hard samples": (*DAREC, "--align_weight=0"),
-    "both tasks": DAREC,
-    "+ context masking, bias": (*DAREC, "--context_mask=bias"),
-    "+ context masking, dual": (*DAREC, "--context_mask=dual"),
-    "+ collaborative vectors": ("--model=DARec", "--collaborative=SASRec"),
+    "SASRec": SASREC,
+    "SASRec, text": (*SASREC, "--item_vectors=both", "--item_text_size=256", "--weight_averaging=0.999"),
+    "DARec without adapters": (*DAREC, "--text_items=0"),
+    "DARec": DAREC,
+    "+ semantic alignment": (*DAREC, "--align_weight=0.1"),
+    "+ hard samples": (*DAREC, "--hard_weight=0.1"),
+    "+ history by items": (*DAREC, "--history=items"),
+    "+ history by items, context masking": (*DAREC, "--history=items", "--context_mask=dual"),
     SEARCHED: DAREC,
     UNIFORM: DAREC,
-    "RaSeRec over DARec": ("--model=RaSeRec", "--backbone=DARec", "--collaborative=null"),
+    "RaSeRec over DARec": ("--model=RaSeRec", "--backbone=DARec"),
 }
 
 
@@ -98,7 +98,6 @@ def page(dataset: str, results: Results) -> str:
         f"`experiments/darec.py`, {dataset}: leave-one-out, full ranking, test split.",
         "R@10 / N@10, mean over the seeds, standard deviation in brackets. Budget: so many epochs at most, early",
         "stopping on validation NDCG@10; texts: items whose text a step reads with gradient (`text_items`).",
-        "`collaborative: null` but in the row of collaborative vectors.",
         "",
         f"| row | {' | '.join(p.replace('_', ' ') for p in PROTOCOLS)} | seeds | minutes | epochs | texts |",
         "|---|---|---|---|---|---|---|",
@@ -144,7 +143,7 @@ def main() -> None:
         rows[SEARCHED] = (*DAREC, f"--adapter_sizes={[list(pair) for pair in pairs]}")
         uniform = max(1, round(sum(map(sum, pairs)) / (2 * len(pairs))))
         rows[UNIFORM] = (*DAREC, f"--adapter_sizes={uniform}")
-    grid.main(__doc__, rows, "darec", page, "ml-100k", measure, given=vars(given))
+    grid.main(__doc__, rows, "darec", page, "amazon-toys-games", measure, given=vars(given))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from recbole_raserec.evaluation import evaluate
 from recbole_raserec.kernels import keep_freed_memory
 from recbole_raserec.quick_start import run_stages
 from recbole_raserec.recommendation import train_model
-from recbole_raserec.recommendation.darec import find_collaborative_model
 from recbole_raserec.retrieval import TRAINING_BUFFERS, fine_tune
 from recbole_raserec.serving import load_checkpoint
 from recbole_raserec.storage import dense_tensors, fingerprint, read_manifest
@@ -55,8 +54,6 @@ def data_preparation(config: Config, dataset: Any) -> tuple[Any, Any, Any]:
     keep_freed_memory()
     if config["threads"]:
         torch.set_num_threads(int(config["threads"]))
-    if config["collaborative"]:  # its vectors are part of the model
-        find_collaborative_model(config, lambda other: train_model(other).directory)
     inner = config.for_backbone() if config["model"] == RETRIEVAL_MODEL else config
     splits = prepare_data(inner, dataset=dataset)
     splits.settle(config, inner)
@@ -76,13 +73,13 @@ def load_data_and_model(directory: Any) -> tuple[Any, ...]:
 
 def _in_stages(config: Config) -> bool:
     """Whether the training of the model is more than its own epochs."""
-    return bool(config["model"] == RETRIEVAL_MODEL or config["regeneration"] or config["collaborative"])
+    return bool(config["model"] == RETRIEVAL_MODEL or config["regeneration"])
 
 
 class ModelTrainer(ResumableTrainer):
     """RecBole's Trainer for a model of this package: it trains and evaluates as our runner, and saves as RecBole.
 
-    With RaSeRec, `regeneration` and `collaborative`, `fit` runs the stages of our runner: finished ones of the same
+    With RaSeRec and `regeneration` `fit` runs the stages of our runner: finished ones of the same
     options, data and seed in `checkpoint_dir` are reused, and the model becomes that of the last stage. Where our
     evaluation refuses the options, or the loader is not that of `data_preparation`, the evaluation is RecBole's.
     """
@@ -92,7 +89,7 @@ class ModelTrainer(ResumableTrainer):
         super().__init__(config, model, folder, self._figures, selection_protocol(config), resume=False)
         self.saved_model_file = str(folder / f"{short_name(config['model'])}-{get_local_time()}.pth")
         if config["model"] == RETRIEVAL_MODEL:
-            model.other_parameter_name = ["memory"]  # for RecBole's checkpoints
+            model.other_parameter_name = ["memory", "transitions"]  # for RecBole's checkpoints
 
     def _figures(self, model: Any, data: Any, progress: bool = False) -> dict[str, Any]:
         seen = getattr(data, "seen", None)

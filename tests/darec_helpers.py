@@ -64,9 +64,10 @@ def write_data(directory, log) -> None:
 def small(directory, llm: str, **options):
     """Options of a quick DARec run."""
     base = {
-        "llm": llm, "data_path": str(directory), "MAX_ITEM_LIST_LENGTH": 8, "show_progress": False, "epochs": 2,
+        "item_text_encoder": llm, "data_path": str(directory), "MAX_ITEM_LIST_LENGTH": 8, "show_progress": False,
+        "epochs": 2,
         "train_batch_size": 64, "checkpoint_dir": str(directory / "saved"), "state": "WARNING", "item_text_length": 8,
         "text_items": 8, "adapter_sizes": 4, "token_budget": 400, "threads": 1, "llm_precision": "float32",
-        "collaborative": None,
+        "hidden_size": 16, "inner_size": 16, "n_layers": 1, "item_text_size": 12,
     }  # fmt: skip
     return {**base, **options}

@@ -92,7 +92,7 @@ def _longest(edges: dict[str, set[str]], order: list[str]) -> list[str]:
 FIGURES = {
     "modules": ("modules beside the faces", 95),
     "top": ("files at the top level beside __init__", 3),
-    "lines": ("lines of Python", 24_000),
+    "lines": ("lines of Python", 25_000),
     "chain": ("files of the longest chain of imports", 11),
     "circle": ("files of a circle of imports", 0),
     "past": ("imports past a face", 0),

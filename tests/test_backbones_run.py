@@ -25,7 +25,7 @@ def test_a_supported_model_carries_retrieval(tiny_run, tmp_path, name):
     options = {}
     if name == "DARec":
         pytest.importorskip("transformers", reason="needs the extra llm")
-        options["collaborative"] = None  # no other model is trained first
+        write_items(tmp_path / "tiny" / "tiny.item")
     if name in ("FDSA", "GRU4RecF", "SASRecF"):
         write_items(tmp_path / "tiny" / "tiny.item")
         options.update(selected_features=["kind"], load_col={"inter": INTER, "item": ["item_id", "kind"]})

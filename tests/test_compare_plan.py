@@ -144,15 +144,6 @@ def test_the_base_is_one_row_and_one_run_and_comes_first(stand_in):
     assert first == second == {by_row["SASRec"].name}
 
 
-def test_darec_comes_after_the_model_whose_vectors_it_takes(stand_in):
-    pytest.importorskip("transformers", reason="needs the extra llm")
-    made = {run.row: run for run in plan("SASRec,DARec,DARec:collaborative=null,RaSeRec:backbone=DARec").runs}
-    needs = {row: made["SASRec"].name in run.needs for row, run in made.items()}
-    assert needs == {
-        "SASRec": False, "DARec": True, "DARec:collaborative=null": False, "RaSeRec:backbone=DARec": True
-    }  # fmt: skip
-
-
 def test_a_row_with_regeneration_stands_on_the_row_without(stand_in):
     made = plan("RaSeRec:backbone=SASRec:regeneration=true,DuoRec:regeneration=true:lmd=0.2,RaSeRec:backbone=SASRec")
     assert made.rows["tiny"] == {

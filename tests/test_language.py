@@ -29,13 +29,6 @@ def language(directory, family, sizes=((4, 3), (0, 2)), **options):
     return LanguageModel(load_pretrained(tiny_llm(directory, family))[0], sizes, **options).eval()
 
 
-def plain_texts(lengths):
-    """Texts without a special token, each a row."""
-    row = torch.repeat_interleave(torch.tensor(lengths))
-    position = torch.cat([torch.arange(n) for n in lengths])
-    return TokenLayout(row, torch.zeros_like(row), torch.zeros_like(row, dtype=torch.bool), position, len(lengths))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hidden_states_are_those_of_the_model_itself(tmp_path, family):
     import transformers
@@ -44,7 +37,7 @@ def test_hidden_states_are_those_of_the_model_itself(tmp_path, family):
     theirs = transformers.AutoModel.from_pretrained(tmp_path / family, attn_implementation="eager").eval()
     lengths = [5, 1, 9]
     ids = torch.randint(2, len(WORDS), (sum(lengths),), generator=torch.Generator().manual_seed(1))
-    layout = plain_texts(lengths)
+    layout = TokenLayout.of_texts(torch.tensor(lengths))
     with torch.no_grad():
         found = ours(ours.embed(ids), AttentionView(layout, layout.visible(ours.causal)))
         for part, text in zip(found.split(lengths), ids.split(lengths)):
@@ -84,7 +77,7 @@ def test_a_checkpoint_knows_its_language_model(tmp_path):
 
 
 def test_what_cannot_be_read_is_said(tmp_path):
-    with pytest.raises(ConfigError, match=r"llm: .*nothing.* cannot be read"):
+    with pytest.raises(ConfigError, match=r"item_text_encoder: .*nothing.* cannot be read"):
         load_pretrained(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="adapter_sizes: 1 entries, but the language model has 2 layers"):
         language(tmp_path, "bert", sizes=((4, 4),))

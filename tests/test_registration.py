@@ -299,10 +299,10 @@ def test_regeneration_is_a_stage_of_fit(log, model):
     assert dict(found["test_result"]) == ours(model, **more)
 
 
-def test_darec_with_its_collaborative_model(log):
+def test_darec(log):
     pytest.importorskip("transformers")
     write_items(log / "data")
-    given = small(log / "data", tiny_llm(log), epochs=1, collaborative="SASRec", metric_decimal_place=6)
+    given = small(log / "data", tiny_llm(log), epochs=1, metric_decimal_place=6)
     runner = {**given, "checkpoint_dir": "runner"}
     record = recbole_raserec.run_recbole_raserec("DARec", "tiny", config_dict=runner, argv=[])
     found = run_recbole("DARec", "tiny", config_dict=given)

@@ -9,15 +9,17 @@ import pytest
 import recbole
 import yaml
 from conftest import ROOT, random_log, write_log
+from darec_helpers import write_items
 from pipeline_helpers import SIZES, TINY, figures, run, small
 
 from recbole_raserec.config.config import Config
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "properties" / "model").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_model_file_loads_and_runs(tiny_run, path):
+def test_every_model_file_loads_and_runs(tiny_run, tmp_path, path):
     if path.stem == "DARec":
         pytest.importorskip("transformers", reason="needs the extra llm")
+        write_items(tmp_path)
     options = yaml.safe_load(path.read_text(encoding="utf-8"))
     if options.get("training") == "auto":
         options["training"] = "prefix"  # what it comes to for short histories

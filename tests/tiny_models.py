@@ -30,7 +30,8 @@ OPTIONS = {
     "head": "ram", "memory": "pairs",
     "memory_min_length": 1, "memory_max_length": None, "memory_thin": 0.0, "memory_span": 3,
     "memory_min_support": 2, "memory_frequency_weight": 0.0, "memory_scope": "history", "memory_refresh": 1,
-    "show_progress": False, "retrieve_by": "sequence",
+    "show_progress": False, "retrieve_by": "sequence", "transition_head": False, "transition_neighbours": 4,
+    "memory_text": 0, "repeat_share": False,
 }  # fmt: skip
 
 

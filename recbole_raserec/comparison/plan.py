@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from recbole_raserec.config import (
-    MODELS,
     PROPERTIES,
     RETRIEVAL_MODEL,
     Config,
@@ -31,7 +30,7 @@ from recbole_raserec.config import (
 from recbole_raserec.data.preparation import ensure_dataset, inter_files, recbole_urls
 from recbole_raserec.errors import CheckpointError, ConfigError, DatasetError, RaSeRecError
 from recbole_raserec.evaluation import versions
-from recbole_raserec.storage import MANIFEST, MODEL_VERSIONS, fingerprint, plain, read_json, sha256, unwritable
+from recbole_raserec.storage import MODEL_VERSIONS, fingerprint, plain, read_json, sha256, unwritable
 
 #: Below the output directory: the files of the runs, and what the runs keep where `checkpoint_dir` is not given.
 CELLS, SAVED = "cells", "saved"
@@ -375,8 +374,6 @@ def _run(row: str, request: _Request, config: Config, name: str, base: Optional[
     needs = set() if base is None else {base}
     if trains_regenerator(config) and config["regen_pretrained"]:
         needs.add(run_name(config.for_embeddings(), hashes))
-    if config["collaborative"] in MODELS:
-        needs.add(run_name(config.for_collaborator(), hashes))
     taken = {"model", "dataset", "config_files", *_TAKEN}
     options = {key: value for key, value in config.external_config_dict.items() if key not in taken}
     return Run(row, config.model, request.dataset, request.seed, options, name, base, frozenset(needs))
@@ -399,12 +396,6 @@ def run_name(config: Config, hashes: Hashes) -> str:
         options["embeddings"] = config.for_embeddings().training_options() if pretrained else None
         given = Path(config["regenerated_data"]) if config["regenerated_data"] else None
         parts += [sha256(path) for path in sorted(given.iterdir()) if path.is_file()] if given else []
-    collaborative = config["collaborative"]
-    if collaborative in MODELS:
-        models.add(collaborative)
-        options["collaborator"] = config.for_collaborator().training_options()
-    elif collaborative and (Path(collaborative) / MANIFEST).is_file():
-        parts.append(sha256(Path(collaborative) / MANIFEST))
     found = versions()
     options["versions"] = {name: found[name] for name in _VERSIONS}
     options["model_versions"] = {

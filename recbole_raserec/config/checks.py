@@ -50,10 +50,10 @@ from recbole_raserec.storage import unwritable
 
 #: Packages that figures are sent to while a run goes on, each by an option `log_...`.
 TRACKERS = ("wandb", "mlflow")
-#: The most that a checkpoint may say of what takes room for each query, whatever its weights are.
-LONGEST = 100_000
 #: Processes that may always run, however few cores a machine has.
 _PROCESSES = 16
+#: The most that a checkpoint may say of what takes room for each query, whatever its weights are.
+LONGEST = 100_000
 
 
 def check_names(given: Mapping[str, Any], known: frozenset[str] | None, origins: Mapping[str, str]) -> list[str]:
@@ -177,11 +177,6 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
         if options.get(first) is not None and options.get(first) == options.get(second):
             problems.append(f"{second}: {shown(options[second])} is {first} too; name another column")
     problems += _check_windows(options, reads)
-    alike = options.get("hard_similarity") if reads("hard_similarity") and options.get("hard_weight") else None
-    if alike == "collaborative" and not options.get("collaborative"):
-        problems.append(
-            "hard_similarity: collaborative needs vectors of a trained model; add for example collaborative: SASRec"
-        )
     targets = ["valid_metric", "ram_valid_metric"] if retrieval else ["valid_metric"]
     return problems + _check_metrics(options, targets) + _check_eval_args(options) + _check_negatives(options)
 

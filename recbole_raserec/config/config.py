@@ -421,17 +421,6 @@ class Config(RecBoleConfig):
         """The same configuration with `regeneration: false`."""
         return self._derived(self.model, self._given(REGENERATION))
 
-    def for_collaborator(self) -> Config:
-        """The configuration of the model that the option `collaborative` of DARec names, the same as of a run of it.
-
-        Of the options given, those hold that the model and DARec have in common and that do not describe the training
-        or the size of DARec itself: the data, the split, the seed, the place of the checkpoints.
-        """
-        name = self.final_config_dict["collaborative"]
-        own = {option for options in self._own() for option in options.model_fields}
-        given = self._given({*own, *REGENERATION, "weight_averaging"})
-        return self._derived(name, self._derived(name, {})._known(given))
-
     def for_embeddings(self) -> Config:
         """The configuration of the SASRec whose item vectors the regenerator starts from.
 

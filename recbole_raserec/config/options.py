@@ -541,7 +541,7 @@ TRANSFORM_KEYS = frozenset({"beta", "eta", "ft_ratio", "mask_ratio"})
 
 #: Entries RecBole computes and overwrites; a value given for one would be lost in silence.
 COMPUTED_KEYS = frozenset({
-    "MODEL_TYPE", "MODEL_INPUT_TYPE", "collaborative_options", "eval_type", "device", "local_rank", "offset",
+    "MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "device", "local_rank", "offset",
     "single_spec", "valid_neg_sample_args", "test_neg_sample_args", "CROP_ITEM_SEQ", "CROP_ITEM_SEQ_LEN",
     "INVERSE_ITEM_SEQ", "MASK_INDEX", "MASK_ITEM_SEQ", "NEG_ITEMS", "POS_ITEMS", "REORDER_ITEM_SEQ",
 })  # fmt: skip
@@ -552,6 +552,7 @@ NOT_TRAINING = (RUN_KEYS | COMPUTED_KEYS | {"wandb_project", "config_file"}) - {
 #: What to write instead of a name that RecBole once had, or computes.
 REMEDIES = {
     "device": "set gpu_id, or use_gpu: false for the CPU",
+    "llm": "set item_text_encoder",
     "local_rank": "set nproc, the runner numbers the processes",
     "offset": "set group_offset",
     "neg_sampling": "set train_neg_sample_args",

@@ -66,11 +66,15 @@ class Histories:
         self._changed[user] = np.empty(0, np.int32)
         self._users = max(self._users, user + 1)
 
-    def save(self, directory: Path) -> None:
-        """Write all of it, atomically, into `directory`."""
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """All items int32 [N], user after user, and where each user's begin and end, int64 [U + 1]."""
         rows = [self.of(user) for user in range(len(self))]
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-        items = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
+        return np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32), offsets
+
+    def save(self, directory: Path) -> None:
+        """Write all of it, atomically, into `directory`."""
+        items, offsets = self.flat()
         write_arrays(directory, _KIND, _VERSION, {"offsets": offsets, "items": items}, {})
 
     @classmethod

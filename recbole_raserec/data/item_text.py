@@ -45,62 +45,34 @@ _DTYPES = {"text": "<f4", "numbers": "<i4", "mean": "<f4", "projection": "<f4", 
 
 
 def item_tokens(config: Any, dataset: Any, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The items' texts as token ids, cut to T = `item_text_length`, with a line in the log.
-
-    They are kept with the data set: both the loader and the model read it.
+    """The items' texts as token ids, cut to T = `item_text_length`; kept with the data set.
 
     Returns:
-        ids int32 [V, T], padded with 0 on the right; lengths int32 [V], at least 1: a text without tokens has the id 0.
+        ids int32 [V, T], padded with 0 on the right; lengths int32 [V], 0 where an item has no text.
     """
     kept = getattr(dataset, "item_text_tokens", None)
-    if kept is not None:
-        return kept
-    path, longest = Path(config["data_path"]) / f"{config['dataset']}.item", config["item_text_length"]
-    names = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-    separator = config["field_separator"] or "\t"
-    texts = read_item_texts(path, names, config["item_text_fields"], separator, dataset.iid_field)
-    missing = sum(text == name for text, name in zip(texts[1:], names[1:]))
-    ids, lengths = pad_lists(tokenizer(texts, add_special_tokens=False)["input_ids"], longest)
-    cut, lengths = int((lengths > longest).sum()), np.clip(lengths, 1, longest)
-    getLogger().info(
-        f"Item texts: {len(names) - 1} items, {missing} without a text (their id is read instead), "
-        f"{lengths[1:].mean():.1f} tokens each, {cut} cut at {longest}"
-    )
-    dataset.item_text_tokens = ids.astype(np.int32), lengths.astype(np.int32)
-    return dataset.item_text_tokens
+    if kept is None:
+        texts, longest = item_texts(config, dataset)[1], config["item_text_length"]
+        rows = tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+        ids, lengths = pad_lists([row if text else [] for row, text in zip(rows, texts)], longest)
+        dataset.item_text_tokens = kept = ids.astype(np.int32), lengths.astype(np.int32)
+    return kept
 
 
-def read_item_texts(
-    path: Path, tokens: Sequence[str], fields: Optional[Sequence[str]] = None, separator: str = "\t",
-    id_field: str = "item_id",
-) -> list[str]:  # fmt: skip
-    """Flatten the attributes of items to texts (DARec: "key: value", in the order of `fields`).
-
-    The key is the column's name with spaces for underscores; empty values are left out. An item without a row or
-    without values has its external id as its text. Without the file all have.
-
-    Args:
-        path: atomic item file.
-        tokens: external ids [V]; index 0 is padding.
-        fields: columns; None: all of text but the id.
-        separator: between columns.
-        id_field: the column of the external ids.
-
-    Returns:
-        [V], index 0 empty.
+def item_texts(config: Any, dataset: Any) -> tuple[list[str], list[str]]:
+    """The columns that the option `item_text` names, and each item's text, [V]; empty where it has none.
 
     Raises:
-        ConfigError: a field of `fields` is not in the file.
+        ConfigError: there is no item file, or a column is not in it.
     """
-    found: dict[str, str] = {}
-    if path.is_file():
-        fields, rows = read_columns(path, fields, separator, id_field, "item_text_fields")
-        keys = [name.replace("_", " ") for name in fields]
-        found = {
-            item: ", ".join(f"{key}: {value}" for key, value in zip(keys, values) if value)
-            for item, values in rows.items()
-        }
-    return ["", *(found.get(token) or token for token in tokens[1:])]
+    path = Path(config["data_path"]) / f"{config['dataset']}.item"
+    if not path.is_file():
+        remedy = "bring the file (docs/item_text.md), or train a model with item_vectors: id"
+        raise ConfigError([f"item_vectors: {config['item_vectors']} reads {path}, which is not there; {remedy}"])
+    wanted, field = config["item_text"], dataset.iid_field
+    fields = [] if wanted is None else None if wanted == "auto" else list(wanted)
+    columns, rows = read_columns(path, fields, config["field_separator"] or "\t", field, "item_text")
+    return columns, [flatten(rows.get(str(name), [])) for name in dataset.field2id_token[field]]
 
 
 def read_columns(
@@ -144,8 +116,8 @@ def read_columns(
 # Sentence encoders.
 
 
-def model_source(name: Optional[str], option: str = "llm", why: str = "DARec reads items with a language model") -> str:
-    """Where the language model lies: the value of `option`, or the package of the extra; nothing is imported.
+def model_source(name: Optional[str], why: str = "it reads the items' texts") -> str:
+    """Where the language model lies: as `item_text_encoder` says, or the package of the extra; nothing is imported.
 
     Raises:
         MissingExtraError: `transformers` is not installed; or no name is given and the package is not installed.
@@ -156,15 +128,15 @@ def model_source(name: Optional[str], option: str = "llm", why: str = "DARec rea
         return str(name)
     found = importlib.util.find_spec(DEFAULT_PACKAGE)
     if found is None or not found.submodule_search_locations:
-        why = f"it is read where --{option}=DIRECTORY names no other language model"
+        why = "it is read where --item_text_encoder=DIRECTORY names no other language model"
         raise MissingExtraError("llm", DEFAULT_PACKAGE.replace("_", "-"), why)
     return str(Path(next(iter(found.submodule_search_locations))) / "model")
 
 
 @contextmanager
-def reading(name: Optional[str], option: str = "llm") -> Iterator[tuple[Any, str]]:
+def reading(name: Optional[str]) -> Iterator[tuple[Any, str]]:
     """`transformers` without its progress bars, and the source; what it raises becomes one sentence."""
-    source = model_source(name, option)
+    source = model_source(name)
     import transformers
 
     logging = transformers.utils.logging
@@ -179,7 +151,9 @@ def reading(name: Optional[str], option: str = "llm") -> Iterator[tuple[Any, str
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         remedy = "name a directory with config.json, model.safetensors and a tokenizer, or a model of the hub"
-        raise ConfigError([f"{option}: {source} cannot be read ({reason}); {remedy}, or leave it out."]) from error
+        raise ConfigError(
+            [f"item_text_encoder: {source} cannot be read ({reason}); {remedy}, or leave it out."]
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -205,7 +179,7 @@ def find_encoder(name: Optional[str]) -> str:
     if name == TFIDF:
         return TFIDF
     try:
-        return model_source(name, "item_text_encoder", "it reads the items' texts")
+        return model_source(name)
     except MissingExtraError:
         if name is not None:
             raise
@@ -229,7 +203,7 @@ def encode_sentences(source: str, texts: Sequence[str], device: Any = "cpu", pro
     """
     device = torch.device(device)
     low = computes_in_bfloat16("auto", device)
-    with reading(source, "item_text_encoder") as (transformers, _):
+    with reading(source) as (transformers, _):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         kind = {"use_safetensors": True, "dtype": torch.bfloat16 if low else torch.float32}
         model = transformers.AutoModel.from_pretrained(source, **kind).to(device).eval()
@@ -321,6 +295,16 @@ class ItemFeatures:
             parts = {name: np.pad(part, ((0, 0), (0, missing))) for name, part in parts.items()}
         return replace(self, **parts)
 
+    def directions(self) -> np.ndarray:
+        """Unit vectors [N, S] whose products tell how near texts are; 0 without text.
+
+        Their components are scaled to the square root of their standard deviations: between the encoder's and whitened.
+        """
+        scale = np.linalg.norm(self.projection, axis=0)
+        vectors = self.text / np.sqrt(np.where(scale > 0, scale, 1))
+        length = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return (vectors / np.where(length > 0, length, 1)).astype(np.float32)
+
     def without_items(self) -> ItemFeatures:
         """How items are described, alone."""
         return replace(self, text=self.text[:0], numbers=self.numbers[:0])
@@ -335,7 +319,7 @@ class ItemFeatures:
 
     def _raw(self, texts: Sequence[str], progress: bool) -> np.ndarray:
         if self.encoder != TFIDF:
-            source = model_source(self.encoder or None, "item_text_encoder", "it reads the items' texts")
+            source = model_source(self.encoder or None)
             if encoder_mark(source) != self.weights:
                 raise ConfigError(
                     [f"item_text_encoder: {source} is not the one that read the other items; name that one"]
@@ -415,18 +399,12 @@ def item_features(config: Any, dataset: Any) -> ItemFeatures:
     kept = getattr(dataset, "item_features", None)
     if kept is not None:
         return kept
+    (columns, texts), separator = item_texts(config, dataset), config["field_separator"] or "\t"
     path = Path(config["data_path"]) / f"{config['dataset']}.item"
-    if not path.is_file():
-        remedy = "bring the file (docs/item_text.md), or leave item_vectors out"
-        raise ConfigError([f"item_vectors: {config['item_vectors']} reads {path}, which is not there; {remedy}"])
-    separator, wanted = config["field_separator"] or "\t", config["item_text"]
-    fields = [] if wanted is None else None if wanted == "auto" else list(wanted)
-    columns, rows = read_columns(path, fields, separator, dataset.iid_field, "item_text")
     attributes, tagged = read_columns(
         path, config["item_attributes"] or [], separator, dataset.iid_field, "item_attributes"
     )
     names = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
-    texts = [flatten(rows.get(name, [])) for name in names]
     items = [dict(zip(attributes, tagged.get(name, []))) for name in names]
     source = find_encoder(config["item_text_encoder"]) if columns else TFIDF
     weights = TFIDF if source == TFIDF else encoder_mark(source)

@@ -100,6 +100,7 @@ class ItemTable(nn.Module):
         self.register_buffer("text", text)
         self.register_buffer("numbers", numbers)
         self._kept: Optional[tuple[Any, Tensor]] = None
+        self._read: Optional[tuple[Tensor, Tensor]] = None  # see `replace`
         self._made: dict[str, Any] = {}  # of the buffers: the texts in bfloat16, the attributes as sparse matrices
 
     @property
@@ -130,19 +131,25 @@ class ItemTable(nn.Module):
             self.own = torch.cat([self.own, self.own.new_zeros(len(text))])
             self.vectors = nn.Embedding.from_pretrained(joined, freeze=False, padding_idx=0)
 
+    def replace(self, numbers: Tensor, text: Tensor) -> None:
+        """Give items [n] the texts [n, S]; their gradient is that of the next table, in training."""
+        with torch.no_grad():
+            self.text[numbers] = text.detach()
+        self._read = numbers, text - text.detach()
+
     def frozen(self) -> nn.Embedding:
         """The table as it is, as an embedding that is not trained."""
         return nn.Embedding.from_pretrained(self.weight.detach().clone(), padding_idx=0)
 
     def train(self, mode: bool = True) -> ItemTable:
-        self._kept = None
+        self._kept = self._read = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None, "_made": {}}
+        return {**self.__dict__, "_kept": None, "_read": None, "_made": {}}
 
     def _forget(self, gradient: Tensor) -> None:
-        self._kept = None
+        self._kept = self._read = None
 
     def _state(self) -> Any:
         """What the table depends on; copies of weights are known by their place, changes by torch's count of them."""
@@ -163,6 +170,8 @@ class ItemTable(nn.Module):
                 own = own * keep[:, None]
         if hasattr(self, "text_map"):
             rest = self._mapped()
+            if self._read is not None:
+                rest = rest.index_add(0, self._read[0], self.text_map(self._read[1]))
         if hasattr(self, "attributes"):
             summed = self._summed()
             rest = summed if rest is None else rest + summed

@@ -14,7 +14,6 @@ from recbole_raserec.data import Splits, check_same_options, check_same_split, p
 from recbole_raserec.errors import CheckpointError, DatasetError
 from recbole_raserec.evaluation import evaluate
 from recbole_raserec.recommendation.backbone import wrap_backbone
-from recbole_raserec.recommendation.darec import find_collaborative_model
 from recbole_raserec.storage import BEST, dense_tensors, fingerprint, load_weights, read_manifest, read_weights, sha256
 from recbole_raserec.training import DECIMALS, Hooks, Outcome, Trial, evaluate_test, run_stage
 
@@ -36,17 +35,9 @@ def train_model(
 
     Raises:
         ConfigError: it cannot be a backbone.
-        CheckpointError: `checkpoint`, or that of the collaborative model, belongs to another model or data set, or is
-            damaged.
+        CheckpointError: `checkpoint` belongs to another model or data set, or is damaged.
         DatasetError: `regenerated` was made from another training split.
     """
-    collaborative = None
-    if config["collaborative"] and checkpoint and Path(checkpoint).is_dir():  # the checkpoint holds its own
-        config["collaborative_options"] = read_manifest(checkpoint)["options"].get("collaborative_options")
-    elif config["collaborative"]:
-        collaborative = find_collaborative_model(
-            config, lambda other: train_model(other, stage="collaborative").directory
-        )
     splits = splits or prepare_data(config, None if regenerated is None else regenerated.data)
     if regenerated is not None and regenerated.data.training is not None:
         own = splits.train._dataset.original
@@ -68,11 +59,6 @@ def train_model(
         return _from_checkpoint(config, splits, model, Path(checkpoint), trial)
     parts = [] if regenerated is None else [regenerated.fingerprint]
     parts += model_versions(config["model"])
-    if collaborative is not None:
-        directory, manifest = collaborative
-        check_same_split("collaborative", directory, manifest, config, splits)
-        load_weights(model.collaborator.model, read_weights(directory, manifest), directory / BEST)
-        parts += [manifest["fingerprint"]]
     parts += model.fingerprint_parts() if hasattr(model, "fingerprint_parts") else []
     mark = fingerprint(options, splits.fingerprint, *parts)
     return run_stage(config, splits, model, splits.train, mark, {"options": config.explain()}, trial=trial, stage=stage)

@@ -59,7 +59,7 @@ OWNERS = {"owner_entries": "<i8", "owner_users": "<i4", "owner_positions": "<i4"
 #: Arguments of the bank that are stored with it.
 _OPTIONS = {
     "hidden_size": int, "similarity": str, "index": str, "ivf_lists": int, "ivf_probes": int, "seed": int,
-    "scope": str, "min_support": int, "retrieve_by": str,
+    "scope": str, "min_support": int, "retrieve_by": str, "text_size": int, "text_weight": float,
 }  # fmt: skip
 _KIND, _VERSION = "RaSeRec memory", 2  # of the stored arrays
 #: What the row of a removed entry holds.
@@ -98,6 +98,9 @@ class MemoryBank:
     Args:
         hidden_size: length H of a key.
         similarity: `cosine` (keys and queries are normalised for the search) or `dot`.
+        text_size: length S of the text's vector at the end of a key; the others are the user's.
+        text_weight: gamma. The similarity is that of the users' vectors plus gamma times the cosine of the texts': the
+            product of `[k / |k|, sqrt(gamma) t / |t|]` with the query's, which every index searches.
         index: `flat` (exact), `ivf`, `ivfpq`, `hnsw` (approximate) or `auto` (flat up to a million entries, then ivf).
         ivf_lists: groups of the inverted files.
         ivf_probes: groups a query looks into.
@@ -134,7 +137,7 @@ class MemoryBank:
     def __init__(
         self, hidden_size: int, similarity: str = "cosine", index: str = "auto", ivf_lists: int = 128,
         ivf_probes: int = 8, seed: int = 0, scope: str = "history", min_support: int = 2,
-        retrieve_by: str = "sequence",
+        retrieve_by: str = "sequence", text_size: int = 0, text_weight: float = 0.0,
     ):  # fmt: skip
         words = (
             ("similarity", similarity, SIMILARITIES), ("index", index, INDEXES), ("memory_scope", scope, SCOPES),
@@ -147,8 +150,11 @@ class MemoryBank:
         wrong = [entry for entry in words if entry[1] not in entry[2]]
         problems = [f"{name}: {value!r} is not one of {', '.join(known)}" for name, value, known in wrong]
         problems += [f"{name}: {number!r} must be at least 1" for name, number in sizes if number < 1]
+        if text_size and retrieve_by == "target":
+            problems.append("memory_text: retrieve_by: target compares next items; leave memory_text out")
         if problems:
             raise ConfigError(problems)
+        self.text_size, self.text_weight = int(text_size), float(text_weight)
         self.hidden_size, self.min_support = int(hidden_size), int(min_support)
         self.similarity, self.index, self.scope = similarity, index, scope
         self.ivf_lists, self.ivf_probes = int(ivf_lists), int(ivf_probes)
@@ -346,7 +352,7 @@ class MemoryBank:
             raise ValueError(f"top_k: {top_k!r} must be at least 1")
         if (users is None) != (positions is None):
             raise ValueError("users and positions: give both, or None for both")
-        vectors = _normalised(self._matrix("queries", queries), self.similarity)[0]  # [Q, H]
+        vectors = self._normalised(self._matrix("queries", queries))[0]  # [Q, H]
         size = len(vectors)
         who = _integers("users", np.full(size, -1) if users is None else users, size)
         when = _integers("positions", np.zeros(size, int) if positions is None else positions, size)
@@ -392,7 +398,16 @@ class MemoryBank:
 
     @property
     def _searches_keys_in_place(self) -> bool:
-        return self.similarity == "dot" and self.retrieve_by == "sequence"
+        return self.similarity == "dot" and self.retrieve_by == "sequence" and not self.text_size
+
+    def _normalised(self, matrix: np.ndarray) -> tuple[np.ndarray, float]:
+        """Rows as they are searched [N, H] float32, and the length of the longest of them."""
+        if not self.text_size:
+            return _normalised(matrix, self.similarity)
+        found, longest = _normalised(matrix[:, : -self.text_size], self.similarity)
+        texts, _ = _normalised(matrix[:, -self.text_size :], "cosine")
+        texts *= np.float32(np.sqrt(self.text_weight))
+        return np.concatenate([found, texts], axis=1), float(np.sqrt(longest**2 + self.text_weight)) * (1 + 1e-6)
 
     def _compared(self, start: int) -> np.ndarray:
         """What queries are compared with, of the entries from `start` on."""
@@ -408,7 +423,7 @@ class MemoryBank:
         """A search of what the bank holds now; later additions do not touch it. The flat index searches on `device`."""
         known, size = len(self._vectors), len(self)
         if known < size:
-            vectors, longest = _normalised(self._compared(known), self.similarity)
+            vectors, longest = self._normalised(self._compared(known))
             self._longest = max(self._longest, longest)
             if self._searches_keys_in_place:
                 self._vectors = GrowingArray(self.keys)
@@ -485,6 +500,7 @@ class MemoryBank:
         """
         path = Path(directory)
         arrays, meta = read_arrays(path, _KIND, _VERSION, {**ROWS, **OWNERS}, verify, STATE_ARRAYS)
+        meta = {"text_size": 0, "text_weight": 0.0, **meta} if isinstance(meta, dict) else meta  # older banks
         if not isinstance(meta, dict) or any(type(meta.get(name)) is not kind for name, kind in _OPTIONS.items()):
             raise CheckpointError(f"{path}: its description is incomplete ({meta!r}). Delete it and build it again.")
         if fingerprint is not None and meta.get("fingerprint") != fingerprint:

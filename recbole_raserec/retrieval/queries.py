@@ -106,7 +106,11 @@ def encode_windows(
 
     The backbone is told the users `owners` [N], where they are not the rows.
     """
-    if getattr(backbone.model, "shares_prefixes", False) and len(users) > len(np.unique(users)):
+    if (
+        isinstance(backbone, Backbone)
+        and getattr(backbone.model, "shares_prefixes", False)
+        and len(users) > len(np.unique(users))
+    ):
         return _encode_shared(backbone, store, users, positions, longest, device, desc)
     lengths = np.minimum(positions, longest)
     starts, owners = store.offsets[users] + positions - lengths, users if owners is None else owners
@@ -150,7 +154,7 @@ def _encode_shared(
         part = next(left)  # the windows of these rows
         starts, length = store.offsets[windows.user[part]] + windows.start[part], windows.length[part]
         item_seq = torch.from_numpy(pad_rows(store.items, starts, length)).to(device)
-        found = backbone.model.encode_positions(item_seq, torch.from_numpy(length).to(device))  # [W, L, H]
+        found = backbone.model.encode_positions(item_seq)  # [W, L, H]
         line = torch.from_numpy(np.repeat(np.arange(len(part)), np.diff(bounds)[part])).to(device)
         return found[line, torch.from_numpy(column[rows]).to(device)]
 
@@ -380,6 +384,7 @@ class NeighbourCache:
 def _hash(queries: Queries, memory: MemoryBank) -> str:
     digest = hashlib.sha256()
     settings = [SEARCH_VERSION, memory.similarity, memory.retrieve_by, memory.scope, memory.min_support]
+    settings += [memory.text_size, memory.text_weight] if memory.text_size else []
     digest.update(json.dumps(settings).encode())
 
     def add(name: str, values: Any) -> None:

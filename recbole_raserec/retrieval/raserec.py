@@ -28,13 +28,15 @@ from recbole_raserec.config import (
     get_model,
     option,
 )
-from recbole_raserec.data import POSITION
+from recbole_raserec.data import POSITION, ItemFeatures
+from recbole_raserec.errors import ConfigError
 from recbole_raserec.evaluation import scores
 from recbole_raserec.kernels import linear_cross_entropy
 from recbole_raserec.recommendation import Backbone, wrap_backbone
 from recbole_raserec.retrieval.heads import TAUS, RetrievalModule, interpolate
 from recbole_raserec.retrieval.memory import MemoryBank
 from recbole_raserec.retrieval.queries import Queries, Rows
+from recbole_raserec.retrieval.transitions import TransitionHead, mixed, pairs_of, text_of
 from recbole_raserec.storage import load_weights, read_manifest, read_weights
 
 
@@ -66,6 +68,10 @@ class RaSeRecOptions(Options):
     memory_frequency_weight: Weight = option(
         0, "this times the log of the number of users with the pattern is added to the attention's logits"
     )
+    memory_text: Weight = option(
+        0, "gamma: this times the cosine of the texts of the last items joins the similarity of the users' vectors; 0: "
+        "texts are not searched (docs/item_text.md)", later=True,
+    )  # fmt: skip
     memory_scope: Literal["history", "past"] = option(
         "history", "history: no query sees what its own user does later; past: nor what any user does later or at that "
         "moment (stricter than the papers; needs true timestamps)",
@@ -90,6 +96,15 @@ class RaSeRecOptions(Options):
         "ram", "ram: the module below; knn: their targets, weighed by similarity, are mixed into the model's "
         "distribution, nothing is trained; both: the module, then the mixture",
         heading="What is made of the neighbours",
+    )  # fmt: skip
+    transition_head: bool = option(
+        False, "mix what followed the last two items in the training split, and items with texts like theirs, into the "
+        "distribution; nothing is trained (docs/item_text.md)", later=True,
+    )  # fmt: skip
+    transition_neighbours: Count = option(100, "items with the nearest texts that stand for an item there", later=True)
+    repeat_share: bool = option(
+        False, "the items of the history together get the share that targets seen before have in the training split "
+        "(next to none where people buy a thing once), the others the rest", later=True,
     )  # fmt: skip
     ram: Literal["dual", "single"] = option(
         "dual", "dual: two channels with feed-forward (the paper); single: one attention",
@@ -119,6 +134,8 @@ class RaSeRecOptions(Options):
 #: Buffers of a training model that a finished checkpoint does not need.
 TRAINING_BUFFERS = ("known_ids", "known_mask")
 
+RECENT = 5  # last items whose texts join a key
+
 Vectors = tuple[Tensor, Tensor, Optional[Tensor]]
 
 
@@ -131,7 +148,8 @@ class RaSeRec(SequentialRecommender):
 
     With the option `head: knn` the user vectors stay the backbone's own and nothing is trained: what followed the
     memories is mixed into the distribution over items, see `interpolate`. `head: both` does both. The kNN head's share
-    and temperature are chosen on the validation split, and are part of the weights.
+    and temperature are chosen on the validation split, and are part of the weights. With `transition_head: true`
+    transitions and texts are mixed in behind it, see `TransitionHead`, whose weights are chosen in the same way.
 
     With `freeze_backbone: true` the backbone stays in evaluation mode and keeps its weights; what it computes for the
     training windows is computed once and looked up afterwards.
@@ -148,12 +166,15 @@ class RaSeRec(SequentialRecommender):
         makes_backbone: whether the backbone is its own, to be trained.
         augments: whether user vectors are augmented.
         knn: whether the kNN head is there.
+        transitions: the transition head; None: it is not there.
     """
 
     options = RaSeRecOptions
 
     knn_share: Tensor
     knn_tau: Tensor
+    text: Tensor
+    repeat_share: Tensor
 
     def __init__(self, config: Union[Config, Mapping[str, Any]], dataset: Any, backbone: Optional[Backbone] = None):
         super().__init__(config, dataset)
@@ -174,15 +195,34 @@ class RaSeRec(SequentialRecommender):
         if self.knn:
             self.register_buffer("knn_share", torch.tensor(0.0))
             self.register_buffer("knn_tau", torch.tensor(TAUS[0]))
+        self.transitions: Optional[TransitionHead] = None
+        if config["transition_head"]:
+            self.transitions = TransitionHead(self.n_items, config["transition_neighbours"])
+        self.shares_repeats = bool(config["repeat_share"])
+        if self.shares_repeats:
+            self.register_buffer("repeat_share", torch.tensor(0.5))
+        width = 0
+        if config["transition_head"] or config["memory_text"]:
+            self.register_buffer("text", text_of(config, dataset, self.n_items))
+            width = self.text.shape[1] if config["memory_text"] else 0
+            if config["memory_text"] and not width:
+                problem = f"memory_text: {config['memory_text']} compares the items' texts, and there are none"
+                raise ConfigError([f"{problem}; bring the item file (docs/item_text.md), or leave memory_text out"])
         self.memory = MemoryBank(
-            backbone.hidden_size, config["similarity"], config["index"], config["ivf_lists"], config["ivf_probes"],
-            config["seed"], config["memory_scope"], config["memory_min_support"], config["retrieve_by"],
+            backbone.hidden_size + width, config["similarity"], config["index"], config["ivf_lists"],
+            config["ivf_probes"], config["seed"], config["memory_scope"], config["memory_min_support"],
+            config["retrieve_by"], width, float(config["memory_text"] or 0) if width else 0.0,
         )  # fmt: skip
         self.frequency_weight = float(config["memory_frequency_weight"])
         self.known: dict[str, Queries] = {}
         self._copy: Optional[tuple[Any, ...]] = None  # of the memory, for the device
         if self.frozen:
             self.backbone.requires_grad_(False)
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether scores are logarithms of probabilities instead of dot products."""
+        return self.knn or self.shares_repeats or self.transitions is not None
 
     def train(self, mode: bool = True) -> RaSeRec:
         """As of any module, except that a frozen backbone stays in evaluation mode."""
@@ -192,8 +232,37 @@ class RaSeRec(SequentialRecommender):
         return self
 
     def encode(self, item_seq: Tensor, item_seq_len: Tensor, user: Optional[Tensor] = None) -> Tensor:
-        """The backbone's user vectors [B, H], see `Backbone.encode`."""
-        return self.backbone.encode(item_seq, item_seq_len, user)
+        """The backbone's user vectors [B, H], see `Backbone.encode`; with `memory_text` the texts' [B, S] behind them.
+
+        These are the sum of the last `RECENT` items' texts, each with half the weight of the one after it.
+        """
+        h = self.backbone.encode(item_seq, item_seq_len, user)
+        if not self.memory.text_size:
+            return h
+        back = torch.arange(RECENT, device=item_seq.device)
+        places = item_seq_len[:, None] - 1 - back  # [B, RECENT]
+        weights = 0.5**back * (places >= 0)
+        texts = self.text[item_seq.gather(1, places.clamp(min=0))]  # [B, RECENT, S]
+        return torch.cat([h, (weights[:, None] @ texts).squeeze(1)], dim=1)
+
+    @property
+    def encoder(self) -> Any:
+        """What encodes the memory's keys and the queries, as a backbone does: this one, where texts join the keys."""
+        return self if self.memory.text_size else self.backbone
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of a key."""
+        return self.memory.hidden_size
+
+    @property
+    def trims(self) -> bool:
+        """As of the backbone."""
+        return self.backbone.trims
+
+    def own(self, h: Tensor) -> Tensor:
+        """The users' part [B, H] of keys or of what `encode` gives."""
+        return h[..., : self.backbone.hidden_size]
 
     def item_vectors(self) -> Tensor:
         """Item vectors as they enter the dot product, [V, H]."""
@@ -215,9 +284,9 @@ class RaSeRec(SequentialRecommender):
     def augment(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """User vectors h [B, H] mixed with the memories `ids` where `mask` is True, [B, K] each: h~ [B, H]."""
         if not len(self.memory):
-            return h
+            return self.own(h)
         keys, targets, bias = self.entries(ids)
-        return self.ram(h, keys, self.item_vectors()[targets], mask, bias)
+        return self.ram(self.own(h), self.own(keys), self.item_vectors()[targets], mask, bias)
 
     def forward(
         self, item_seq: Tensor, item_seq_len: Tensor, user: Any = None, position: Any = None, time: Any = None
@@ -254,6 +323,9 @@ class RaSeRec(SequentialRecommender):
 
     def compared(self, h: Tensor, vectors: Tensor) -> Tensor:
         """Similarity, as the memory has it, of h [B, H] with `vectors` [B, K, H]: [B, K]."""
+        if (size := self.memory.text_size) and h.shape[1] == self.memory.hidden_size:
+            texts = torch.cosine_similarity(h[:, None, -size:], vectors[..., -size:], dim=2)
+            return self.compared(self.own(h), self.own(vectors)) + self.memory.text_weight * texts
         if self.memory.similarity == "cosine":
             return torch.cosine_similarity(h[:, None], vectors, dim=2)
         return (vectors @ h[:, :, None]).squeeze(2)
@@ -274,15 +346,16 @@ class RaSeRec(SequentialRecommender):
         Raises:
             ValueError: its keys have another length than the backbone's user vectors.
         """
-        size = self.backbone.hidden_size
+        size = self.memory.hidden_size
         if memory.hidden_size != size:
             raise ValueError(f"the memory's keys have length {memory.hidden_size}, user vectors {size}.")
         self.memory, self._copy = memory, None
         self._memory_changed()
 
     def load_other_parameter(self, para: Any) -> None:
-        """The memory of one of RecBole's checkpoints."""
+        """The memory and the transition head of one of RecBole's checkpoints."""
         if para:
+            self.transitions = para.get("transitions")
             self.use_memory(para["memory"])
 
     def _memory_changed(self) -> None:
@@ -326,22 +399,57 @@ class RaSeRec(SequentialRecommender):
         """Gives h~ [B, H], item vectors [V, H] and item bias [V] or None, whose dot product the scores are.
 
         Raises:
-            AttributeError: with the kNN head; its scores are no dot product.
+            AttributeError: probabilities are mixed; their logarithms are no dot products.
         """
-        if self.knn:
+        if self.gives_probabilities:
             raise AttributeError("full_sort_vectors")
         return lambda interaction: (
             self.augment(*self.retrieved(interaction)), self.item_vectors(), self.backbone.item_bias()
         )  # fmt: skip
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
-        """Scores of all items, [B, V]; with the kNN head logarithms of the mixed probabilities."""
-        return self.scores_of(*self.retrieved(interaction))
+        """Scores of all items, [B, V]; where probabilities are mixed their logarithms."""
+        found = self.scores_of(*self.retrieved(interaction))
+        if not self.gives_probabilities:
+            return found
+        if not self.knn:
+            found = torch.log_softmax(found, dim=1)
+        if self.transitions is not None:
+            transitions, texts = self.followed(interaction)
+            found = mixed(found, transitions + texts)
+        return found + self.repeat_scale(found.exp(), interaction).log() if self.shares_repeats else found
+
+    def repeat_scale(self, probability: Tensor, interaction: Any) -> Tensor:
+        """Factors of probabilities [B, V] by which the items of the history together get `repeat_share`."""
+        seen = torch.zeros_like(probability).scatter_(1, interaction[self.ITEM_SEQ], 1)
+        seen[:, 0] = 0
+        inside, share = (probability * seen).sum(dim=1, keepdim=True), self.repeat_share.to(probability.dtype)
+        return torch.where(seen > 0, share / inside.clamp(min=1e-30), (1 - share) / (1 - inside).clamp(min=1e-7))
+
+    def followed(self, interaction: Any) -> tuple[Tensor, Tensor]:
+        """What the transition head's transitions and texts give to each item, [B, V] each."""
+        assert self.transitions is not None
+        return self.transitions(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], self.text)
+
+    def observe(self, items: np.ndarray, places: np.ndarray, starts: np.ndarray, times: int = 1) -> None:
+        """Count the transitions to the `places` of `items`, see `pairs_of`; with `times` -1 take them out again."""
+        if self.transitions is not None:
+            self.transitions.add(*pairs_of(items, places, starts), times)
+
+    def add_texts(self, features: ItemFeatures) -> None:
+        """Take up the texts of more items, behind the others."""
+        self.n_items += len(features.text)
+        if hasattr(self, "text"):
+            self.text = torch.cat([self.text, torch.from_numpy(features.directions()).to(self.text.device)])
+        if self.transitions is not None:
+            self.transitions.grow(self.n_items)
 
     def scores_of(self, h: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The same of user vectors h [B, H] and the memories `ids` where `mask` is True, [B, K] each."""
-        mixed = self.augment(h, ids, mask) if self.augments else h
-        found = scores(mixed, self.item_vectors(), self.backbone.item_bias())
+        """The same, without the transition head, of user vectors h [B, H] and the memories `ids` where `mask` is True,
+        [B, K] each.
+        """
+        augmented = self.augment(h, ids, mask) if self.augments else self.own(h)
+        found = scores(augmented, self.item_vectors(), self.backbone.item_bias())
         if not self.knn or not len(self.memory):
             return found
         targets, similarity = self.neighbour_similarity(h, ids)
@@ -350,7 +458,7 @@ class RaSeRec(SequentialRecommender):
     def predict(self, interaction: Any) -> Tensor:
         """Scores of one item a row, that of the field `item_id`: [B]; as `full_sort_predict` gives them."""
         items = interaction[self.ITEM_ID]
-        if self.knn:
+        if self.gives_probabilities:
             return self.full_sort_predict(interaction).gather(1, items[:, None]).squeeze(1)
         h = self.augment(*self.retrieved(interaction))
         found, bias = (h * self.item_vectors()[items]).sum(dim=1), self.backbone.item_bias()  # [B]

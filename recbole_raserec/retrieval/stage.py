@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from logging import getLogger
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -11,18 +11,21 @@ from typing import Any, Optional, Union
 import numpy as np
 import torch
 from recbole.data.dataloader import TrainDataLoader
+from recbole.data.interaction import Interaction
 from recbole.utils import init_seed
 
-from recbole_raserec.config import Config
-from recbole_raserec.data import BucketLoader, RowLoader, SequenceDataset
+from recbole_raserec.config import SEEN_REMOVED, Config, selection_protocol
+from recbole_raserec.data import POSITION, BucketLoader, RowLoader, SequenceDataset
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.recommendation import wrap_backbone
 from recbole_raserec.retrieval.heads import tune_knn
 from recbole_raserec.retrieval.queries import NeighbourCache, Queries, Rows, builders_of, encode_split
 from recbole_raserec.retrieval.raserec import TRAINING_BUFFERS, RaSeRec
+from recbole_raserec.retrieval.transitions import GRID, tune_transitions
 from recbole_raserec.storage import fingerprint, version_of
 from recbole_raserec.training import Hooks, Outcome, Trial, run_stage
 
+SAMPLE, SAMPLE_BATCH = 4_000, 64  # validation windows on which the transition head is tuned, and at a time
 CALIBRATION = 20_000  # memories from which the module's starting scale is taken
 
 
@@ -43,13 +46,20 @@ class RetrievalHooks(Hooks):
         test: Optional[SequenceDataset] = None,
     ):  # fmt: skip
         self.model, self.train, self.valid, self.test, self._cache = model, train, valid, test, cache
-        self.trains = model.augments
+        self.trains, self._config = model.augments, config
         self.refresh, self.progress = config["memory_refresh"], bool(config["show_progress"])
+        self._observe(train)
+        if model.shares_repeats:
+            users, positions, _ = train.windows()
+            codes = train.store.users().astype(np.int64) * model.n_items + train.store.items
+            _, first, place = np.unique(codes, return_index=True, return_inverse=True)
+            again = (first[place] < np.arange(len(codes)))[train.store.offsets[users] + positions]
+            model.repeat_share.fill_((again.sum() + 1) / (len(again) + 2))  # Laplace's rule
         self._queries = {"train": self.encode(train, "training"), "valid": self.encode(valid, "validation")}
         queries, kind = self._queries["train"], config["memory"]
         self._builders = builders_of(config, train, queries, joined, self.progress)
         for builder in self._builders:
-            model.remember(builder.keys(model.backbone, queries), builder.rows)
+            model.remember(builder.keys(model.encoder, queries), builder.rows)
         if not len(model.memory):
             least, most, support = (config[f"memory_{name}"] for name in ("min_length", "max_length", "min_support"))
             raise ConfigError(
@@ -58,11 +68,11 @@ class RetrievalHooks(Hooks):
             )  # fmt: skip
         sample = np.linspace(0, len(model.memory) - 1, min(len(model.memory), CALIBRATION)).astype(np.int64)
         device = queries.h.device
-        keys = torch.from_numpy(model.memory.keys[sample]).to(device)
+        keys = model.own(torch.from_numpy(model.memory.keys[sample])).to(device)
         targets = torch.from_numpy(model.memory.targets[sample].astype(np.int64)).to(device)
         h = keys
         if kind == "patterns":  # user vectors are not on the scale of the memories' keys
-            h = queries.h[torch.linspace(0, len(queries) - 1, len(sample)).long().to(device)]
+            h = model.own(queries.h)[torch.linspace(0, len(queries) - 1, len(sample)).long().to(device)]
         model.ram.calibrate(h, keys, model.item_vectors().detach()[targets])
         if not model.frozen:
             for name, dtype in zip(TRAINING_BUFFERS, (torch.int32, torch.bool)):
@@ -71,7 +81,7 @@ class RetrievalHooks(Hooks):
     def encode(self, split: SequenceDataset, what: str) -> Queries:
         """Encode the windows of a split with the model's current backbone."""
         device = next(self.model.ram.parameters()).device
-        return encode_split(self.model.backbone, split, device, f"Encode {what}" if self.progress else None)
+        return encode_split(self.model.encoder, split, device, f"Encode {what}" if self.progress else None)
 
     def search(self, queries: Queries, what: str) -> Queries:
         """Find the neighbours of `queries` in the model's memory."""
@@ -104,26 +114,54 @@ class RetrievalHooks(Hooks):
             self.model.known["valid"] = self.search(self._queries["valid"], "validation")
 
     def after_training(self, validate: Callable[[], float], metric: str) -> bool:
-        """With the kNN head: choose its share and temperature on the validation split."""
-        if not self.model.knn:
-            return False
-        best = tune_knn(self.model, validate, self.progress)
-        share, tau = float(self.model.knn_share), float(self.model.knn_tau)
-        getLogger().info(f"kNN head: share {share:g}, tau {tau:g}, validation {metric} {best:.4f}")
-        return True
+        """With the kNN or the transition head: choose their weights on the validation split."""
+        model, log, head = self.model, getLogger(), self.model.transitions
+        if model.knn:
+            best = tune_knn(model, validate, self.progress)
+            share, tau = float(model.knn_share), float(model.knn_tau)
+            log.info(f"kNN head: share {share:g}, tau {tau:g}, validation {metric} {best:.4f}")
+        if head is not None:
+            best = best if model.knn else validate()
+            removed = model.shares_repeats or selection_protocol(self._config) == SEEN_REMOVED
+            best = tune_transitions(model, self._sample(), removed, metric, validate, best)
+            chosen = ", ".join(f"{name} {value:g}" for name, value in zip((*GRID, "repeats"), head.weights.tolist()))
+            chosen += f", share of the kNN head {float(model.knn_share):g}" if model.knn else ""
+            log.info(f"Transition head: {chosen}, validation {metric} {best:.4f}")
+        return model.gives_probabilities
 
     def before_test(self) -> None:
         """Add the validation pairs to the memory, as the papers do before the test; the weights stay as they are."""
         if not self.model.frozen:
             self._reencode()
+        self._observe(self.valid)
         late = self.encode(self.valid, "validation")
         self.model.remember(late.h, Rows(late.targets, late.users, late.positions, late.times))
         if self.test is not None:
             self.model.known["test"] = self.search(self.encode(self.test, "test"), "test")
 
+    def _sample(self) -> Iterator[tuple[Interaction, torch.Tensor]]:
+        """Validation windows, evenly spread, and their targets, in batches."""
+        model, valid = self.model, self.valid
+        users, positions, targets = valid.windows()
+        device = next(model.ram.parameters()).device
+        rows = np.linspace(0, len(users) - 1, min(len(users), SAMPLE)).astype(np.int64)
+        for part in [rows[first :: -(-len(rows) // SAMPLE_BATCH)] for first in range(-(-len(rows) // SAMPLE_BATCH))]:
+            seq, lengths = valid.store.windows(users[part], positions[part], valid.max_item_list_len)
+            names = model.ITEM_SEQ, model.ITEM_SEQ_LEN, model.USER_ID, POSITION
+            fields = dict(zip(names, (seq, lengths, users[part], positions[part])))
+            if valid.store.times is not None:
+                fields[model.time_field] = valid.store.times[valid.store.offsets[users[part]] + positions[part]]
+            batch = Interaction({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in fields.items()})
+            yield batch.to(device), torch.from_numpy(targets[part])
+
+    def _observe(self, split: SequenceDataset) -> None:
+        users, positions, _ = split.windows()
+        starts = split.store.offsets[users]
+        self.model.observe(split.store.items, starts + positions, starts)
+
     def _reencode(self) -> Queries:
         queries = self.encode(self.train, "training")
-        self.model.refresh_memory(torch.cat([b.keys(self.model.backbone, queries) for b in self._builders]))
+        self.model.refresh_memory(torch.cat([b.keys(self.model.encoder, queries) for b in self._builders]))
         return queries
 
 
@@ -145,7 +183,7 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
     splits.settle(config, inner)
     init_seed(config["seed"], config["reproducibility"])
     backbone = wrap_backbone(base.model, config, splits.dataset)
-    model = RaSeRec(config, splits.dataset, backbone).to(config["device"])
+    model = RaSeRec(config, splits.train._dataset, backbone).to(config["device"])
     train, valid, test = (data._dataset for data in (splits.train, splits.valid, splits.test))
     joined = train if train.original is not None else None  # with regenerated rows
     train = train if joined is None else joined.original
@@ -159,11 +197,14 @@ def fine_tune(config: Config, base: Outcome, trial: Optional[Trial] = None) -> O
         stage["weight_decay"] = config["ram_weight_decay"]
     windows = BucketLoader if backbone.trims else TrainDataLoader
     loader = (RowLoader if model.frozen else windows)(stage, train, splits.train._sampler, shuffle=True)
-    mark = fingerprint(config.training_options(), splits.fingerprint, base.fingerprint, *version_of(config["model"]))
+    texts = [splits.train._dataset.item_features.mark] if hasattr(model, "text") and model.text.shape[1] else []
+    mark = fingerprint(
+        config.training_options(), splits.fingerprint, base.fingerprint, *version_of(config["model"]), *texts
+    )
     manifest = {
         "options": config.explain(),
         "backbone": base.name,
-        "backbone_options": {**inner.explain(), **getattr(base.model, "extra_options", {})},
+        "backbone_options": inner.explain(),
         "validation_in_memory": True,
     }
     init_seed(config["seed"], config["reproducibility"])

@@ -1,9 +1,9 @@
 """Why an item is recommended: which memories were retrieved, and what they add to its score; as data, text or a page.
 
 The model mixes `h~ = alpha h + (1 - alpha) h'`, and an item scores `h~ . v + b`; so a score is the sum of what the
-backbone gives, `alpha h . v + b`, and what retrieval gives, `(1 - alpha) h' . v`. With the kNN head it is the
-probability that is such a sum. What a single memory does to a score is measured by leaving it out, since attention and
-layer norms are not linear in it.
+backbone gives, `alpha h . v + b`, and what retrieval gives, `(1 - alpha) h' . v`. With the kNN or the transition head
+it is the probability that is such a sum, to which transitions and texts give their parts. What a single memory does to
+a score is measured by leaving it out, since attention and layer norms are not linear in it.
 
 The page is one HTML document, page.html.j2: style, script and data stand in it, and its content security policy admits
 these and no request to anywhere. The script only highlights a memory wherever it matters.
@@ -59,6 +59,7 @@ class Memory:
         entry: its number in the memory.
         next: what followed.
         similarity: of its key with the user's vector.
+        text_similarity: of the texts of the last items of both; None where these are not searched.
         attention: share of the attention it gets, in [0, 1]; with the kNN head alone its share of the distribution.
         user: whose it is; None for a pattern of several users.
         support: users whose histories hold it.
@@ -72,6 +73,12 @@ class Memory:
     user: Optional[str]
     support: int
     prefix: list[Item]
+    text_similarity: Optional[float] = None
+
+    @property
+    def of_texts(self) -> str:
+        """The texts' similarity in words, with a comma behind it; empty without one."""
+        return "" if self.text_similarity is None else f"of texts {self.text_similarity:.3f}, "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +87,13 @@ class Reason:
 
     Attributes:
         rank: from 1 on, among the items not in the history.
-        score: the sum of `backbone` and `retrieval`; a probability with the kNN head, see `Explanation`.
+        score: the sum of `backbone`, `retrieval`, `transitions` and `texts`; a probability with the kNN or the
+            transition head, see `Explanation`.
         rank_without_memory: as `rank`, of the backbone alone.
         score_without_memory: of the backbone alone.
         effects: for each memory what the score loses without it.
+        transitions: of the transition head, what followed the last two items.
+        texts: of the transition head, how near their texts are.
     """
 
     item: Item
@@ -94,6 +104,8 @@ class Reason:
     rank_without_memory: int
     score_without_memory: float
     effects: list[float]
+    transitions: float = 0.0
+    texts: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +113,7 @@ class Explanation:
     """The items recommended for a history and their reasons.
 
     Attributes:
-        unit: what scores are: `score` (the dot product), or `probability` with the kNN head.
+        unit: what scores are: `score` (the dot product), or `probability` with the kNN or the transition head.
         alpha: weight of the backbone's own vector.
         dropped: unknown items that were left out of the history.
     """
@@ -122,9 +134,20 @@ class Explanation:
         memories = [dataclasses.replace(memory, user=names.get(memory.user)) for memory in self.memories]
         return dataclasses.replace(self, memories=memories)
 
+    @property
+    def follows(self) -> bool:
+        """Whether the transition head gives something."""
+        return any(reason.transitions or reason.texts for reason in self.items)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dictionaries."""
-        return dataclasses.asdict(self)
+        """Plain lists and dictionaries; of texts and transitions where the model has them."""
+        found = dataclasses.asdict(self)
+        for reason in [] if self.follows else found["items"]:
+            del reason["transitions"], reason["texts"]
+        for memory in found["memories"]:
+            if memory["text_similarity"] is None:
+                del memory["text_similarity"]
+        return found
 
     def to_json(self, indent: Optional[int] = None) -> str:
         """`to_dict` as JSON."""
@@ -134,16 +157,17 @@ class Explanation:
         """For a terminal."""
         lines = ["after " + " > ".join(str(item) for item in self.history[-SHOWN:]), ""]
         for reason in self.items:
+            more = f" + transitions {reason.transitions:+.4f} + texts {reason.texts:+.4f}" if self.follows else ""
             lines.append(
                 f"{reason.rank:>3}. {reason.item}  {self.unit} {reason.score:.4f} = backbone {reason.backbone:.4f} "
-                f"+ retrieval {reason.retrieval:+.4f}; without memory rank {reason.rank_without_memory}"
+                f"+ retrieval {reason.retrieval:+.4f}{more}; without memory rank {reason.rank_without_memory}"
             )
             for number in most(reason.effects)[:3]:
                 memory = self.memories[number]
                 before = " > ".join(str(item) for item in memory.prefix) or f"{memory.support} users"
                 lines.append(
                     f"       {reason.effects[number]:+.4f}  {before} => {memory.next} "
-                    f"(similarity {memory.similarity:.3f}, attention {memory.attention:.3f})"
+                    f"(similarity {memory.similarity:.3f}, {memory.of_texts}attention {memory.attention:.3f})"
                 )
         return "\n".join(lines)
 
@@ -158,7 +182,10 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     model = recommender.model
     h, ids, mask = model.retrieved(interaction)
     kept = mask[0].nonzero().squeeze(1)
-    both = _parts(model, h.repeat(2, 1), ids.repeat(2, 1), torch.cat([mask, torch.zeros_like(mask)]))
+    followed = None if model.transitions is None else torch.cat(model.followed(interaction)).double()  # [2, V]
+    both = _parts(model, h.repeat(2, 1), ids.repeat(2, 1), torch.cat([mask, torch.zeros_like(mask)]), followed)
+    scale = 1.0 if not model.shares_repeats else model.repeat_scale(both.sum(dim=1)[:1], interaction)
+    both = both * scale
     found = both.sum(dim=1)
     found[:, np.append(0, query.rows[0])] = -torch.inf
     whole, alone = found  # [V] each: with all memories, and with none
@@ -167,19 +194,23 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     for columns in kept.split(max(1, SCORE_BYTES // (32 * len(whole)))):
         without = mask.repeat(len(columns), 1)
         without[torch.arange(len(columns)), columns] = False
-        parts = _parts(model, h.expand(len(columns), -1), ids.expand(len(columns), -1), without)
-        effects += list(whole[best] - parts.sum(dim=1)[:, best])
+        parts = _parts(model, h.expand(len(columns), -1), ids.expand(len(columns), -1), without, followed)
+        effects += list(whole[best] - (parts * scale).sum(dim=1)[:, best])
     attention, similarity = _attention(model, h, ids, mask)
+    texts = None
+    if size := model.memory.text_size:
+        texts = torch.cosine_similarity(h[:, None, -size:], model.entries(ids)[0][..., -size:], dim=2)
 
     def item(number: int) -> Item:
         return Item(recommender.items[number], recommender.titles[number] if recommender.titles else None)
 
     reasons = []
     for rank, number in enumerate(best.tolist(), start=1):
-        backbone, retrieval = both[0, :, number].tolist()
+        backbone, retrieval, *more = both[0, :, number].tolist()
         value, lost = float(alone[number]), [float(effect[rank - 1]) for effect in effects]
         before = 1 + int((alone > value).sum())
-        reasons.append(Reason(item(number), rank, backbone + retrieval, backbone, retrieval, before, value, lost))
+        score = backbone + retrieval + sum(more)
+        reasons.append(Reason(item(number), rank, score, backbone, retrieval, before, value, lost, *more))
     memories = []
     for column in kept.tolist():
         entry = int(ids[0, column])
@@ -189,9 +220,9 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
         memories.append(Memory(
             entry, item(int(model.memory.targets[entry])), float(similarity[0, column]), float(attention[0, column]),
             recommender.users[user] if user > 0 else None, int(model.memory.support[entry]),
-            [item(int(number)) for number in prefix],
+            [item(int(number)) for number in prefix], None if texts is None else float(texts[0, column]),
         ))  # fmt: skip
-    unit = "probability" if model.knn else "score"
+    unit = "probability" if model.gives_probabilities else "score"
     alpha = float(model.ram.alpha.clamp(0, 1)) if model.augments else 1.0
     return Explanation(
         recommender.name, recommender.dataset, unit, alpha, [item(int(number)) for number in query.rows[0]],
@@ -199,10 +230,15 @@ def explain(recommender: Any, query: Any, interaction: Any, k: int) -> Explanati
     )  # fmt: skip
 
 
-def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What backbone and retrieval give to each item: float64 [B, 2, V]; their sum is its score, or its probability."""
+def _parts(
+    model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, followed: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """What backbone and retrieval give to each item, and transitions and texts where they are `followed` [2, V]:
+    float64 [B, 2 or 4, V]; their sum is its score, or its probability.
+    """
     table, bias = model.item_vectors().double().t(), model.backbone.item_bias()
-    mixed = model.augment(h, ids, mask).double() if model.augments else h.double()
+    wide, h = h, model.own(h)
+    mixed = model.augment(wide, ids, mask).double() if model.augments else h.double()
     some = mask.any(dim=1, keepdim=True)
     share = model.ram.alpha.clamp(0, 1).double() if model.augments else 1.0
     alpha = torch.where(some, share, 1.0).double()
@@ -210,24 +246,37 @@ def _parts(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -
     backbone, retrieval = own @ table, (mixed - own) @ table  # [B, V]
     if bias is not None:
         backbone = backbone + bias.double()
-    if not model.knn:
+    if not model.gives_probabilities:
         return torch.stack([backbone, retrieval], dim=1)
     scores = backbone + retrieval
-    targets, similarity = model.neighbour_similarity(h, ids)
+    if not model.knn:
+        alone = h.double() @ table + (0 if bias is None else bias.double())
+        both = [torch.softmax(alone, dim=1), torch.softmax(scores, dim=1) - torch.softmax(alone, dim=1)]
+        return _with(both, followed)
+    targets, similarity = model.neighbour_similarity(wide, ids)
     weights = neighbour_weights(similarity, mask, float(model.knn_tau)).double()
     spread = torch.zeros_like(scores).scatter_add_(1, targets, weights)
     share = torch.where(some, model.knn_share.double(), 0.0)
-    return torch.stack([(1 - share) * torch.softmax(scores, dim=1), share * spread], dim=1)
+    return _with([(1 - share) * torch.softmax(scores, dim=1), share * spread], followed)
+
+
+def _with(parts: list[torch.Tensor], followed: Optional[torch.Tensor]) -> torch.Tensor:
+    """Parts of a probability, [B, V] each, beside what the transition head gives: [B, 2 or 4, V]."""
+    if followed is None:
+        return torch.stack(parts, dim=1)
+    left = 1 - followed.sum()
+    return torch.stack([*(left * part for part in parts), *followed[:, None].expand(-1, len(parts[0]), -1)], dim=1)
 
 
 def _attention(model: Any, h: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and similarity of the memories, [B, K] each."""
     keys, targets, bias = model.entries(ids)
     values = model.item_vectors()[targets]
-    similarity = model.compared(h, values if model.memory.retrieve_by == "target" else keys)
+    own, users = model.own(h), model.own(keys)
+    similarity = model.compared(own, values if model.memory.retrieve_by == "target" else users)
     if not model.augments:
         return neighbour_weights(model.compared(h, keys), mask, float(model.knn_tau)), similarity
-    return model.ram.attention(h, keys, values, mask, bias), similarity
+    return model.ram.attention(own, users, values, mask, bias), similarity
 
 
 def page(found: Explanation) -> str:

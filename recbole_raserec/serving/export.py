@@ -80,7 +80,9 @@ def write_vectors(recommender: Any, directory: Path, form: str = "parquet", tole
     probe = known[:64]
     found = users[: len(probe)] @ items.T + columns.get("bias", np.float32(0))
     wanted = found
-    if not (isinstance(recommender.model, RaSeRec) and recommender.model.knn):  # whose scores are no dot product
+    if not (
+        isinstance(recommender.model, RaSeRec) and recommender.model.gives_probabilities
+    ):  # whose scores are no dot product
         wanted = recommender.score(users=probe)
     gap, scale = (float(np.abs(x).max(initial=0)) for x in (found - wanted, wanted))
     path = write(directory / "users", {"user": known}, users)
@@ -141,7 +143,8 @@ class ModuleProgram(nn.Module):
 
     def __init__(self, model: RaSeRec):
         super().__init__()
-        self.augments, self.knn, self.ram, self.compared = model.augments, model.knn, model.ram, model.compared
+        self.augments, self.knn, self.ram = model.augments, model.knn, model.ram
+        self.compared, self.own = model.compared, model.own
         self.register_buffer("table", model.item_vectors().detach())
         self.register_buffer("item_bias", model.backbone.item_bias())
         self.share, self.tau = (float(model.knn_share), float(model.knn_tau)) if model.knn else (0.0, 1.0)
@@ -150,7 +153,9 @@ class ModuleProgram(nn.Module):
         self, vectors: Tensor, keys: Tensor, targets: Tensor, mask: Tensor, bias: Any = None
     ) -> tuple[Tensor, Tensor]:
         table: Any = self.table
-        mixed = self.ram(vectors, keys, table[targets], mask, bias) if self.augments else vectors
+        mixed = self.own(vectors)
+        if self.augments:
+            mixed = self.ram(mixed, self.own(keys), table[targets], mask, bias)
         found = scores(mixed, table, self.item_bias)  # type: ignore[arg-type]
         if self.knn:
             found = interpolate(found, targets, self.compared(vectors, keys), mask, self.share, self.tau)
@@ -230,13 +235,14 @@ def _programs(recommender: Any) -> Iterator[tuple[str, nn.Module, Callable[[int]
 
     def of_module(size: int) -> tuple[Any, ...]:
         with torch.no_grad():
-            h = encoded(size)[1]
+            given = encoded(size)[0]
+            h = model.encode(given["item_seq"], given["item_seq_len"], given.get("user"))
             ids, mask = model.neighbours(h)
             mask = mask & (torch.arange(size) != 2)[:, None]  # a row without any
             keys, targets, bias = model.entries(ids)
             given = {"vectors": h, "keys": keys, "targets": targets, "mask": mask}
             given |= {} if bias is None else {"bias": bias}
-            mixed = model.augment(h, ids, mask) if model.augments else h
+            mixed = model.augment(h, ids, mask) if model.augments else model.own(h)
             return given, mixed, model.scores_of(h, ids, mask)
 
     yield "backbone", BackboneProgram(plain).eval(), of_backbone

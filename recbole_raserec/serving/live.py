@@ -36,6 +36,7 @@ from recbole_raserec.serving.journal import Journal, read_journal
 from recbole_raserec.storage import (
     BEST,
     FEATURES,
+    HISTORIES,
     MEMORY,
     check_files,
     live_parts,
@@ -202,6 +203,8 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
     if isinstance(model, RaSeRec):
         try:
             model.use_memory(memory)
+            if model.transitions is not None:
+                _observe_all(model, Histories.load(parts / HISTORIES, len(ids["users"]), vocabulary.item_num))
         except ValueError as error:
             raise CheckpointError(f"{parts / MEMORY} does not belong to this model: {error}") from None
     return Checkpoint(model.to(target).eval(), options, vocabulary, manifest, ids["users"], applied, parts)
@@ -232,7 +235,16 @@ def add_items(model: Any, features: ItemFeatures) -> None:
     device = next(inner.parameters()).device
     inner.add_items(*(torch.tensor(values, device=device) for values in (features.text, features.numbers)))
     if inner is not model:
-        model.backbone.n_items = model.n_items = inner.n_items
+        model.backbone.n_items = inner.n_items
+        model.add_texts(features)
+
+
+def _observe_all(model: RaSeRec, histories: Histories) -> None:
+    """Count the transitions of all histories."""
+    items, offsets = histories.flat()
+    starts = np.repeat(offsets[:-1], np.diff(offsets))
+    places = np.flatnonzero(np.arange(len(items)) > starts)
+    model.observe(items, places, starts[places])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,6 +449,7 @@ class LiveMemory:
                 added = items[len(histories.of(numbers[user])) :]
                 histories.append(numbers[user], np.array(added, dtype=np.int32))
                 np.add.at(self.catalogue.counts, added, 1)
+                self._observe(items, len(items) - len(added))
             if keys is not None:
                 self._memory.add(keys, targets, users, positions, times)
         return Update(len(events), len(rows), len(new), 0)
@@ -463,10 +476,17 @@ class LiveMemory:
             removed = 0 if self._memory is None else self._memory.forget(number)
             if self.catalogue.histories is not None:
                 np.subtract.at(self.catalogue.counts, self.histories.of(number), 1)
+                self._observe(self.histories.of(number), 0, -1)
                 self.histories.forget(number)
             self.users[number] = FORGOTTEN
             del self.numbers[user]
         return removed
+
+    def _observe(self, history: Any, start: int, times: int = 1) -> None:
+        """Count the transitions to the items of a history from `start` on; with `times` -1 take them out again."""
+        places = np.arange(max(start, 1), len(history))
+        if len(places) and isinstance(self.checkpoint.model, RaSeRec):
+            self.checkpoint.model.observe(np.asarray(history), places, np.zeros_like(places), times)
 
     def _keys(self, prefixes: list[list[int]], users: np.ndarray) -> np.ndarray:
         """The backbone's vectors [N, H] of prefixes that are no longer than it reads."""

@@ -24,7 +24,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole_raserec.data import POSITION, Catalogue, Histories
 from recbole_raserec.errors import CheckpointError, InputError
 from recbole_raserec.evaluation import scores
-from recbole_raserec.recommendation import Backbone, wrap_backbone
+from recbole_raserec.recommendation import Backbone, ItemTable, wrap_backbone
 from recbole_raserec.retrieval import RaSeRec
 from recbole_raserec.serving.explain import Explanation, explain
 from recbole_raserec.serving.inputs import Recommendations, as_events, as_id, as_ids, as_items, as_sequences
@@ -191,7 +191,7 @@ class Recommender:
                 interaction = self._interaction(query, filled)
                 if isinstance(self.model, RaSeRec):
                     h, *found = self.model.retrieved(interaction)
-                    part = self.model.augment(h, *found) if self.model.augments else h
+                    part = self.model.augment(h, *found) if self.model.augments else self.model.own(h)
                 else:
                     part = self.backbone.encode(*(interaction[name] for name in self._fields))
             if vectors is None:
@@ -293,7 +293,8 @@ class Recommender:
             InputError: a column is missing, an item is known or given twice, or the model does not read texts.
         """
         features = self.catalogue.features
-        if features is None:
+        inner = self.model.backbone.model if isinstance(self.model, RaSeRec) else self.model
+        if features is None or not isinstance(getattr(inner, "item_embedding", None), ItemTable):
             raise InputError(f"{self.name} ranks items by what it learned of each; train it with item_vectors: both.")
         columns = list(dict.fromkeys([self._names[1], *features.columns, *features.attributes]))
         rows = as_items(items, columns)
@@ -348,7 +349,8 @@ class Recommender:
 
     def _blocks(self, query: Query) -> Iterable[tuple[int, int, np.ndarray]]:
         """Queries start..stop that are scored together, and which of them have a history."""
-        rows = max(1, min(1024, SCORE_BYTES // (4 * len(self.items))))
+        # An update waits for a block, and new readers wait for the update: so blocks are short.
+        rows = max(1, min(256, SCORE_BYTES // (4 * len(self.items))))
         for start in range(0, len(query.rows), rows):
             stop = min(start + rows, len(query.rows))
             yield start, stop, np.array([n for n in range(start, stop) if len(query.rows[n])], dtype=np.int64)

@@ -50,10 +50,10 @@ from recbole_raserec.storage.files import (
 from recbole_raserec.storage.locks import locked, try_lock
 
 __all__ = [
-    "ARRAYS", "BEST", "FEATURES", "HISTORIES", "ITEMS", "ITEM_TEXT", "MANIFEST", "MEMORY", "MODEL_VERSIONS",
-    "STATE", "check_files", "data_fingerprint", "dense_tensors", "disk_full", "fingerprint", "live_parts",
-    "load_named", "load_weights", "locked", "mark_journal", "named_tensors", "part_of", "plain", "raw_format",
-    "raw_stem", "read_arrays", "read_ids", "read_json", "read_manifest", "read_tensors", "read_weights",
-    "remove_unused", "replacing", "room_for", "save_parts", "sha256", "sync_directory", "trained_files", "try_lock",
-    "unwritable", "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
+    "ARRAYS", "BEST", "FEATURES", "HISTORIES", "ITEMS", "ITEM_TEXT", "MANIFEST", "MEMORY", "MODEL_VERSIONS", "STATE",
+    "check_files", "data_fingerprint", "dense_tensors", "disk_full", "fingerprint", "live_parts", "load_named",
+    "load_weights", "locked", "mark_journal", "named_tensors", "part_of", "plain", "raw_format", "raw_stem",
+    "read_arrays", "read_ids", "read_json", "read_manifest", "read_tensors", "read_weights", "remove_unused",
+    "replacing", "room_for", "save_parts", "sha256", "sync_directory", "trained_files", "try_lock", "unwritable",
+    "version_of", "write_arrays", "write_checkpoint", "write_json", "write_tensors",
 ]  # fmt: skip

@@ -156,9 +156,14 @@ class ResumableTrainer(Trainer):
 
     def _build_optimizer(self, **kwargs: Any) -> Any:
         params = list(kwargs.get("params", self.model.parameters()))
-        kwargs["params"] = [p for p in params if p.requires_grad] or params
+        kwargs["params"] = params = [p for p in params if p.requires_grad] or params
+        rates = getattr(self.model, "learning_rates", None)  # of parameters that have one of their own
+        if rates is not None:
+            own = rates()
+            kwargs["params"] = [{"params": [p for p in params if p not in own]}]
+            kwargs["params"] += [{"params": [p], "lr": own[p]} for p in params if p in own]
         optimizer = super()._build_optimizer(**kwargs)
-        if type(optimizer) is torch.optim.Adam and all(p.is_floating_point() for p in kwargs["params"]):
+        if type(optimizer) is torch.optim.Adam and all(p.is_floating_point() for p in params):
             for group in optimizer.param_groups:  # one kernel instead of a dozen per parameter; same update
                 group["fused"], group["foreach"] = True, False
         return optimizer

@@ -20,7 +20,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -416,12 +416,17 @@ def _form(stream: _Text, options: Options) -> tuple[str, bool, list[str]]:
     sep = {"tab": "\t", "\\t": "\t", "space": " "}.get(options.sep or "", options.sep)
     sep = sep or next((mark for mark in SEPARATORS if mark in first), ",")
     try:
-        rows = csv.reader(itertools.chain([first], stream), delimiter=sep) if len(sep) == 1 else [first.split(sep)]
+        rows = _rows(itertools.chain([first], stream), sep) if len(sep) == 1 else [first.split(sep)]
         fields = next(iter(rows)) if first else []
     except csv.Error as error:
         raise DatasetError(f"the first line cannot be read: {error}.") from None
     names = [name.strip().split(":", 1)[0].strip() for name in fields]
     return sep, _looks_like_header(names, options.columns) if header is None else header, names
+
+
+def _rows(lines: Iterable[str], sep: str) -> Any:
+    """A reader of these lines, in which NUL, refused on Python 3.10, is what `_Text` makes of it."""
+    return csv.reader((line.replace("\x00", "\ufffd") for line in lines), delimiter=sep)
 
 
 def _line_of(row: int, stream: _Text, options: Options) -> int:
@@ -430,7 +435,7 @@ def _line_of(row: int, stream: _Text, options: Options) -> int:
     stream.seek(0)
     limit, line, lines = csv.field_size_limit(1 << 30), 1, []
     try:
-        reader: Any = csv.reader(stream, delimiter=sep) if len(sep) == 1 else None
+        reader: Any = _rows(stream, sep) if len(sep) == 1 else None
         for fields in reader or ([text] for text in stream):
             if len(fields) > 1 or "".join(fields).strip():  # pandas leaves out blank lines
                 lines.append(line)

@@ -32,7 +32,7 @@ class TokenLayout:
 
     row: Tensor  # int64 [N], ascending
     item: Tensor  # int64 [N], ascending in a row: which item of the history the token belongs to
-    special: Tensor  # bool [N]: [SEQ] or [ALIGN], the last token of its item
+    special: Tensor  # bool [N]: [SEQ], the last token of its item
     position: Tensor  # int64 [N] within the item, which the language model takes for the token's position
     rows: int  # R
 
@@ -44,8 +44,11 @@ class TokenLayout:
 
     @classmethod
     def of_texts(cls, lengths: Tensor) -> TokenLayout:
-        """Each item a row of its own: its text's tokens, as many as `lengths` [R] says, then [ALIGN]."""
-        return cls.of_histories(torch.ones_like(lengths), lengths)
+        """Each item a row of its own: its text's tokens, as many as `lengths` [R] says."""
+        row = torch.repeat_interleave(lengths)
+        position = torch.arange(len(row), device=row.device) - (lengths.cumsum(0) - lengths)[row]
+        nothing = torch.zeros_like(row)
+        return cls(row, nothing, nothing.bool(), position, len(lengths))
 
     @classmethod
     def of_histories(cls, counts: Tensor, lengths: Tensor) -> TokenLayout:
@@ -87,15 +90,6 @@ class TokenLayout:
         # a query that does not exist sees itself, so that its softmax is defined
         return visible | torch.eye(self.width, dtype=torch.bool, device=item.device)
 
-    def across_items(self) -> Tensor:
-        """Where an ordinary token looks at another item: bool [R, T, T]."""
-        item, special = self.pad(self.item + 1), self.pad(self.special)
-        return (item[:, :, None] != item[:, None, :]) & ~special[:, :, None]
-
-    def sees_items(self, length: int) -> Tensor:
-        """Which items of the history a token may know of as a whole, those up to its own: bool [R, T, length]."""
-        return torch.arange(length, device=self.item.device) <= self.pad(self.item)[:, :, None]
-
 
 @dataclasses.dataclass
 class AttentionView:
@@ -103,9 +97,6 @@ class AttentionView:
 
     layout: TokenLayout
     visible: Tensor  # bool [R, T, T]
-    across_items: Optional[Tensor] = None  # bool [R, T, T], where a learned bias is added
-    extra: Optional[Tensor] = None  # [R, S, C], vectors that extra keys and values are made of
-    sees_extra: Optional[Tensor] = None  # bool [R, T, S], which of these a token sees
 
 
 class Adapter(nn.Module):
@@ -155,7 +146,7 @@ class Frozen(nn.Module):
         mark = state_dict.get(prefix + "mark")
         if mark is not None and not torch.equal(mark.cpu(), self.mark.cpu()):
             other = "the language model found now is not the one this checkpoint was trained with"
-            raise CheckpointError(f"llm: {other}; name that one.")
+            raise CheckpointError(f"item_text_encoder: {other}; name that one.")
 
 
 class LanguageModel(nn.Module):
@@ -171,23 +162,17 @@ class LanguageModel(nn.Module):
             attention, after feed-forward); 0: no adapter.
         dropout: of the adapters.
         std: of their initial weights.
-        bias: learn a bias between items (`context_mask`).
 
     Raises:
         ConfigError: the model's layers are not of a kind we know, or `sizes` has another length.
     """
 
-    def __init__(
-        self, model: Any, sizes: Union[int, Sequence[Any]], dropout: float = 0.0, std: float = 0.02, bias: bool = False
-    ):
+    def __init__(self, model: Any, sizes: Union[int, Sequence[Any]], dropout: float = 0.0, std: float = 0.02):
         super().__init__()
         self.frozen = Frozen(model)
         layers = _layers(model)
         pairs = adapter_pairs(sizes, len(layers))
         self.layers, self.hidden_size = len(layers), int(model.config.hidden_size)
-        self.heads = int(model.config.num_attention_heads)
-        self.key_heads = int(getattr(model.config, "num_key_value_heads", None) or self.heads)
-        self.head_size = int(getattr(model.config, "head_dim", None) or self.hidden_size // self.heads)
         self.position_offset = _position_offset(model)
         self.adapters = nn.ModuleDict()
         self.causal = False
@@ -196,7 +181,9 @@ class LanguageModel(nn.Module):
             guided = next((m for m in layer.modules() if hasattr(m, "is_causal")), None)
             attention = guided if registered else _replace_attention(layer)
             if attention is None:
-                raise ConfigError([f"llm: {type(model).__name__} has an attention of its own, which cannot be guided."])
+                raise ConfigError(
+                    [f"item_text_encoder: {type(model).__name__} has an attention of its own, which cannot be guided."]
+                )
             self.causal = self.causal or bool(getattr(attention, "is_causal", False))
             module: Any
             for module in layer.modules():
@@ -205,8 +192,6 @@ class LanguageModel(nn.Module):
                 if size:
                     self.adapters[f"{number}_{name}"] = adapter = Adapter(self.hidden_size, size, dropout, std)
                     target.register_forward_hook(lambda _, __, output, adapter=adapter: output + adapter(output))
-        self.bias = nn.Parameter(torch.zeros(len(layers), self.heads)) if bias else None
-        self.injection: Any = None
         self.autocast = False
         self._typed = not registered  # such models keep types for as many tokens as positions, unless they are given
         self._view: Optional[AttentionView] = None
@@ -243,14 +228,6 @@ class LanguageModel(nn.Module):
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(q.device.type, torch.bfloat16, enabled=low and self.autocast):
             mask = _additive(view.visible, q.dtype)[:, None]  # [R, 1, T, T]
-            if self.bias is not None and view.across_items is not None:  # [R, heads, T, T]
-                mask = mask + self.bias[layer].to(q.dtype)[None, :, None, None] * view.across_items[:, None]
-            if self.injection is not None and view.extra is not None and layer in self.injection.layers:
-                assert view.sees_extra is not None
-                more_k, more_v, logit = self.injection(layer, view.extra.to(q.dtype))  # [R, key_heads, S, d], []
-                k, v = torch.cat([k, more_k], dim=2), torch.cat([v, more_v], dim=2)
-                extra = _additive(view.sees_extra, q.dtype)[:, None] + logit.to(q.dtype)  # [R, 1, T, S]
-                mask = torch.cat([mask, extra.expand(-1, mask.shape[1], -1, -1)], dim=3)
             groups = q.shape[1] // k.shape[1]
             if groups > 1:
                 k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -280,7 +257,9 @@ def _attend(
     """Our attention as `transformers` calls it."""
     asked = [name for name in UNKNOWN if options.get(name) is not None]
     if asked:
-        raise ConfigError([f"llm: its attention uses {', '.join(asked)}, which is not supported; name another model."])
+        raise ConfigError(
+            [f"item_text_encoder: its attention uses {', '.join(asked)}, which is not supported; name another model."]
+        )
     owner, layer = module.attends
     return owner._attend(layer, query, key, value, scaling), None
 
@@ -308,7 +287,9 @@ def _layers(model: Any) -> list[nn.Module]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
     found = max(lists, key=len, default=None)
     if found is None or len(found) != int(model.config.num_hidden_layers):
-        raise ConfigError([f"llm: the layers of {type(model).__name__} were not found; name another model."])
+        raise ConfigError(
+            [f"item_text_encoder: the layers of {type(model).__name__} were not found; name another model."]
+        )
     return list(found)
 
 
@@ -324,7 +305,9 @@ def _ends(layer: nn.Module, hidden_size: int) -> tuple[nn.Module, nn.Module]:
             within = any(name.startswith(f"{start}.") for start in attentions)
             (inside if within else outside).append(module)
     if not inside or not outside:
-        raise ConfigError([f"llm: no place for adapters was found in {type(layer).__name__}; name another model."])
+        raise ConfigError(
+            [f"item_text_encoder: no place for adapters was found in {type(layer).__name__}; name another model."]
+        )
     return inside[-1], outside[-1]
 
 
@@ -337,7 +320,7 @@ def _position_offset(model: Any) -> int:
 
 
 def load_pretrained(name: Optional[str]) -> tuple[Any, Any]:
-    """Model and tokenizer of the option `llm`. Weights are read from safetensors alone, never from a pickle.
+    """Model and tokenizer of the option `item_text_encoder`; weights are read from safetensors, never from a pickle.
 
     Raises:
         ConfigError: nothing of that name can be read.
@@ -346,7 +329,9 @@ def load_pretrained(name: Optional[str]) -> tuple[Any, Any]:
     with reading(name) as (transformers, source):
         config = transformers.AutoConfig.from_pretrained(source)
         if getattr(config, "is_encoder_decoder", False):
-            raise ConfigError([f"llm: {source} is an encoder-decoder; name an encoder or a causal decoder."])
+            raise ConfigError(
+                [f"item_text_encoder: {source} is an encoder-decoder; name an encoder or a causal decoder."]
+            )
         transformers.AttentionInterface.register(ATTENTION, _attend)
         # whatever was stored (bfloat16, mostly), the weights are float32; llm_precision is that of the products
         options = {"use_safetensors": True, "dtype": torch.float32}

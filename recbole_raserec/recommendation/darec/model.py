@@ -1,9 +1,8 @@
-"""DARec (arXiv 2408.07427): a frozen language model with adapters reads items as text and predicts the next one."""
+"""DARec (arXiv 2408.07427): a frozen language model with adapters reads items as text, beside what users did."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Mapping
 from logging import getLogger
 from typing import Any, Literal, Optional
@@ -12,30 +11,24 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
-from recbole.model.abstract_recommender import SequentialRecommender
 from torch import Tensor, nn
 
 from recbole_raserec.config import (
     Config,
     Count,
     Dropout,
-    Names,
     Natural,
-    Numbers,
     Options,
     Positive,
     Precision,
-    Several,
     Sizes,
     Text,
     Weight,
     option,
 )
-from recbole_raserec.data import PACKED_TARGETS, computes_in_bfloat16, item_tokens, model_source
+from recbole_raserec.data import PACKED_TARGETS, computes_in_bfloat16, item_features, item_tokens, model_source
 from recbole_raserec.errors import ConfigError
 from recbole_raserec.kernels import linear_cross_entropy
-from recbole_raserec.recommendation.base import DotProduct
-from recbole_raserec.recommendation.darec.injection import CollaborativeModel, Injection
 from recbole_raserec.recommendation.darec.language_model import (
     AttentionView,
     LanguageModel,
@@ -43,94 +36,76 @@ from recbole_raserec.recommendation.darec.language_model import (
     load_pretrained,
     load_tokenizer,
 )
+from recbole_raserec.recommendation.item_table import ItemTable
+from recbole_raserec.recommendation.sasrec import SASRec, SASRecOptions
 
 
-class DARecOptions(Options):
-    """DARec (arXiv 2408.07427): a frozen language model reads the items as text; adapters, an item head and three tasks
-    are trained. docs/darec.md says what is the paper's and what is this package's choice."""
+class LanguageOptions(Options):
+    """The language model (`item_text_encoder`) and what it reads"""
 
-    llm: Optional[Text] = option(
-        None, "directory or hub name of an encoder or causal decoder; null: the MiniLM of the extra",
-        heading="The language model and what it reads",
-    )  # fmt: skip
     llm_precision: Precision = option(
-        "auto", "of its products: float32, bfloat16, or auto: bfloat16 where the hardware multiplies in it"
+        "auto", "of its products: float32, bfloat16, or auto: bfloat16 where the hardware multiplies in it", heading=""
     )
-    item_text_fields: Optional[Names] = option(
-        None, "columns of the .item file, in this order; null: all of text or tokens but the id"
+    item_text_length: Count = option(32, "tokens of an item's text that the adapted language model reads, at most")
+    text_items: Natural = option(
+        0, "items of a training step whose text is read again through the adapters; the others as last read; 0: none"
     )
-    item_text_length: Count = option(24, "tokens of an item's text, at most")
-    history: Literal["items", "tokens"] = option(
-        "items", "items: an item of the history is its text's state at [ALIGN]; tokens: its text"
-    )
-    text_items: Several = option(128, "items of a training step whose text is read again; others: in earlier steps")
-    token_budget: Count = option(4096, "tokens of a batch, at most (but one history at least)")
     adapter_sizes: Sizes = option(
         32, "inner sizes of the adapters: one for all; or for each layer a number, or a pair (after attention, after "
-        "feed-forward); 0: none", heading="What is trained",
+        "feed-forward); 0: none",
     )  # fmt: skip
-    adapter_dropout: Dropout = option(0.1, "in [0, 1)")
-    head_dropout: Dropout = option(0.2, "of the states that the item head scores, in [0, 1)")
-    item_head: Literal["table", "text"] = option(
-        "table", "table: a trained vector for each item; text: a trained map of its text's vector, for data where many "
-        "items have few interactions",
+    adapter_dropout: Dropout = option(0, "in [0, 1)")
+    adapter_learning_rate: Positive = option(0.0003, "Adam, of the adapters")
+    history: Literal["off", "items", "tokens"] = option(
+        "off", "what the language model reads of a history, beside the transformer: off: nothing; items: the items' "
+        "vectors; tokens: their texts",
     )  # fmt: skip
-    head_from_text: bool = option(True, "the vectors of `table` start from the texts'")
-    head_min_interactions: Natural = option(
-        0, "items with fewer in the training split are no wrong answers when the next item is linked: what no user "
-        "could choose is not learned to be never chosen",
+    context_mask: Literal["off", "dual"] = option(
+        "off", "of a history: off; dual: the average of the usual view and one in which an item's tokens see their own "
+        "item's alone",
     )  # fmt: skip
-    context_mask: Literal["off", "bias", "dual"] = option(
-        "off", "off; bias: a learned bias between tokens of different items; dual: the average of the usual view and "
-        "one in which item tokens see their own item's alone",
-    )  # fmt: skip
+    token_budget: Count = option(4096, "tokens of a batch of histories, at most (but one history at least)")
     align_weight: Weight = option(
-        0.1,
-        "an item's text -> its id, at [ALIGN]",
-        heading="The tasks; linking the next item at [SEQ] has weight 1",
+        0, "an item's text -> its id", heading="The tasks beside the next item, which has weight 1"
     )
-    hard_weight: Weight = option(0.1, "contrast with similar items that no user had together with the target")
-    hard_similarity: Literal["text", "collaborative"] = option(
-        "text", "similar by: text or collaborative (needs `collaborative`)"
-    )
+    hard_weight: Weight = option(0, "contrast with items of like text that no user had together with the target")
     hard_negatives: Count = option(10, "of them, for each item at most")
     hard_tau: Positive = option(1.0, "temperature of the contrast, > 0")
-    collaborative: Optional[Text] = option(
-        "SASRec", "SASRec, DuoRec, BSARec, GRU4Rec or NARM (trained or found first), or a checkpoint directory; null: "
-        "none",
-        heading="Collaborative knowledge: vectors of a trained model as keys and values of the attention",
+
+
+class DARecOptions(LanguageOptions, SASRecOptions):
+    """DARec (arXiv 2408.07427): a frozen language model with adapters reads the items as text. docs/darec.md says what
+    is the paper's and what is this package's choice."""
+
+    item_vectors: Literal["text", "both"] = option(
+        "both", "text: a trained map of its text's vector, and embeddings of its attributes; both: beside a trained "
+        "vector for each item", heading="What an item's vector is made of",
     )  # fmt: skip
-    collaborative_layers: Optional[Numbers] = option(
-        None, "layers, counted from 0, that receive them; null: the upper half"
+    item_text_size: Count = option(256, "principal components of the texts' vectors")
+    item_text_encoder: Optional[Text] = option(
+        None, "directory or hub name of an encoder or causal decoder; null: the MiniLM of the extra llm"
     )
-    initializer_range: Positive = option(0.02, "standard deviation of the initial weights", heading="")
     loss_type: Literal["CE"] = option("CE", "softmax over all items")
+    weight_averaging: Dropout = option(
+        0.999, "moving average of the weights that is validated and kept; 0: the last ones"
+    )
     training: Literal["packed"] = option("packed", "all targets of a sequence in one pass")
-    packed_copies: Count = option(1, "rows among which a sequence's targets are distributed in each epoch")
-    learning_rate: Positive = option(0.001, "Adam")
-    train_batch_size: Count = option(2048, "targets in a batch, about; token_budget may make it less")
-    eval_batch_size: Count = option(256, "histories in an evaluation batch", training=False)
-    epochs: Count = option(10, "at most")
-    stopping_step: Natural = option(2, "stop after more than that many evaluations without a better valid_metric")
-    MAX_ITEM_LIST_LENGTH: Count = option(50, "the model sees the last that many items of a history")
 
 
-#: Norm of the item head's rows at the start, per square root of their length: that of normally drawn ones.
-START = 0.02
 BLOCK = 512  # items compared with all others at a time
 
 
-class DARec(DotProduct, SequentialRecommender):
-    """User vectors are a language model's states at [SEQ] after the items' texts; an item head scores all items.
+class DARec(SASRec):
+    """Items are their own vectors plus a trained map of what an adapted language model reads in their texts; user
+    vectors are SASRec's over these, plus a trained map of the language model's states after the history.
 
-    From the paper's public description: items as "key: value" text, the tokens [ALIGN] and [SEQ], two adapters in each
-    frozen layer, an item projection, the three tasks, context masking, collaborative vectors in the attention. Ours are
-    the forms these take here, the short history (`history: items`) and the start of the head; see docs/darec.md.
+    From the paper's public description: items as text, two adapters in each frozen layer, an item projection, [SEQ],
+    the three tasks, context masking. Ours are the forms these take here, docs/darec.md.
 
-    With `history: tokens` a history is its items' texts one after the other, each with its [SEQ]. With `history: items`
-    each text is read on its own, and its state at [ALIGN] stands for it in the history. In a training step the texts of
-    `text_items` items are read with gradient (`fresh_items`); the other items have the state they had when last read,
-    at the latest at the epoch's start (`known_items`).
+    In the place of collaborative vectors in the attention the model is a collaborative one with residuals: it starts as
+    a SASRec with whitened vectors of the texts (`ItemTable`), of which the adapters, at zero, change nothing. In a
+    training step the texts of `text_items` items are read with gradient; the item table keeps what was last read of
+    each, and that is what is evaluated and saved.
 
     Raises:
         MissingExtraError: `transformers` or the default language model is not installed.
@@ -139,210 +114,159 @@ class DARec(DotProduct, SequentialRecommender):
 
     options = DARecOptions
     trims = True
-    #: one pass gives the states of all prefixes, and many passes would be expensive: retrieval encodes a split that way
-    shares_prefixes = True
 
     item_tokens: Tensor
     item_lengths: Tensor
+    text_mean: Tensor
+    text_projection: Tensor
     hard: Tensor
-    rank_among: Tensor
-    head_texts: Tensor
+    item_embedding: ItemTable
 
     def __init__(self, config: Config | Mapping[str, Any], dataset: Any):
         super().__init__(config, dataset)
-        model, tokenizer = load_pretrained(config["llm"])
-        self.context_mask, self.history = config["context_mask"], config["history"]
+        model, tokenizer = load_pretrained(config["item_text_encoder"])
+        self.history, self.context_mask = config["history"], config["context_mask"]
         self.token_budget, self.text_items = config["token_budget"], config["text_items"]
         self.align_weight, self.hard_weight = config["align_weight"], config["hard_weight"]
         self.hard_tau, self._hard_negatives = config["hard_tau"], config["hard_negatives"]
-        self._similarity, self.by_text = config["hard_similarity"], config["item_head"] == "text"
-        self.longest, std = int(config["MAX_ITEM_LIST_LENGTH"]), config["initializer_range"]
-        self.language = LanguageModel(
-            model, config["adapter_sizes"], config["adapter_dropout"], std, self.context_mask == "bias"
-        )
+        self.longest, self._rate = int(config["MAX_ITEM_LIST_LENGTH"]), config["adapter_learning_rate"]
+        #: one pass gives the states of all prefixes, and many would be expensive: retrieval encodes a split that way
+        self.shares_prefixes = self.history != "off"
+        std = config["initializer_range"]
+        self.language = LanguageModel(model, config["adapter_sizes"], config["adapter_dropout"], std)
         self.language.autocast = computes_in_bfloat16(config["llm_precision"], config["device"])
-        words = self.language.embed(torch.arange(model.config.vocab_size))  # [W, D]
-        self.scale, size = float(words.norm(dim=1).mean()), self.language.hidden_size
-        self.special = nn.Embedding(2, size)  # [ALIGN], [SEQ]
-        with torch.no_grad():  # new tokens begin as a word that means nothing in particular
-            self.special.weight.copy_(words.mean(dim=0) + torch.randn_like(self.special.weight) * words.std())
         # with its texts a checkpoint is whole; without a data set there are none yet
-        ids, lengths = np.zeros((self.n_items, config["item_text_length"]), np.int32), np.ones(self.n_items, np.int32)
+        ids, lengths = np.zeros((self.n_items, config["item_text_length"]), np.int32), np.zeros(self.n_items, np.int32)
         if hasattr(dataset, "field2id_token"):
             ids, lengths = item_tokens(config, dataset, tokenizer)
         self.register_buffer("item_tokens", torch.from_numpy(ids))
         self.register_buffer("item_lengths", torch.from_numpy(lengths))
-        self._known: Optional[tuple[Any, Tensor]] = None
-        #: the collaborative model; named so in checkpoints
-        self.collaborator: Optional[CollaborativeModel] = None
-        self.item_position = nn.Embedding(self.longest, size)
-        self.item_input = nn.Linear(size, size)
-        self.head, self.head_dropout = nn.Linear(size, size), nn.Dropout(config["head_dropout"])
-        if self.by_text:
-            self.text_head = nn.Linear(size, size, bias=False)
-            self.register_buffer("head_texts", torch.zeros(self.n_items, size))
-        else:
-            self.item_embedding = nn.Embedding(self.n_items, size, padding_idx=0)
-        if self.context_mask == "dual":
-            self.mix = nn.Parameter(torch.tensor(0.5))
-        with torch.no_grad():  # maps start as the identity, positions at zero, trained item vectors at random
+        features = item_features(config, dataset)
+        self.register_buffer("text_mean", torch.tensor(features.mean))
+        self.register_buffer("text_projection", torch.tensor(features.projection))
+        if self.history != "off":
+            size = self.language.hidden_size
+            words = self.language.embed(torch.arange(model.config.vocab_size))  # [W, D]
+            self.scale = float(words.norm(dim=1).mean())
+            self.seq = nn.Parameter(words.mean(dim=0) + torch.randn(size) * words.std())  # a word of no meaning
+            self.item_position = nn.Embedding(self.longest, size)
+            self.head = nn.Linear(size, self.hidden_size)
             nn.init.zeros_(self.item_position.weight)
-            for square in (self.item_input, self.head):
-                nn.init.eye_(square.weight)
-                nn.init.zeros_(square.bias)
-            if self.by_text:
-                nn.init.eye_(self.text_head.weight)
-            else:
-                nn.init.normal_(self.item_embedding.weight, std=std)
-                self.item_embedding.weight[0] = 0
-        self._split = dataset if hasattr(dataset, "windows") else None
+            nn.init.normal_(self.head.weight, std=std)
+            nn.init.zeros_(self.head.bias)
+            if self.history == "items":
+                self.item_input = nn.Linear(self.hidden_size, size)
+            if self.context_mask == "dual":
+                self.mix = nn.Parameter(torch.tensor(0.5))
+        self._reads = bool(self.text_items and len(self.language.adapters) and lengths.any())
+        self._split: Any = dataset if hasattr(dataset, "windows") else None
+        self._texts = torch.tensor(features.text if self.hard_weight else np.zeros((0, 1), np.float32))
         self.register_buffer("hard", torch.zeros(0, 1, dtype=torch.int64), persistent=False)
-        self.register_buffer("rank_among", torch.zeros(0, dtype=torch.int64), persistent=False)
-        if self._split is not None and config["head_min_interactions"]:
-            self.rank_among = self._frequent(config["head_min_interactions"])
-        self._texts: Optional[Tensor] = None
-        head_from_text = self.by_text or config["head_from_text"]
-        if self._split is not None and (head_from_text or (self.hard_weight and self._similarity == "text")):
-            self._texts = self.text_vectors()
-            if head_from_text:
-                with torch.no_grad():
-                    vectors = F.normalize(self._texts, dim=1) * START * size**0.5
-                    (self.head_texts if self.by_text else self.item_embedding.weight)[1:] = vectors[1:]
-        self.extra_options: dict[str, Any] = {}
-        given = config["collaborative_options"]
-        if given:
-            self.extra_options["collaborative_options"] = dict(given)
-            self.collaborator = CollaborativeModel(defaultdict(lambda: None, given), dataset)
-            self.language.injection = Injection(
-                self.collaborator.hidden_size, self.language, config["collaborative_layers"], std
-            )
 
     @staticmethod
     def check_installed(config: Config | Mapping[str, Any]) -> None:
-        """Called before any data is read; raises MissingExtraError where what the model reads is not installed."""
-        model_source(config["llm"])
+        """Called before any data is read.
+
+        Raises:
+            MissingExtraError: what the model reads is not installed.
+            ConfigError: `item_text_encoder` is `tfidf`.
+        """
+        if config["item_text_encoder"] == "tfidf":
+            raise ConfigError(["item_text_encoder: tfidf is no language model, which DARec needs; name one, or null"])
+        model_source(config["item_text_encoder"])
 
     @staticmethod
-    def token_costs(config: Config | Mapping[str, Any], dataset: Any) -> np.ndarray:
+    def token_costs(config: Config | Mapping[str, Any], dataset: Any) -> Optional[np.ndarray]:
         """Tokens of each item in a history, its [SEQ] included: int64 [V]; the loader bounds a batch's by it."""
+        if config["history"] == "off":
+            return None
         if config["history"] == "items":
             return np.full(dataset.item_num, 2)
-        return item_tokens(config, dataset, load_tokenizer(config["llm"]))[1].astype(np.int64) + 1
+        return item_tokens(config, dataset, load_tokenizer(config["item_text_encoder"]))[1].astype(np.int64) + 1
 
-    def costs(self) -> Tensor:
-        """As `token_costs`, of the texts that the model holds."""
-        return torch.full_like(self.item_lengths, 2).long() if self.history == "items" else self.item_lengths.long() + 1
+    def learning_rates(self) -> dict[nn.Parameter, float]:
+        """Those that are not the option `learning_rate`."""
+        return dict.fromkeys(self.language.adapters.parameters(), self._rate)
 
     def fingerprint_parts(self) -> list[str]:
-        """What of the data and the language model decides the result, beside the log: for the run's fingerprint."""
         digest = hashlib.sha256()
         for part in (self.item_tokens, self.item_lengths, self.language.frozen.mark):
             digest.update(part.cpu().numpy().tobytes())
-        return [digest.hexdigest()]
+        return [*super().fingerprint_parts(), digest.hexdigest()]
 
-    def train(self, mode: bool = True) -> DARec:
-        if mode:  # RecBole calls it at the start of each epoch
-            self._known = None
-        return super().train(mode)
-
-    def _inputs(self, embedded: Tensor, layout: TokenLayout, special: int) -> Tensor:
-        """Word embeddings [N, D], and at special tokens those of [ALIGN] (`special` 0) or [SEQ] (1)."""
-        return torch.where(layout.special[:, None], self.special.weight[special], embedded)
+    def add_items(self, text: Tensor, numbers: Tensor) -> None:
+        super().add_items(text, numbers)
+        self.item_tokens = F.pad(self.item_tokens, (0, 0, 0, len(text)))  # `history: tokens` reads their [SEQ] alone
+        self.item_lengths = F.pad(self.item_lengths, (0, len(text)))
 
     # Items: their texts, read one by one
 
-    def _read_texts(self, numbers: Tensor) -> tuple[Tensor, TokenLayout]:
-        """States [N, D] of the texts of items [n], each followed by [ALIGN] and on its own."""
-        layout = TokenLayout.of_texts(self.item_lengths[numbers].long())
-        ids = self.item_tokens[numbers[layout.row], layout.position.clamp(max=self.item_tokens.shape[1] - 1)].long()
+    def read_texts(self, numbers: Tensor) -> Tensor:
+        """Whitened means [n, S] of the language model's states over the texts of items [n], all of which have one.
+
+        While the adapters are at zero these are the item table's vectors, but for words beyond `item_text_length`.
+        """
+        lengths = self.item_lengths[numbers].long()
+        layout = TokenLayout.of_texts(lengths)
+        ids = self.item_tokens[numbers[layout.row], layout.position].long()
         view = AttentionView(layout, layout.visible(self.language.causal))
-        if self.collaborator is not None:
-            view.extra, view.sees_extra = self.collaborator.items(numbers), layout.sees_items(1)
-        return self.language(self._inputs(self.language.embed(ids), layout, 0), view), layout
+        states = self.language(self.language.embed(ids), view)  # [N, D]
+        total = states.new_zeros(len(numbers), states.shape[1]).index_add(0, layout.row, states)
+        return (total / lengths[:, None] - self.text_mean) @ self.text_projection
 
-    def _text_blocks(self) -> list[Tensor]:
-        """All items in parts of about `token_budget` tokens."""
-        ends = (self.item_lengths.long() + 1).cumsum(0)
-        parts = torch.bincount((ends - 1) // self.token_budget).tolist()
-        numbers = torch.arange(self.n_items, device=self.item_tokens.device)
-        return [part for part in numbers.split(parts) if len(part)]
+    def read_some(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the texts of `text_items` items again, with gradient, and put them into the item table.
 
-    @torch.no_grad()
-    def text_vectors(self) -> Tensor:
-        """The items' texts as the language model has them, means of its states over the tokens, centred: [V, D].
-
-        Called while the adapters are at zero, so that the vectors are the frozen model's.
+        Half of them are of the batch, half of all, so that rare ones are read too: numbers [n], texts [n, S].
         """
-        parts = []
-        for numbers in self._text_blocks():
-            states, layout = self._read_texts(numbers)
-            words = ~layout.special
-            total = states.new_zeros(len(numbers), states.shape[1]).index_add(0, layout.row[words], states[words])
-            parts.append(total / self.item_lengths[numbers][:, None])
-        vectors = torch.cat(parts)
-        return vectors - vectors[1:].mean(dim=0)
-
-    def read_items(self, numbers: Tensor) -> Tensor:
-        """States at [ALIGN] of the texts of items [n]: [n, D]."""
-        states, layout = self._read_texts(numbers)
-        return states[layout.special]
-
-    @torch.no_grad()
-    def known_items(self) -> Tensor:
-        """States at [ALIGN] of all items, [V, D]: while training those last read, otherwise the present ones."""
-        marks = "epoch" if self.training else [(p.data_ptr(), p._version) for p in self.parameters()]
-        if self._known is None or self._known[0] != marks:
-            was_training = self.training
-            self.language.eval()
-            found = torch.cat([self.read_items(part) for part in self._text_blocks()])
-            self.language.train(was_training)
-            self._known = marks, found
-        return self._known[1]
-
-    def fresh_items(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Items whose texts a training step reads with gradient, and their states.
-
-        Half of them are of the batch, half of all, so that rare ones are aligned too.
-        """
-        here = torch.unique(items)
-        some = here[torch.randperm(len(here), device=items.device)[: -(-self.text_items // 2)]]
-        any_ = torch.randint(1, self.n_items, (self.text_items // 2,), device=items.device)
-        numbers = torch.unique(torch.cat([some, any_]))
-        states = self.read_items(numbers)
-        if self.training and self._known is not None:
-            self._known[1].index_copy_(0, numbers, states.detach())
-        return numbers, states
-
-    def item_vectors(self) -> Tensor:
-        """The item head, [V, H]: a trained vector for each item, or a trained map of its text's vector."""
-        return self.text_head(self.head_texts) if self.by_text else self.item_embedding.weight
+        here, half = torch.unique(items), self.text_items // 2
+        some = here[torch.randperm(len(here), device=items.device)[: self.text_items - half]]
+        numbers = torch.unique(torch.cat([some, torch.randint(1, self.n_items, (half,), device=items.device)]))
+        numbers = numbers[self.item_lengths[numbers] > 0]
+        texts = self.read_texts(numbers) if len(numbers) else self.item_embedding.text[numbers]
+        self.item_embedding.replace(numbers, texts)
+        return numbers, texts
 
     # Histories
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
-        """User vectors [B, H] of histories [B, L], left-aligned, of lengths [B]."""
-        found = self.encode_positions(item_seq, item_seq_len)
-        return found[torch.arange(len(found), device=found.device), item_seq_len - 1]
+        h = super().forward(item_seq, item_seq_len)
+        if self.history == "off":
+            return h
+        return h + self.read_histories(item_seq, item_seq_len)[torch.arange(len(h), device=h.device), item_seq_len - 1]
 
-    def encode_positions(self, item_seq: Tensor, item_seq_len: Optional[Tensor] = None) -> Tensor:
-        """User vector after every item of each row, in one pass: [B, L] -> [B, L, H], zeros behind the last item.
+    def encode_positions(self, item_seq: Tensor) -> Tensor:
+        h = super().encode_positions(item_seq)
+        return h if self.history == "off" else h + self.read_histories(item_seq, (item_seq > 0).sum(dim=1))
 
-        Without gradients at most `token_budget` tokens are in memory at a time.
+    def encode_predicted(self, item_seq: Tensor, item_seq_len: Tensor, predicted: Tensor) -> Tensor:
+        h = super().encode_predicted(item_seq, item_seq_len, predicted)
+        if self.history == "off" or not self.compiled():  # otherwise through `encode_positions`
+            return h
+        return h + self.read_histories(item_seq, item_seq_len)[predicted]
+
+    def read_histories(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+        """What the language model adds to the user vectors after each item of the rows: [B, L] -> [B, L, H].
+
+        Zeros behind the last item. Without gradients at most `token_budget` tokens are in memory at a time.
         """
-        if item_seq_len is None:
-            item_seq_len = (item_seq > 0).sum(dim=1)
         if torch.is_grad_enabled():
-            items = item_seq[_inside(item_seq, item_seq_len)]  # [M]
-            return self._encode(item_seq, item_seq_len, self.fresh_items(items) if self.training else None)
-        h = self.head.weight.new_zeros(*item_seq.shape, self.head.out_features)
+            return self._read_rows(item_seq, item_seq_len)
+        h = self.head.weight.new_zeros(*item_seq.shape, self.hidden_size)
         order = torch.argsort(item_seq_len, stable=True)
-        for rows in self._history_blocks(item_seq[order], item_seq_len[order]):
+        for rows in self._blocks(item_seq[order], item_seq_len[order]):
             part = order[rows]
             width = int(item_seq_len[part].max())
-            h[part, :width] = self._encode(item_seq[part, :width], item_seq_len[part], None)
+            h[part, :width] = self._read_rows(item_seq[part, :width], item_seq_len[part])
         return h
 
-    def _history_blocks(self, item_seq: Tensor, counts: Tensor) -> list[Tensor]:
+    def costs(self) -> Tensor:
+        """As `token_costs`, of the texts that the model holds."""
+        return (
+            self.item_lengths.long() + 1 if self.history == "tokens" else torch.full_like(self.item_lengths, 2).long()
+        )
+
+    def _blocks(self, item_seq: Tensor, counts: Tensor) -> list[Tensor]:
         """Rows of histories in parts of at most `token_budget` tokens, one history at least."""
         costs = self.costs()[item_seq] * _inside(item_seq, counts)
         parts, start, total = [], 0, 0
@@ -353,98 +277,64 @@ class DARec(DotProduct, SequentialRecommender):
             total += cost
         return [*parts, torch.arange(start, len(item_seq), device=item_seq.device)] if len(item_seq) else []
 
-    def _encode(self, item_seq: Tensor, counts: Tensor, fresh: Any) -> Tensor:
-        """See `encode_positions`; `fresh`: what `fresh_items` gives, in place of the known ones."""
+    def _read_rows(self, item_seq: Tensor, counts: Tensor) -> Tensor:
         by_items = self.history == "items"
         inside = _inside(item_seq, counts)  # [B, L]
         items = item_seq[inside]  # [M]
         lengths = torch.ones_like(items) if by_items else self.item_lengths[items].long()
         layout = TokenLayout.of_histories(counts, lengths)
         entry = torch.repeat_interleave(lengths + 1)  # [N]
-        if not by_items:
+        if by_items:
+            embedded = F.normalize(self.item_input(self.item_embedding(items)), dim=1)[entry] * self.scale
+        else:
             column = layout.position.clamp(max=self.item_tokens.shape[1] - 1)
             embedded = self.language.embed(self.item_tokens[items[entry], column].long())
-        else:
-            states = self.known_items()
-            if fresh is not None:
-                states = states.index_copy(0, *fresh)
-            states = F.normalize(self.item_input(states), dim=1) * self.scale
-            embedded = states[items[entry]]
-        inputs = self._inputs(embedded, layout, 1) + self.item_position(layout.item.clamp(max=self.longest - 1))
-        h = self.head(self.head_dropout(self._states(inputs, layout, item_seq)[layout.special]))  # [M, H]
+        inputs = torch.where(layout.special[:, None], self.seq, embedded)
+        inputs = inputs + self.item_position(layout.item.clamp(max=self.longest - 1))
+        h = self.head(self.dropout(self._states(inputs, layout)[layout.special]))  # [M, H]
         return h.new_zeros(*item_seq.shape, h.shape[1]).index_put(inside.nonzero(as_tuple=True), h)
 
-    def _states(self, inputs: Tensor, layout: TokenLayout, item_seq: Tensor) -> Tensor:
+    def _states(self, inputs: Tensor, layout: TokenLayout) -> Tensor:
         """States [N, D] under the view, or the two views, of `context_mask`."""
         causal = self.language.causal
-        view = AttentionView(layout, layout.visible(causal))
-        if self.context_mask == "bias":
-            view.across_items = layout.across_items()
-        if self.collaborator is not None:
-            view.extra = self.collaborator.histories(item_seq)  # [R, 2 L, C]
-            view.sees_extra = layout.sees_items(item_seq.shape[1]).repeat(1, 1, 2)
-        states = self.language(inputs, view)
-        if self.context_mask != "dual":
+        states = self.language(inputs, AttentionView(layout, layout.visible(causal)))
+        if self.context_mask == "off":
             return states
-        view.visible = layout.visible(causal, own_item=True)
-        return states + self.mix * (self.language(inputs, view) - states)
+        own = self.language(inputs, AttentionView(layout, layout.visible(causal, own_item=True)))
+        return states + self.mix * (own - states)
 
     # The three tasks
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Link next item + `align_weight` x alignment + `hard_weight` x hard samples, each a mean over its rows."""
-        item_seq, counts = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
-        targets = interaction[PACKED_TARGETS]  # [U, L]
-        fresh = None
-        if self.history == "items" or self.align_weight:
-            fresh = self.fresh_items(item_seq[_inside(item_seq, counts)])
-        h, targets = self._encode(item_seq, counts, fresh)[targets > 0], targets[targets > 0]
-        table = self.item_vectors()
-        loss = self._link(h, table, targets)
-        if self.align_weight:
-            assert fresh is not None
-            aligned = self.head(self.head_dropout(fresh[1]))
-            align = linear_cross_entropy(aligned, table, fresh[0], precision=self.softmax_precision)
+        item_seq, targets = interaction[self.ITEM_SEQ], interaction[PACKED_TARGETS]  # [U, L]
+        if self._reads:
+            numbers, texts = self.read_some(torch.cat([item_seq[item_seq > 0], targets[targets > 0]]))
+        loss = super().calculate_loss(interaction)
+        if self._reads and self.align_weight:
+            aligned = self.item_embedding.text_map(texts)
+            align = linear_cross_entropy(aligned, self.item_vectors(), numbers, precision=self.softmax_precision)
             loss = loss + self.align_weight * align
-        if self.hard_weight:
-            loss = loss + self.hard_weight * hard_contrast(h, targets, table, self._negatives(), self.hard_tau)
         return loss
 
-    def _link(self, h: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of user vectors [N, H] over all items, or over those of `head_min_interactions`."""
-        if len(self.rank_among):
-            rank = torch.full((len(table),), -1, device=targets.device)
-            rank[self.rank_among] = torch.arange(len(self.rank_among), device=targets.device)
-            counted = rank[targets] >= 0
-            h, targets, table = h[counted], rank[targets][counted], table[self.rank_among]
-        return linear_cross_entropy(h, table, targets, precision=self.softmax_precision)
-
-    def _frequent(self, least: int) -> Tensor:
-        """Items with at least so many interactions in the training split, int64 [M]."""
-        counts = np.bincount(_histories(self._split)[0], minlength=self.n_items)
-        found = np.flatnonzero(counts >= least)
-        if len(found) < 2:
-            left = f"leaves {len(found)} items; the most frequent has {counts.max()}"
-            raise ConfigError([f"head_min_interactions: {least} {left}"])
-        return torch.from_numpy(found)
+    def weighted_loss(self, h: Tensor, targets: Tensor, weights: Optional[Tensor]) -> Tensor:
+        loss = super().weighted_loss(h, targets, weights)
+        if self.hard_weight:
+            hard = hard_contrast(h, targets, self.item_vectors(), self._negatives(), self.hard_tau)
+            loss = loss + self.hard_weight * hard
+        return loss
 
     def _negatives(self) -> Tensor:
         """Hard negatives of each item, mined when the first batch asks for them: int64 [V, K]."""
         if not len(self.hard):
-            vectors = self._texts
-            if self._similarity == "collaborative":
-                assert self.collaborator is not None
-                vectors = self.collaborator.model.item_vectors().detach()
-            assert vectors is not None
-            mined = mine_hard_negatives(vectors.cpu(), *_histories(self._split), self._hard_negatives)
+            split = self._split if self._split.original is None else self._split.original  # no regenerated rows
+            users, positions, _ = split.windows()
+            items, offsets = split.store.until(users, positions)
+            mined = mine_hard_negatives(self._texts, items, offsets, self._hard_negatives)
             self.hard = mined.to(self.item_tokens.device)
             without = int((self.hard[1:] == 0).all(dim=1).sum())
             getLogger().info(f"Hard samples: {without} of {self.n_items - 1} items have none")
         return self.hard
-
-    def predict(self, interaction: Any) -> Tensor:
-        h = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return (h * self.item_vectors()[interaction[self.ITEM_ID]]).sum(dim=1)
 
 
 def hard_contrast(h: Tensor, targets: Tensor, items: Tensor, negatives: Tensor, tau: float) -> Tensor:
@@ -493,13 +383,6 @@ def mine_hard_negatives(vectors: Tensor, items: np.ndarray, offsets: np.ndarray,
         found[rows, : similar.shape[1]] = torch.where(best > -torch.inf, similar, 0)
     found[0] = 0
     return found
-
-
-def _histories(split: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Items and offsets of the training histories, without regenerated rows."""
-    split = split if split.original is None else split.original
-    users, positions, _ = split.windows()
-    return split.store.until(users, positions)
 
 
 def _inside(item_seq: Tensor, counts: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What every request passes on its way in and out: host, token, limits on bytes, seconds and number; log; metrics.
 
-By hand, as ASGI middleware: uvicorn and FastAPI limit neither the seconds that a body takes nor the bytes of all bodies;
-newer versions of Starlette limit the size of one. TrustedHostMiddleware answers in plain text, and FastAPI asks for a
-token after it has read the body.
+By hand, as ASGI middleware: uvicorn and FastAPI limit neither the seconds that a body takes nor the bytes of all
+bodies; newer versions of Starlette limit the size of one. TrustedHostMiddleware answers in plain text, and FastAPI
+asks for a token after it has read the body.
 """
 
 from __future__ import annotations

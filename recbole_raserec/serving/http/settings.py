@@ -74,17 +74,15 @@ def _problem(error: Any) -> str:
     return f"{name}: {error['input']} is no such value; {error['msg'].replace('Input', 'it')}."
 
 
-def find_token(
-    token: Optional[str] = None, file: Optional[Path] = None, variable: str = TOKEN_VARIABLE
-) -> Optional[str]:
+def find_token(token: Optional[str] = None, file: Optional[Path] = None, name: str = TOKEN_VARIABLE) -> Optional[str]:
     """The token of a command line: itself, else what the file holds, else the environment variable; or None."""
     if token is None and file is not None:
         try:
             token = Path(file).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            option = "token_file" if variable == TOKEN_VARIABLE else "read_token_file"
+            option = "token_file" if name == TOKEN_VARIABLE else "read_token_file"
             raise ConfigError([f"{option}: {file} cannot be read ({error})."]) from None
-    return os.environ.get(variable) or None if token is None else token
+    return os.environ.get(name) or None if token is None else token
 
 
 def log(event: str, **members: Any) -> None:
