@@ -169,6 +169,34 @@ def test_a_directory_of_version_0_1_0_is_told_once_and_sealed_by_a_save(tmp_path
         load(directory)
 
 
+def test_what_a_service_of_0_1_0_saved_is_taken_up(tmp_path):
+    directory, parts = tmp_path / "old", "live-0123456789abcdef"
+    shutil.copytree(FIXTURE / "RaSeRec", directory)
+    (directory / parts).mkdir()
+    for name in ("ids.json", "items.json", "memory", "histories"):
+        shutil.move(directory / name, directory / parts / name)
+    users, items = (len(json.loads((directory / parts / "ids.json").read_text())[name]) for name in ("users", "items"))
+    live = {"parts": parts, "users": users, "items": items, "applied": 3}
+    (directory / "live.json").write_text(json.dumps(live), encoding="utf-8")
+    item = load(directory).items[1]
+    (directory / "journal.jsonl").write_text(
+        f'{{"n": 3, "forget": "x"}}\n{{"n": 4, "events": [["x", "{item}", null]]}}\n'
+    )
+    recommender = load(directory, journal=True)
+    assert (directory / "live.json").exists()
+    assert recommender.stored(["x"])[0].tolist() == [1]
+    assert recommender.unsaved == 1
+    recommender.close()
+    recommender = load(directory, journal=True)  # its journal is of this version now, its manifest is not
+    assert recommender.stored(["x"])[0].tolist() == [1]
+    recommender.save()
+    recommender.close()
+    assert not (directory / "live.json").exists()
+    assert not (directory / parts).exists()
+    assert json.loads((directory / "checkpoint.json").read_text(encoding="utf-8"))["parts"]["applied"] == 4
+    assert load(directory, journal=True).stored(["x"])[0].tolist() == [1]
+
+
 def test_tensors_have_a_checksum_of_their_own(tmp_path):
     """Training states, and neighbours, are in no manifest."""
     path = tmp_path / "state.safetensors"
