@@ -266,6 +266,8 @@ def test_texts_join_the_keys_of_the_memory(finished, tmp_path, head):
     recommender.save()
     np.testing.assert_allclose(load(recommender.live.directory).score([["new", "i3"]]), wanted, atol=1e-5)
     assert any("module.pt2" in line for line in write_programs(recommender, tmp_path / "out", ["torch_export"]))
+    with pytest.raises(ConfigError, match="memory_scope: past bars what others did later"):
+        run(folder, dataset="tiny", data_path=str(folder), **RUN, **TEXT, memory_scope="past")
     with pytest.raises(ConfigError, match="memory_text: retrieve_by: target"):
         run(folder, dataset="tiny", data_path=str(folder), **options, retrieve_by="target")
     with pytest.raises(ConfigError, match=r"memory_text: 0\.5 compares the items' texts, and there are none"):

@@ -409,7 +409,8 @@ def _content(config: Config, hashes: Hashes) -> str:
     folder, dataset = Path(config["data_path"]), config["dataset"]
     paths = inter_files(folder, dataset, config["benchmark_filename"])
     suffixes = {*(config["load_col"] or ()), *(config["additional_feat_suffix"] or ())} - {"inter"}
-    suffixes |= {"item"} if config["item_vectors"] in ("text", "both") else set()
+    reads_texts = config["item_vectors"] in ("text", "both") or config["transition_head"] or config["memory_text"]
+    suffixes |= {"item"} if reads_texts else set()
     paths += [folder / f"{dataset}.{suffix}" for suffix in sorted(suffixes)]
     key = tuple(str(path) for path in paths if path.is_file())
     if key not in hashes:

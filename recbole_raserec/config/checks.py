@@ -168,6 +168,10 @@ def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], ret
                 f"memory_span: {span} leaves no pattern with a prefix of memory_min_length: {shortest}; "
                 f"set memory_span to {shortest + 1} or more"
             )
+        if options.get("transition_head") and options.get("memory_scope") == "past":
+            problems.append(
+                "memory_scope: past bars what others did later, which transition_head counts; leave one out"
+            )
     if reads("filter_scope") and options.get("filter_scope") == "window" and options.get("training") == "packed":
         problems.append(
             "filter_scope: window lets a position see later ones, which training: packed predicts; "

@@ -25,7 +25,7 @@ from recbole_raserec.retrieval.transitions import GRID, tune_transitions
 from recbole_raserec.storage import fingerprint, version_of
 from recbole_raserec.training import Hooks, Outcome, Trial, run_stage
 
-SAMPLE, SAMPLE_BATCH = 4_000, 64  # validation windows on which the transition head is tuned, and at a time
+SAMPLE, SAMPLE_SCORES = 4_000, 1 << 20  # validation windows on which the transition head is tuned; scores at a time
 CALIBRATION = 20_000  # memories from which the module's starting scale is taken
 
 
@@ -145,7 +145,8 @@ class RetrievalHooks(Hooks):
         users, positions, targets = valid.windows()
         device = next(model.ram.parameters()).device
         rows = np.linspace(0, len(users) - 1, min(len(users), SAMPLE)).astype(np.int64)
-        for part in [rows[first :: -(-len(rows) // SAMPLE_BATCH)] for first in range(-(-len(rows) // SAMPLE_BATCH))]:
+        batches = -(-len(rows) // max(1, SAMPLE_SCORES // model.n_items))
+        for part in (rows[first::batches] for first in range(batches)):
             seq, lengths = valid.store.windows(users[part], positions[part], valid.max_item_list_len)
             names = model.ITEM_SEQ, model.ITEM_SEQ_LEN, model.USER_ID, POSITION
             fields = dict(zip(names, (seq, lengths, users[part], positions[part])))

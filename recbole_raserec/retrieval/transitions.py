@@ -304,7 +304,8 @@ def tune_transitions(
         validate: the value to raise, with the model as it is.
         best: its value without the transition head.
     """
-    batches, grids, start = list(batches), {name: list(grid) for name, grid in GRID.items()}, dict(zip(GRID, START))
+    batches = list(batches)
+    grids, start = {name: list(grid) for name, grid in GRID.items()}, dict(zip(GRID, START))
     again = [(x[model.ITEM_SEQ].cpu() == targets[:, None]).any(dim=1) for x, targets in batches]
     start["repeats"] = float(torch.cat(again).float().mean() > REPEATS)
     grids["knn_share"], start["knn_share"] = [0.0], 0.0
