@@ -21,6 +21,7 @@ from recbole_raserec import load_checkpoint
 from recbole_raserec.cli.main import main
 from recbole_raserec.data.catalogue import Catalogue
 from recbole_raserec.errors import CheckpointError, DiskFullError
+from recbole_raserec.serving import live
 from recbole_raserec.storage import files
 from recbole_raserec.storage.files import (
     read_json,
@@ -136,6 +137,18 @@ def test_nonsense_is_one_sentence_and_no_memory(directory, tmp_path, name, value
         load(directory)
     assert "\n" not in str(error.value)
     assert time.monotonic() - started < 5
+
+
+def test_room_is_counted_before_it_is_taken():
+    with live._Room(1 << 24):
+        torch.nn.Linear(64, 64)
+        assert torch.arange(4096, 8192, 4096).tolist() == [4096]
+        for ask in (
+            lambda: torch.empty(10**6, 10**6), lambda: torch.nn.Embedding(10**6, 10**6), lambda: torch.arange(10**12),
+            lambda: torch.zeros(size=(10**9, 9)), lambda: [torch.ones(2).clone() for _ in range(10**4)],
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="more than its weights are"):
+                ask()
 
 
 def test_empty_ids_are_refused(directory):
