@@ -29,7 +29,9 @@ def tests(session: nox.Session) -> None:
     session.install("torch", "-c", str(constraints))
     session.install("-c", str(constraints), ".[test]")
     session.install("--no-deps", RECBOLE)
-    session.run("python", "-m", "pytest", "-q", *(argument for argument in session.posargs if argument not in pins))
+    session.run(
+        "python", "-m", "pytest", "-q", "-n", "2", *(argument for argument in session.posargs if argument not in pins)
+    )
 
 
 @nox.session

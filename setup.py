@@ -58,7 +58,8 @@ EXTRAS_REQUIRE = {
     "wandb": ["wandb>=0.16"],
     "mlflow": ["mlflow-skinny>=2.10"],
     "test": [
-        *("pytest>=7.4", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=1.0", *SERVE, "httpx>=0.27"),
+        *("pytest>=7.4", "pytest-xdist>=3.5", "hypothesis>=6.80", "matplotlib>=3.5", "polars>=1.0"),
+        *(*SERVE, "httpx>=0.27"),
         *("nbclient>=0.8", "nbformat>=5.7", "ipykernel>=6.20", "optuna>=4.0", "import-linter>=2.5"),
     ],
     "fuzz": ["schemathesis>=4.10"],

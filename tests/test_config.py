@@ -198,7 +198,7 @@ def test_a_new_option_of_a_model_is_written_in_one_place():
         (Literal["a", "b"], "one of a, b"),
         (Optional[options.Names], "a list of names, or null"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_a_type_accepts_in_words(kind, words):
     made = pydantic.create_model("Made", __base__=options.Options, option=(kind, options.option(sentence="x")))
