@@ -143,12 +143,12 @@ def test_room_is_counted_before_it_is_taken():
     with live._Room(1 << 24):
         torch.nn.Linear(64, 64)
         assert torch.arange(4096, 8192, 4096).tolist() == [4096]
-        for ask in (
-            lambda: torch.empty(10**6, 10**6), lambda: torch.nn.Embedding(10**6, 10**6), lambda: torch.arange(10**12),
-            lambda: torch.zeros(size=(10**9, 9)), lambda: [torch.ones(2).clone() for _ in range(10**4)],
-        ):  # fmt: skip
-            with pytest.raises(ValueError, match="more than its weights are"):
-                ask()
+    for ask in (
+        lambda: torch.empty(10**6, 10**6), lambda: torch.nn.Embedding(10**6, 10**6), lambda: torch.arange(10**12),
+        lambda: torch.zeros(size=(10**9, 9)), lambda: [torch.ones(2).clone() for _ in range(10**4)],
+    ):  # fmt: skip
+        with live._Room(1 << 24), pytest.raises(ValueError, match="more than its weights are"):
+            ask()
 
 
 def test_empty_ids_are_refused(directory):
