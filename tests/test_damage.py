@@ -21,6 +21,7 @@ from recbole_raserec import load_checkpoint
 from recbole_raserec.cli.main import main
 from recbole_raserec.data.catalogue import Catalogue
 from recbole_raserec.errors import CheckpointError, DiskFullError
+from recbole_raserec.serving import live
 from recbole_raserec.storage import files
 from recbole_raserec.storage.files import (
     read_json,
@@ -138,6 +139,18 @@ def test_nonsense_is_one_sentence_and_no_memory(directory, tmp_path, name, value
     assert time.monotonic() - started < 5
 
 
+def test_room_is_counted_before_it_is_taken():
+    with live._Room(1 << 24):
+        torch.nn.Linear(64, 64)
+        assert torch.arange(4096, 8192, 4096).tolist() == [4096]
+    for ask in (
+        lambda: torch.empty(10**6, 10**6), lambda: torch.nn.Embedding(10**6, 10**6), lambda: torch.arange(10**12),
+        lambda: torch.zeros(size=(10**9, 9)), lambda: [torch.ones(2).clone() for _ in range(10**4)],
+    ):  # fmt: skip
+        with live._Room(1 << 24), pytest.raises(ValueError, match="more than its weights are"):
+            ask()
+
+
 def test_empty_ids_are_refused(directory):
     ids = directory / "ids.json"
     ids.write_text('{"users": [], "items": []}', encoding="utf-8")
@@ -167,6 +180,34 @@ def test_a_directory_of_version_0_1_0_is_told_once_and_sealed_by_a_save(tmp_path
     change_json(directory / "checkpoint.json", lambda manifest: manifest.update(version=1))
     with pytest.raises(CheckpointError, match="files, parts, journal, sha256 cannot be what it says"):
         load(directory)
+
+
+def test_what_a_service_of_0_1_0_saved_is_taken_up(tmp_path):
+    directory, parts = tmp_path / "old", "live-0123456789abcdef"
+    shutil.copytree(FIXTURE / "RaSeRec", directory)
+    (directory / parts).mkdir()
+    for name in ("ids.json", "items.json", "memory", "histories"):
+        shutil.move(directory / name, directory / parts / name)
+    users, items = (len(json.loads((directory / parts / "ids.json").read_text())[name]) for name in ("users", "items"))
+    live = {"parts": parts, "users": users, "items": items, "applied": 3}
+    (directory / "live.json").write_text(json.dumps(live), encoding="utf-8")
+    item = load(directory).items[1]
+    (directory / "journal.jsonl").write_text(
+        f'{{"n": 3, "forget": "x"}}\n{{"n": 4, "events": [["x", "{item}", null]]}}\n'
+    )
+    recommender = load(directory, journal=True)
+    assert (directory / "live.json").exists()
+    assert recommender.stored(["x"])[0].tolist() == [1]
+    assert recommender.unsaved == 1
+    recommender.close()
+    recommender = load(directory, journal=True)  # its journal is of this version now, its manifest is not
+    assert recommender.stored(["x"])[0].tolist() == [1]
+    recommender.save()
+    recommender.close()
+    assert not (directory / "live.json").exists()
+    assert not (directory / parts).exists()
+    assert json.loads((directory / "checkpoint.json").read_text(encoding="utf-8"))["parts"]["applied"] == 4
+    assert load(directory, journal=True).stored(["x"])[0].tolist() == [1]
 
 
 def test_tensors_have_a_checksum_of_their_own(tmp_path):

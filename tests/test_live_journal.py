@@ -142,7 +142,7 @@ def test_a_journal_that_lost_a_change_is_refused(journaled_directory, capsys, ha
     again.close()
     if damaged is not None:
         assert (journaled_directory / "journal.damaged").read_bytes() == damaged
-    assert "sound, nothing to repair" in check_directory(journaled_directory, repair=True)[-1]
+    assert f"sound, {kept + 1} changes" in check_directory(journaled_directory, repair=True)[-1]
 
 
 def test_a_journal_of_another_checkpoint_is_refused(journaled_directory, tmp_path):

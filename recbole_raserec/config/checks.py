@@ -116,14 +116,14 @@ def check_values(
 
 
 def refused(values: Mapping[str, Any], models: Mapping[str, Any]) -> list[str]:
-    """`name: value` of the options of a checkpoint that cannot be, of those that say what its `models` are."""
+    """Problems of the options of a checkpoint, of those that say what its `models` (by name) are."""
     own = [kind for name, model in models.items() for kind in options_of(name, model)]
-    declared = combined((*own, SequentialOptions, DataOptions, TrainingOptions))
-    given = {name: values[name] for name in declared.model_fields if name in values}
-    right = accepted(declared, given)
-    wrong = [name for name in given if name not in right]
-    wrong += [name for name in ("top_k", "MAX_ITEM_LIST_LENGTH") if right.get(name, 0) > LONGEST]
-    return [f"{name}: {shown(given[name])}" for name in wrong]
+    given = dict(values)
+    problems = check_values(given, combined((*own, SequentialOptions, DataOptions, TrainingOptions)), {}, {})
+    long = [
+        name for name in ("top_k", "MAX_ITEM_LIST_LENGTH") if type(given.get(name)) is int and given[name] > LONGEST
+    ]
+    return problems + [f"{name}: {given[name]} is more than {LONGEST}" for name in long]
 
 
 def check_together(options: Mapping[str, Any], reads: Callable[[str], bool], retrieval: bool) -> list[str]:

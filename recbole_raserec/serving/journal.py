@@ -5,9 +5,8 @@ the last acknowledged record; each other is a record, numbered without gaps. Eac
 before. A record without its end was cut off while it was written, was never acknowledged, and is dropped. Anything else
 that does not fit is an error, and `recbole-raserec doctor DIR --repair` keeps what can be read.
 
-By hand, and not sqlite3 with a write-ahead log: sqlite3 takes a damaged page of that log for its end and drops what
-follows without a word, has no checksums in its database, and cannot read one in a directory that is read-only. Version
-0.1.0 wrote records alone, without CRCs; such a file is taken up, and replaced.
+By hand, and not sqlite3, whose write-ahead log loses records without a word (docs/serving.md). Version 0.1.0 wrote
+records alone, without CRCs; such a file is taken up, and replaced.
 """
 
 from __future__ import annotations
@@ -44,16 +43,12 @@ _CRC = re.compile(rb', "crc": "([0-9a-f]{8})"\}')
 
 
 class Content(NamedTuple):
-    """What a journal file holds: its mark (None of one of 0.1.0), records, the last number, bytes of whole lines."""
+    """What a journal file holds."""
 
-    mark: Optional[str]
+    mark: Optional[str]  # None: a file of 0.1.0
     records: list[dict[str, Any]]
-    last: int
-    size: int
-
-
-#: A line that does not fit, from 1 on, and why.
-Damage = tuple[int, str]
+    last: int  # number
+    size: int  # bytes of whole lines
 
 
 def lock_directory(directory: Path) -> BaseFileLock:
@@ -92,9 +87,9 @@ def read_journal(directory: Path, manifest: Mapping[str, Any], applied: int) -> 
     return content
 
 
-def _scan(directory: Path, manifest: Mapping[str, Any], applied: int) -> tuple[Content, list[Damage]]:
-    """The sound records of a journal, and what does not fit."""
-    path, mark, damage = directory / JOURNAL, manifest.get("journal"), list[Damage]()
+def _scan(directory: Path, manifest: Mapping[str, Any], applied: int) -> tuple[Content, list[tuple[int, str]]]:
+    """The sound records of a journal; lines that do not fit, from 1 on, and why."""
+    path, mark, damage = directory / JOURNAL, manifest.get("journal"), list[tuple[int, str]]()
     if not path.is_file():
         gone = (1, "the file is missing, and the checkpoint had a journal")
         return Content(None, [], applied, 0), [gone] if mark else []
@@ -140,10 +135,11 @@ def _line(line: bytes, marked: bool) -> Optional[dict[str, Any]]:
     crc = _CRC.fullmatch(line[-21:-1])
     if marked and (crc is None or int(crc[1], 16) != zlib.crc32(line[:-21])):
         return None
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         found = json.loads(line[:-21] + b"}" if marked else line)
-        return found if isinstance(found, dict) else None
-    return None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _encoded(value: Mapping[str, Any]) -> bytes:
@@ -229,26 +225,22 @@ def check_directory(directory: Path, repair: bool = False) -> list[str]:
 
     With `repair`, a damaged journal is replaced by what can be read of it; the old one is kept beside it.
     """
-    with contextlib.ExitStack() as held:
-        if repair:
-            held.callback(lock_directory(directory).release)
+    lock = lock_directory(directory) if repair else None
+    try:
         manifest = read_manifest(directory)
         check_files(directory, manifest)
         applied, said = live_parts(directory, manifest)[3], [f"{directory}: the files are those that were written"]
-        if not repair:
-            waiting = sum(record["n"] > applied for record in read_journal(directory, manifest, applied).records)
-            return [*said, f"{JOURNAL}: sound, {waiting} changes since the last save"]
         content, damage = _scan(directory, manifest, applied)
-        if not damage:
-            return [*said, f"{JOURNAL}: sound, nothing to repair"]
+        if not damage or not repair:
+            records = read_journal(directory, manifest, applied).records
+            return [*said, f"{JOURNAL}: sound, {sum(x['n'] > applied for x in records)} changes since the last save"]
         said += [f"{JOURNAL}, line {line}: {why}" for line, why in damage]
         items, kept = set(read_ids(directory)["items"]), list[dict[str, Any]]()
         for number, record in sorted({record["n"]: record for record in content.records}.items()):
             items.update(item.get(manifest["options"]["ITEM_ID_FIELD"]) for item in record.get("items", ()))
-            unknown = sum(event[1] not in items for event in record.get("events", ()))
-            if unknown:
-                said.append(f"change {number}: {unknown} events are dropped, their items are not known")
-                record = {"events": [event for event in record["events"] if event[1] in items]}
+            if unknown := [event for event in record.get("events", ()) if event[1] not in items]:
+                said.append(f"change {number}: {len(unknown)} events are dropped, their items are not known")
+                record = {"events": [event for event in record["events"] if event not in unknown]}
             if number > applied:
                 kept.append({**record, "n": applied + len(kept) + 1})
         if (directory / JOURNAL).is_file():
@@ -258,3 +250,6 @@ def check_directory(directory: Path, repair: bool = False) -> list[str]:
         _write(directory / JOURNAL, mark, kept, applied + len(kept))
         mark_journal(directory, manifest, mark)
         return [*said, f"{JOURNAL}: {len(kept)} changes since the last save are kept"]
+    finally:
+        if lock is not None:
+            lock.release()

@@ -178,17 +178,20 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
         retrieval = name == RETRIEVAL_MODEL
         classes = {key: get_model(key) for key in (name, *([inner["model"]] if retrieval else ()))}
         if wrong := [*refused(options, classes), *(refused(inner, classes) if retrieval else ())]:
-            raise ValueError(f"the options say {', '.join(wrong)}")
+            raise ValueError("; ".join(wrong))
         vocabulary = Vocabulary(options, ids["users"][:users], ids["items"][:items], features, described)
         if retrieval:
             memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
         kept = sum(entry["bytes"] for entry in trained_files(directory, manifest).values())
         ours = all(found.__module__.partition(".")[0] in ("recbole", "recbole_raserec") for found in classes.values())
         alone = ours and not (options["llm"] or inner["llm"])  # others may read files of their own
-        with _Room(8 * kept + (1 << 27)) if alone else contextlib.nullcontext():
+        room = _Room(8 * kept + (1 << 27)) if alone else contextlib.nullcontext()
+        with room:
             model = classes[inner["model"] if retrieval else name](inner if retrieval else options, vocabulary)
-            if retrieval:
-                model = RaSeRec(options, vocabulary, wrap_backbone(model, inner, vocabulary))
+        if retrieval:
+            backbone = wrap_backbone(model, inner, vocabulary)  # which tries it, on batches of its own
+            with room:
+                model = RaSeRec(options, vocabulary, backbone)
     except ImportError as error:
         raise CheckpointError(f"{directory} holds a model that is not installed here: {error}.") from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -222,7 +225,8 @@ class _Room(TorchFunctionMode):
         if name in ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "clone"):
             sizes = args[0] if args and isinstance(args[0], (list, tuple)) else (*args, *kwargs.get("size", ()))
             sizes = args[0].shape if name == "clone" else sizes
-            size = 8 * math.prod(max(1, int(abs(size))) for size in sizes if isinstance(size, (int, float)))
+            sizes = [max(1, int(abs(size))) for size in sizes if isinstance(size, (int, float))]
+            size = 8 * (max(sizes, default=0) if name == "arange" else math.prod(sizes))
             self.left -= max(size, 1 << 15)  # of many small ones, what Python needs for their modules
             if self.left < 0:
                 raise ValueError("its options ask for more than its weights are")
