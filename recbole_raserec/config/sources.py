@@ -285,7 +285,8 @@ def own_defaults(model: type) -> dict[str, Any]:
 
 def yaml_beside(model: type) -> dict[str, Any]:
     """The options in the file `Class.yaml` beside the module of a user's model; none if there is no such file."""
-    path = Path(getattr(sys.modules.get(model.__module__), "__file__", None) or "").with_name(f"{model.__name__}.yaml")
+    module = getattr(sys.modules.get(model.__module__), "__file__", None) or "-"  # a program may have no file
+    path = Path(module).with_name(f"{model.__name__}.yaml")
     return read_yaml(path) if path.is_file() else {}
 
 

@@ -184,7 +184,7 @@ def load_checkpoint(directory: Union[str, Path], device: Optional[str] = None) -
             memory = MemoryBank.load(parts / MEMORY, manifest["fingerprint"])
         kept = sum(entry["bytes"] for entry in trained_files(directory, manifest).values())
         ours = all(found.__module__.partition(".")[0] in ("recbole", "recbole_raserec") for found in classes.values())
-        alone = ours and not (options["llm"] or inner["llm"])  # others may read files of their own
+        alone = ours and not any(getattr(found, "reads_files", False) for found in classes.values())  # beside it
         room = _Room(8 * kept + (1 << 27)) if alone else contextlib.nullcontext()
         with room:
             model = classes[inner["model"] if retrieval else name](inner if retrieval else options, vocabulary)

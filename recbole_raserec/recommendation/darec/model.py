@@ -119,6 +119,7 @@ class DARec(SASRec):
 
     options = DARecOptions
     trims = True
+    reads_files = True  # the language model's, which are not in a checkpoint
 
     item_tokens: Tensor
     item_lengths: Tensor
