@@ -126,6 +126,13 @@ def model_data(built):
     return built(drawn=False)[2].train._dataset
 
 
+def test_what_version_0_1_0_trained_is_refused(built):
+    _, config, splits = built()
+    config["item_vectors"] = None  # it had no such option
+    with pytest.raises(ConfigError, match=r"of version 0\.1\.0.*train it again"):
+        DARec(config, splits.train._dataset)
+
+
 def test_texts_are_read_with_gradient_and_kept(built):
     model, _, splits = built(drawn=False, text_items=8, align_weight=0.5)
     batch = next(iter(splits.train))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from conftest import random_log
 from darec_helpers import small, tiny_llm, write_data
 
 from recbole_raserec.config.config import Config
-from recbole_raserec.errors import CheckpointError, ConfigError
+from recbole_raserec.errors import ConfigError
 from recbole_raserec.quick_start import run_recbole_raserec
 from recbole_raserec.recommendation.stage import train_model
 from recbole_raserec.serving.live import load_checkpoint
@@ -101,14 +99,3 @@ def test_a_checkpoint_as_backbone(workdir):
         checkpoint_dir=str(workdir / "over"),
     )  # fmt: skip
     assert set(record["metrics"]) == {"base", "ours"}
-
-
-def test_a_checkpoint_of_version_0_1_0_is_refused(workdir):
-    write_data(workdir, random_log(0))
-    run(workdir, epochs=1)
-    [directory] = (workdir / "saved").glob("DARec-*")
-    manifest = json.loads((directory / "checkpoint.json").read_text())
-    del manifest["options"]["item_vectors"]
-    (directory / "checkpoint.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"of version 0\.1\.0.*train it again"):
-        load_checkpoint(directory)

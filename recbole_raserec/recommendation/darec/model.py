@@ -81,6 +81,7 @@ class DARecOptions(LanguageOptions, SASRecOptions):
     inner_size: Count = option(512, "inner size of the feed-forward layers")
     hidden_dropout_prob: Dropout = option(0.3, "dropout of the hidden states, in [0, 1)")
     attn_dropout_prob: Dropout = option(0.3, "dropout of the attention weights, in [0, 1)")
+    initializer_range: Positive = option(0.005, "standard deviation of the initial weights")
     item_vectors: Literal["text", "both"] = option(
         "both", "text: a trained map of its text's vector, and embeddings of its attributes; both: beside a trained "
         "vector for each item", heading="What an item's vector is made of",
