@@ -137,6 +137,8 @@ def unwritable(option: str, path: str | os.PathLike, folder: bool = False) -> li
     """What keeps the file, or the `folder` of files, that an option names from being written; tried without a trace."""
     path = Path(path)
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path)  # a name that cannot be: `exists` says no more than False from Python 3.14 on
         if not folder and path.exists() and not path.is_file():
             return [f"{option}: {path} is {'a directory' if path.is_dir() else 'no regular file'}; name a file"]
         place = path if folder else path.parent
