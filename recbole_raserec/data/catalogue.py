@@ -105,7 +105,7 @@ class Catalogue:
     features: Optional[ItemFeatures] = None
 
     def append(self, titles: list[str], features: ItemFeatures) -> None:
-        """Add items that nobody had yet."""
+        """Add items without any interaction."""
         assert self.features is not None
         self.counts = np.append(self.counts, np.zeros(len(titles), self.counts.dtype))
         if self.titles is not None:

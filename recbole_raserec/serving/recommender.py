@@ -278,7 +278,7 @@ class Recommender:
         return dataclasses.replace(done, dropped=len(unknown))
 
     def add_items(self, items: Any) -> int:
-        """Take up items that nobody had yet; from then on they are known, and recommended by what their texts say.
+        """Take up items without any interaction; from then on they are known, and recommended by what their texts say.
 
         Nothing is trained: their texts are read as those of the other items were, and stand for vectors of their own.
 
