@@ -1,4 +1,4 @@
-"""Items without any interaction: taken out of the data altogether, then given to the trained model by their texts alone.
+"""Items without any interaction: taken out of the data, then given to the trained model by their texts alone.
 
     python experiments/added_items.py --data_path=DIR [--dataset=amazon-toys-games] [--seeds 2020]
 

@@ -382,7 +382,7 @@ class LiveMemory:
             return self._apply(events)
 
     def add_items(self, items: Sequence[Mapping[str, str]]) -> None:
-        """Take up items without any interaction, see `Recommender.add_items`; each by its columns, the id among them."""
+        """Take up items without any interaction, see `Recommender.add_items`; each by its columns, with the id."""
         vocabulary = self.checkpoint.vocabulary
         with self._changing:
             counts = Counter(item[vocabulary.iid_field] for item in items)
